@@ -1,0 +1,248 @@
+"""A run: one stage's output folder, and all that a stage need not think about.
+
+A stage writes into `OUT.part`; when it finishes, the folder is renamed to `OUT`. So `OUT` is final once it exists, and the
+same command again either finds it complete, or goes on where the last `commit` left off.
+
+    args.json       arguments, seeds, versions, git commit, hardware, SHA-256 of inputs, start and end
+    metrics.jsonl   one line a step
+    metrics.json    the result
+    state.pt        while unfinished: the last commit (position, optimiser, sizes of the files so far)
+
+    run = runs.start(args, inputs=[args.data])
+    for step in run.progress(range(run.state.get("step", 0), steps), "training"):
+        run.append("rollouts.jsonl", rows)
+        run.log(step=step, loss=loss)
+        run.commit(step=step + 1)
+    run.finish({"loss": loss})
+"""
+import datetime
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+
+
+class RunError(ValueError):
+    """An output folder, or an argument, that cannot be used. The message is one line: what, where, what to do."""
+    exit_status = 2
+
+
+def cli(main, args):
+    """Run a stage's `main`. A user's mistake is one line on stderr and exit status 2; a bug keeps its traceback."""
+    try:
+        main(args)
+    except Exception as e:
+        if not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        sys.exit(e.exit_status)
+
+
+def add_arguments(parser):
+    """The flags that every stage has."""
+    import argparse
+    parser.add_argument("--out", required=True, help="folder to write; final once it exists")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                        help="go on from an unfinished run of the same command")
+
+
+def seed_of(*parts):
+    """A seed from numbers and names, the same on every machine: int in [0, 2^63)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def sum_gradients(parameters, accelerator):
+    """Add up every process's gradients, in place: each divided its loss by the whole batch's count, so the sum is the gradient."""
+    import torch
+    for p in parameters:
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        p.grad = accelerator.reduce(grad, "sum") if accelerator.num_processes > 1 else grad
+
+
+def sha256(path):
+    """SHA-256 of a file, or of a folder's files by name; None for what is not on this disk (a hub name)."""
+    if not os.path.exists(path):
+        return None
+    files = [path] if os.path.isfile(path) else sorted(os.path.join(d, f) for d, _, fs in os.walk(path) for f in fs)
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def provenance():
+    """Versions, git commit and hardware, for args.json and for benchmarks."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def git(*command):
+        here = os.path.dirname(os.path.abspath(__file__))
+        try:
+            done = subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "pillow", "numpy", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return {"versions": versions, "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))},
+            "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus}}
+
+
+def write_json(path, value):
+    """Write beside, then rename: never half a file."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def table(rows, headers):
+    """Rows of cells as aligned text; floats with three digits, numbers to the right."""
+    cells = [[f"{c:.3f}" if isinstance(c, float) else "" if c is None else str(c) for c in row] for row in rows]
+    widths = [max(len(str(h)), *(len(r[i]) for r in cells)) if cells else len(str(h)) for i, h in enumerate(headers)]
+    right = [all(isinstance(r[i], (int, float, type(None))) for r in rows) for i in range(len(headers))]
+    lines = [[str(h) for h in headers], ["-" * w for w in widths], *cells]
+    return "\n".join("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip()
+                     for line in lines)
+
+
+class Run:
+    """An output folder in the making. Only the main process writes; the others' calls do nothing."""
+
+    def __init__(self, folder, part, main, meta, state):
+        self.folder, self.part, self.main, self.meta, self.state = folder, part, main, meta, state
+        self.files = {}
+
+    def path(self, name):
+        """Where a file of this run is written (inside `OUT.part`)."""
+        return os.path.join(self.part, name)
+
+    def append(self, name, rows):
+        """Add rows to a JSONL file of the run. They count once `commit` has been called."""
+        if not self.main:
+            return
+        if name not in self.files:
+            self.files[name] = open(self.path(name), "a", encoding="utf-8", newline="\n")
+        for row in rows:
+            self.files[name].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def log(self, **metrics):
+        """One line of metrics.jsonl; floats are rounded to six significant digits."""
+        self.append("metrics.jsonl", [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}])
+
+    def commit(self, **state):
+        """All that was appended so far is safe; `state` (numbers, strings, tensors, dicts of them) is where to go on."""
+        if not self.main:
+            return
+        import torch
+        sizes = dict(self.state.get("sizes", {}))
+        for name, file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            sizes[name] = file.tell()
+        self.state = {**state, "sizes": sizes}
+        torch.save(self.state, self.path("state.pt.tmp"))
+        os.replace(self.path("state.pt.tmp"), self.path("state.pt"))
+
+    def progress(self, items, what):
+        """A progress bar on a terminal, nothing elsewhere."""
+        from tqdm import tqdm
+        return tqdm(items, desc=what, disable=None if self.main else True, leave=False)
+
+    def finish(self, metrics, line=""):
+        """Write metrics.json and args.json, rename `OUT.part` to `OUT`, print one line."""
+        if not self.main:
+            return
+        for file in self.files.values():
+            file.close()
+        self.meta["ended"] = now()
+        write_json(self.path("metrics.json"), metrics)
+        write_json(self.path("args.json"), self.meta)
+        if os.path.exists(self.path("state.pt")):
+            os.remove(self.path("state.pt"))
+        os.replace(self.part, self.folder)
+        print(f"{self.folder}: {line}" if line else f"{self.folder}: done", flush=True)
+
+
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def start(args, inputs=(), main=True):
+    """Open the run of these arguments: new, or resumed; leaves with status 0 if it is complete already.
+
+    `inputs`: files, folders or hub names that the run reads; their hashes are kept and must not change before a resume.
+    Raises RunError where `args.out` holds another run.
+    """
+    import torch
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    folder = args.out.rstrip("/")
+    part = folder + ".part"
+    given = {k: v for k, v in vars(args).items() if k != "resume"}
+    meta = {"script": os.path.basename(sys.argv[0]), "args": json.loads(json.dumps(given)),
+            "inputs": {p: sha256(p) for p in inputs if p}, "started": now(), "ended": None, **provenance()}
+    if os.path.exists(folder):
+        same_run(folder, meta)
+        if main:
+            print(f"{folder}: complete already")
+        sys.exit(0)
+    if not args.resume and main:
+        shutil.rmtree(part, ignore_errors=True)
+    state = {}
+    if os.path.exists(os.path.join(part, "args.json")):
+        same_run(part, meta)
+        state = restore(part, main)
+    if main:
+        os.makedirs(part, exist_ok=True)
+        write_json(os.path.join(part, "args.json"), meta)
+    return Run(folder, part, main, meta, state)
+
+
+def same_run(folder, meta):
+    """Raise RunError unless the run in `folder` had the same script, arguments and inputs."""
+    try:
+        with open(os.path.join(folder, "args.json"), encoding="utf-8") as f:
+            old = json.load(f)
+    except (OSError, ValueError):
+        raise RunError(f"{folder}: holds something else than a run (no args.json); choose another --out") from None
+    where = f"{folder}: holds another run"
+    if old.get("script") != meta["script"]:
+        raise RunError(f"{where} (of {old.get('script')}); choose another --out or remove it")
+    keys = sorted({*old["args"], *meta["args"]})
+    other = [k for k in keys if old["args"].get(k) != meta["args"].get(k)]
+    if other:
+        flags = ", ".join(f"--{k.replace('_', '-')} {old['args'].get(k)} there, {meta['args'].get(k)} here" for k in other[:3])
+        raise RunError(f"{where} ({flags}); choose another --out or remove it")
+    changed = [p for p, digest in meta["inputs"].items() if old["inputs"].get(p) != digest]
+    if changed:
+        raise RunError(f"{folder}: {changed[0]} has changed since this run read it; choose another --out or remove the folder")
+
+
+def restore(part, main):
+    """The last commit's state; what was written after it is cut off and said."""
+    import torch
+    path = os.path.join(part, "state.pt")
+    state = torch.load(path, weights_only=True) if os.path.exists(path) else {}
+    sizes = state.get("sizes", {})
+    for name in sorted(os.listdir(part)) if main else []:
+        extra = os.path.getsize(os.path.join(part, name)) - sizes.get(name, 0) if name.endswith(".jsonl") else 0
+        if extra:
+            os.truncate(os.path.join(part, name), sizes.get(name, 0))
+            print(f"{os.path.join(part, name)}: dropped {extra} bytes written after the last commit")
+    if main:
+        print(f"{part}: going on from step {state.get('step', 0)}")
+    return state

@@ -1,0 +1,234 @@
+"""A vision-language model: load, encode, read a prompt once and continue it many times.
+
+Any Hugging Face image-text-to-text model, from a hub name or a directory. The toy is such a directory; nothing
+here knows which one it was given.
+
+Glossary: `B` prompts (each an image and a text), `G` continuations of each, `P` prompt tokens, `C` continuation
+tokens, `D` hidden size, `V` vocabulary. Prompts are padded on the left, continuations on the right, so that the
+two meet: row i reads [pad pad prompt | continuation pad]. Rows of one prompt stand together: row b·G + g.
+"""
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+
+from triton_ops import linear_logprob
+
+
+class ModelError(ValueError):
+    """A model that cannot be used. The message is one line: which, why, what to do."""
+    exit_status = 2
+
+
+@dataclass
+class VLM:
+    model: torch.nn.Module
+    processor: object
+    end_id: int  # end of turn, which training teaches
+    stop_ids: list  # every token that ends a turn when sampled
+    banned_ids: list  # image placeholders, other special tokens, rows of the embedding that no token has
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    @property
+    def device(self):
+        return self.model.device
+
+    @property
+    def head(self):
+        return self.model.get_output_embeddings()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loading and saving.
+
+def load_processor(name):
+    """The model's processor, without its video part: that alone would demand torchvision."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    config = transformers.AutoConfig.from_pretrained(name)
+    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type) or "", None)
+    if cls is None or "video_processor" not in cls.get_attributes():
+        return transformers.AutoProcessor.from_pretrained(name, backend="pil")
+    attributes = [a for a in cls.get_attributes() if a != "video_processor"]
+    still = type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: attributes)})
+    return still.from_pretrained(name, backend="pil")
+
+
+def best_device():
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def best_dtype():
+    """bf16 where the device computes in it, else fp32. Weights that are trained stay fp32 (autocast computes in this)."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load(name, device=None, dtype=torch.float32):
+    """Load model and processor. Raises ModelError where `name` is no image-text-to-text model."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ModelError(f"{name}: not a model (no config.json in it); give a folder saved by save_pretrained or a hub name")
+    try:
+        processor = load_processor(name)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        first = next(iter(str(e).splitlines()), type(e).__name__)
+        raise ModelError(f"{name}: cannot load it as an image-text-to-text model: {first}") from e
+    return wrap(model.to(device or best_device()).eval(), processor)
+
+
+def wrap(model, processor):
+    """A VLM of a model and its processor: finds out which tokens end a turn and which must never be sampled."""
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    stops = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id} | set(stops if isinstance(stops, list) else [] if stops is None else [stops])
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+    special |= {v for k, v in vars(model.config).items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+    rows = model.get_output_embeddings().weight.shape[0]
+    banned = {i for i in special | set(range(len(tokenizer), rows)) if 0 <= i < rows} - stops
+    return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned))
+
+
+def save(vlm, folder):
+    """Save in the Hugging Face format: config, safetensors, tokenizer, image processor, chat template."""
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+
+
+def freeze_vision(vlm):
+    """Leave the vision tower as it is; the projector and the language model go on learning."""
+    for name, parameter in vlm.model.named_parameters():
+        if any(part in name for part in ("vision_tower.", "vision_model.", "visual.")) and ".merger" not in name:
+            parameter.requires_grad_(False)
+
+
+def frozen_copy(vlm):
+    """The same model with weights of its own that no optimiser moves: GRPO's reference."""
+    return VLM(copy.deepcopy(vlm.model).eval().requires_grad_(False), vlm.processor, vlm.end_id, vlm.stop_ids, vlm.banned_ids)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Encoding.
+
+def encode_prompts(vlm, images, texts):
+    """Images (PIL, RGB) and user texts, one of each a prompt → the model's inputs, left-padded to (B, P)."""
+    chats = [vlm.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+        add_generation_prompt=True, tokenize=False) for text in texts]
+    inputs = vlm.processor(text=chats, images=[[i] for i in images], padding=True, padding_side="left", return_tensors="pt")
+    return {k: v.to(vlm.device) for k, v in inputs.items()}
+
+
+def encode_continuations(vlm, texts, end=True):
+    """Responses → (ids, mask), right-padded to (N, C); each closes with the end-of-turn token, which counts."""
+    rows = [vlm.tokenizer(t, add_special_tokens=False)["input_ids"] + [vlm.end_id] * end for t in texts]
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [vlm.tokenizer.pad_token_id] * (width - len(r)) for r in rows])  # (N, C)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])  # (N, C)
+    return ids.to(vlm.device), mask.to(vlm.device)
+
+
+def decode(vlm, ids, mask):
+    """(N, C) sampled ids → N texts, without the end-of-turn token."""
+    return [vlm.tokenizer.decode(row[m.bool()], skip_special_tokens=True) for row, m in zip(ids.cpu(), mask.cpu())]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Read once, continue many.
+
+def read(vlm, prompts, group=1):
+    """Read B prompts once → (cache of B·G rows, attention mask (B·G, P), last hidden states (B·G, D)).
+
+    Gradients flow through the cache to the prompt's side when they are on.
+    """
+    out = vlm.model.base_model(**prompts, use_cache=True)
+    cache, last = out.past_key_values, out.last_hidden_state[:, -1]  # the last column is never padding
+    if group > 1:
+        cache.batch_repeat_interleave(group)
+    return cache, prompts["attention_mask"].repeat_interleave(group, 0), last.repeat_interleave(group, 0)
+
+
+def continue_from(vlm, cache, mask, ids):
+    """Continue cached rows with ids (N, C) → their hidden states (N, C, D); the cache grows by C. mask (N, P+C)."""
+    return vlm.model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+def hidden_states(vlm, prompts, ids, mask):
+    """Hidden states around N = B·G continuations (N, C), each prompt read once.
+
+    Returns (N, C+1, D): position c predicts token c, and position C follows the last one (garbage where
+    `mask` is 0; the state after a shorter continuation stands at position mask.sum()).
+    """
+    group = ids.shape[0] // prompts["attention_mask"].shape[0]
+    if group == 1:  # nothing to share: one pass over prompt and continuation (the only one that gradient checkpointing allows)
+        inputs = prompts | {"input_ids": torch.cat([prompts["input_ids"], ids], 1),
+                            "attention_mask": torch.cat([prompts["attention_mask"], mask], 1)}
+        for key in ("token_type_ids", "mm_token_type_ids"):  # a continuation is text: type 0
+            if key in prompts:
+                inputs[key] = torch.cat([prompts[key], torch.zeros_like(ids)], 1)
+        return vlm.model.base_model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1:]
+    cache, prompt_mask, last = read(vlm, prompts, group)
+    states = continue_from(vlm, cache, torch.cat([prompt_mask, mask], 1), ids)  # (N, C, D)
+    return torch.cat([last[:, None], states], 1)
+
+
+def token_logps(vlm, prompts, ids, mask, temperature=1.0, states=None):
+    """Log-probability and entropy of every continuation token: (N, C) each, zero where `mask` is 0.
+
+    Only positions under the mask reach the LM head: the N·C × V logits never exist (triton_ops.py).
+    """
+    states = hidden_states(vlm, prompts, ids, mask) if states is None else states
+    keep, device = mask.bool(), mask.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    logps, entropy = linear_logprob(states[:, :-1][keep].to(dtype), vlm.head.weight.to(dtype), ids[keep], temperature)
+    zeros = torch.zeros(mask.shape, dtype=logps.dtype, device=mask.device)
+    return zeros.masked_scatter(keep, logps), zeros.masked_scatter(keep, entropy)
+
+
+@torch.no_grad()
+def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
+    """Sample `group` continuations of each of B prompts → ids, mask (B·G, C), end-of-turn included.
+
+    No top-k, no top-p: these are the model's own samples, less the tokens that must never be one (`banned_ids`).
+    `temperature=0` is greedy. Each row draws from a generator of its own, seeded by `seeds` (B·G ints): token =
+    the inverse of the distribution function at one uniform number, so a row does not depend on its batch.
+    """
+    rows = prompts["attention_mask"].shape[0] * group
+    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]) \
+        if temperature else torch.zeros(rows, max_new_tokens)
+    uniform = uniform.to(vlm.device)  # (N, C)
+    stops = torch.tensor(vlm.stop_ids, device=vlm.device)
+    cache, mask, state = read(vlm, prompts, group)
+    alive = torch.ones(rows, dtype=torch.bool, device=vlm.device)
+    ids, kept = [], []
+    for step in range(max_new_tokens):
+        logits = vlm.head(state).float()  # (N, V): one position, not C of them
+        logits[:, vlm.banned_ids] = -torch.inf
+        token = pick(logits, temperature, uniform[:, step])
+        token = torch.where(alive, token, vlm.tokenizer.pad_token_id)
+        ids.append(token)
+        kept.append(alive)
+        alive = alive & ~torch.isin(token, stops)
+        if not alive.any() or step == max_new_tokens - 1:
+            break
+        mask = torch.cat([mask, kept[-1][:, None].long()], 1)
+        state = continue_from(vlm, cache, mask, token[:, None])[:, 0]
+    return torch.stack(ids, 1), torch.stack(kept, 1).long()
+
+
+def pick(logits, temperature, uniform):
+    """One token a row: the largest logit at temperature 0, else the inverse CDF of the softmax at `uniform`."""
+    if not temperature:
+        return logits.argmax(-1)
+    cdf = (logits / temperature).softmax(-1).double().cumsum(-1)  # (N, V); double: 150,000 terms must sum to 1
+    below = uniform.double()[:, None] * cdf[:, -1:]
+    return (cdf <= below).sum(-1).clamp(max=cdf.shape[-1] - 1)
