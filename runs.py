@@ -56,6 +56,15 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
+def batch_at(step, size, n, seed):
+    """Indices of the examples of one step; every epoch is a permutation of its own, so a step needs no history."""
+    orders = {}
+    picked = range(step * size, (step + 1) * size)
+    for epoch in {i // n for i in picked}:
+        orders[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(n), n)
+    return [orders[i // n][i % n] for i in picked]
+
+
 def sum_gradients(parameters, accelerator):
     """Add up every process's gradients, in place: each divided its loss by the whole batch's count, so the sum is the gradient."""
     import torch

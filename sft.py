@@ -15,7 +15,6 @@ Departs from the paper: its SFT settings are not published; here AdamW, cosine s
 """
 import argparse
 import math
-import random
 
 import records
 import runs
@@ -71,15 +70,6 @@ def example(record, role):
         return record["image"], records.policy_prompt(record), records.response_of(record)
     prompt = records.generator_prompt(record.get("paradigm", "stepwise"), record.get("task"))
     return record["image"], prompt, records.format_candidate(record)
-
-
-def batch_at(step, size, n, seed):
-    """Indices of the examples of one step; every epoch is a permutation of its own, so a step needs no history."""
-    orders = {}
-    picked = range(step * size, (step + 1) * size)
-    for epoch in {i // n for i in picked}:
-        orders[epoch] = random.Random(runs.seed_of(seed, "epoch", epoch)).sample(range(n), n)
-    return [orders[i // n][i % n] for i in picked]
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -144,7 +134,7 @@ def main(args):
 
     steps = math.ceil(args.epochs * len(examples) / args.batch)
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
-        batch = [examples[i] for i in batch_at(step, args.batch, len(examples), args.seed)]
+        batch = [examples[i] for i in runs.batch_at(step, args.batch, len(examples), args.seed)]
         with accelerator.autocast():
             loss, tokens = train_step(vlm_, parameters.values(), batch, args.micro_batch, accelerator)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()

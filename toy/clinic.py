@@ -9,6 +9,7 @@ Writes into --out:
     expert.jsonl             question records, scarce: the experts' time is what the paper is short of
     reports.jsonl            image-report pairs
     unlabelled/images.jsonl  images alone, for the generator
+    unlabelled/truth.jsonl   their facts, for toy/mark.py; no stage reads it
     val.jsonl, test.jsonl    question records on other images
     heldout/                 the same again; one modality and one task are missing from all of its training
                              files (val and test hold them all the same, to measure transfer)
@@ -205,7 +206,8 @@ def question_rows(folder, split, n, seed, per_image, tasks=TASKS, modalities=MOD
     """Question records on n images, `per_image` different tasks each."""
     for row, facts, rng in image_rows(folder, split, n, seed, modalities):
         for k, task in enumerate(rng.sample(tasks, min(per_image, len(tasks)))):
-            yield row | question(facts, task, rng) | {"id": f"{row['id']}-{k}"}
+            manner = rng.choice(list(records.PARADIGMS))  # experts do not all reason alike
+            yield row | question(facts, task, rng, manner) | {"id": f"{row['id']}-{k}"}
 
 
 def write_clinic(folder, sizes, seed, modalities=MODALITIES, tasks=TASKS):
@@ -215,12 +217,13 @@ def write_clinic(folder, sizes, seed, modalities=MODALITIES, tasks=TASKS):
     """
     os.makedirs(os.path.join(folder, "unlabelled"), exist_ok=True)
     expert, reports, unlabelled, val, test = sizes
+    images = list(image_rows(os.path.join(folder, "unlabelled"), "unlabelled", unlabelled, seed, modalities))
     written = {
         "expert.jsonl": question_rows(folder, "expert", expert, seed, 3, tasks, modalities),
         "reports.jsonl": (row | {"report": report(facts), "source": "expert"}
                           for row, facts, _ in image_rows(folder, "report", reports, seed, modalities)),
-        "unlabelled/images.jsonl": (row for row, _, _ in image_rows(
-            os.path.join(folder, "unlabelled"), "unlabelled", unlabelled, seed, modalities)),
+        "unlabelled/images.jsonl": (row for row, _, _ in images),
+        "unlabelled/truth.jsonl": ({"id": row["id"], "facts": facts} for row, facts, _ in images),
         "val.jsonl": question_rows(folder, "val", val, seed, 2),
         "test.jsonl": question_rows(folder, "test", test, seed, 2),
     }

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The self-improving cycle: the stages in sequence, CYCLES times over. By default on the toy clinic, into runs/toy.
+#
+#   bash cycle.sh                          about 8 minutes on 2 CPU cores; again: does nothing, or goes on where it was stopped
+#   OUT=runs/seed1 SEED=1 bash cycle.sh    another seed
+#   GRPO=my_grpo.py OUT=runs/mine bash cycle.sh    an ablation: any stage's script can be swapped for another
+#
+# A real run sets the variables below; README.md has one. Each stage's output folder is final once it exists.
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./setup.sh requirements.txt
+
+OUT=${OUT:-runs/toy}
+CYCLES=${CYCLES:-2}
+SEED=${SEED:-0}
+POLICY=${POLICY:-toy/policy}
+GENERATOR=${GENERATOR:-toy/generator}
+REWARD_BACKBONE=${REWARD_BACKBONE:-toy/backbone}
+EXPERT=${EXPERT:-}            # question records of experts; empty: the toy clinic draws all data
+REPORTS=${REPORTS:-}          # image-report pairs, or empty
+IMAGES=${IMAGES:-}            # images to generate questions about
+VAL=${VAL:-}                  # expert questions for the watch
+TEST=${TEST:-}                # expert questions for the table
+TRUTH=                        # the drawn facts of the toy's images
+GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py} GRPO=${GRPO:-grpo.py} EVAL=${EVAL:-eval.py}
+GENERATE_FLAGS=${GENERATE_FLAGS:-} REWARD_FLAGS=${REWARD_FLAGS:-} SCORE_FLAGS=${SCORE_FLAGS:---keep 0.5}
+SFT_FLAGS=${SFT_FLAGS:-} GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:-}
+LAUNCH=${LAUNCH:-$PYTHON}     # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
+
+stage() {  # stage FOLDER COMMAND...: run the command unless its folder is there
+  local folder=$1; shift
+  [ -e "$folder" ] || "$@" --out "$folder" --seed "$SEED"
+}
+evaluate() {  # evaluate MODEL FOLDER
+  stage "$2" "$PYTHON" "$EVAL" --model "$1" --data "$TEST" $EVAL_FLAGS
+}
+
+started=$SECONDS
+if [ -z "$EXPERT" ]; then
+  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 8 minutes on 2 CPU cores."
+  "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED"
+  EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
+  VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
+fi
+
+evaluate "$POLICY" "$OUT/eval_base"
+stage "$OUT/sft_expert" $LAUNCH "$SFT" --model "$POLICY" --data "$EXPERT" $SFT_FLAGS
+evaluate "$OUT/sft_expert" "$OUT/eval_sft_expert"
+
+policy=$POLICY generator=$GENERATOR rollouts=
+for c in $(seq "$CYCLES"); do
+  d=$OUT/cycle$c
+  stage "$d/reward" "$PYTHON" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" $REPORTS ${rollouts:+--rollouts $rollouts} $REWARD_FLAGS
+  stage "$d/candidates" "$PYTHON" "$GENERATE" --model "$generator" --images "$IMAGES" --cycle "$c" $GENERATE_FLAGS
+  stage "$d/scored" "$PYTHON" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
+  [ -z "$TRUTH" ] || [ -e "$d/marks.json" ] || "$PYTHON" toy/mark.py --scored "$d/scored" --truth "$TRUTH" --out "$d/marks.json"
+  stage "$d/sft_random" $LAUNCH "$SFT" --model "$policy" --data "$d/scored/random.jsonl" $SFT_FLAGS
+  evaluate "$d/sft_random" "$d/eval_sft_random"
+  stage "$d/sft" $LAUNCH "$SFT" --model "$policy" --data "$d/scored/accepted.jsonl" $SFT_FLAGS
+  evaluate "$d/sft" "$d/eval_sft"
+  stage "$d/grpo" $LAUNCH "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/accepted.jsonl" "$EXPERT" --val "$VAL" $GRPO_FLAGS
+  evaluate "$d/grpo" "$d/eval_grpo"
+  policy=$d/grpo rollouts="$rollouts $d/grpo/rollouts.jsonl"
+  if [ "$c" -lt "$CYCLES" ]; then  # the next cycle's generator learns from what this one accepted
+    stage "$d/generator" $LAUNCH "$SFT" --role generator --model "$generator" --data "$d/scored/accepted.jsonl" $GENERATOR_FLAGS
+    generator=$d/generator
+  fi
+done

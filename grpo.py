@@ -1,0 +1,331 @@
+"""Stage 4: group relative policy optimisation (GRPO) with the reward model and answer match.
+
+For each of P questions the policy samples G responses at temperature 1; each gets the hybrid reward of the paper
+
+    r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],      R̄ = (R + 6) / 16,      malformed: r_i = 0
+
+and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group r. The policy then climbs
+
+    J = 1/N Σ_i 1/|y_i| Σ_t  min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it
+    ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = π_ref/π - log(π_ref/π) - 1      (k3, Schulman 2020)
+
+    --loss grpo      as above (DeepSeekMath, arXiv 2402.03300)
+    --loss dapo      1 / Σ|y_i| over the whole batch: every token weighs the same (arXiv 2503.14476)
+    --loss dr_grpo   1 / (N · max_new_tokens): no bias by length; use with --scale-rewards none (arXiv 2503.20783)
+    --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio a sequence (arXiv 2507.18071)
+
+Every denominator counts the whole batch, so the step does not depend on micro-batches or processes.
+
+Reads   question records; a reward model; expert records for the watch
+Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl
+
+Departs from the paper: R is normalised to [0, 1] (`--reward-scale raw` is the letter of the paper, where the match term
+is 1.5% of the spread); a watch compares the reward with the truth on expert items and warns of reward hacking.
+
+    python grpo.py --model runs/toy/sft --reward runs/toy/reward --data accepted.jsonl --val val.jsonl --out runs/toy/grpo
+"""
+import argparse
+import time
+
+import records
+import runs
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--model", required=True, help="policy to start from, also the frozen reference")
+    p.add_argument("--reward", required=True, help="folder of a reward model")
+    p.add_argument("--data", required=True, nargs="+", help="question record files to practise on")
+    p.add_argument("--val", help="expert question records for the watch")
+    p.add_argument("--steps", type=int, default=50, help="batches of rollouts")
+    p.add_argument("--prompts", type=int, default=16, help="P, questions a step")
+    p.add_argument("--group", type=int, default=8, help="G, responses to each")
+    p.add_argument("--iterations", type=int, default=1, help="updates on each batch of rollouts")
+    p.add_argument("--max-new-tokens", type=int, default=96, help="longest response")
+    p.add_argument("--loss", choices=("grpo", "dr_grpo", "dapo", "gspo"), default="grpo", help="see above")
+    p.add_argument("--epsilon", type=float, default=0.2, help="the ratio is clipped below at 1 - this")
+    p.add_argument("--epsilon-high", type=float, help="and above at 1 + this (--epsilon)")
+    p.add_argument("--kl", type=float, default=0.02, help="weight of the KL term; 0 loads no reference")
+    p.add_argument("--alpha", type=float, default=0.8, help="weight of the reward model")
+    p.add_argument("--beta", type=float, default=0.2, help="weight of the answer match")
+    p.add_argument("--reward-scale", choices=("unit", "raw"), default="unit", help="R in [0, 1], or in [-6, 10]")
+    p.add_argument("--scale-rewards", choices=("group", "batch", "none"), default="group", help="whose standard deviation divides")
+    p.add_argument("--mask-truncated", action=argparse.BooleanOptionalAction, default=False,
+                   help="a response cut at --max-new-tokens teaches nothing")
+    p.add_argument("--drop-zero-variance", action=argparse.BooleanOptionalAction, default=False,
+                   help="skip groups all right or all wrong, and refill the batch with other questions")
+    p.add_argument("--lr", type=float, default=5e-5, help="learning rate (the toy's; about 1e-6 for a 7B model)")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
+    p.add_argument("--micro-batch", type=int, default=8, help="groups at a time: less memory, same result")
+    p.add_argument("--watch-every", type=int, default=10, help="steps between looks at the truth on --val")
+    p.add_argument("--watch-items", type=int, default=200, help="records of --val to look at")
+    p.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
+    runs.add_arguments(p)
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch is imported: --help answers at once
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
+
+import vlm  # noqa: E402
+from reward import RewardModel  # noqa: E402
+
+REFILLS = 4  # how often a batch is refilled before a step makes do with fewer groups
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loss.
+
+def advantages_of(rewards, scale, batch_std=None):
+    """(P, G) rewards → (P, G) advantages: what a response earned beyond the mean of its group."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if scale == "none":
+        return centred
+    std = rewards.std(1, keepdim=True) if scale == "group" else batch_std
+    return centred / (std + 1e-4)
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, mask, counts, *, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0):
+    """The objective of the docstring, negated. Returns (loss, sums of metrics over the tokens under `mask`).
+
+    logps, old_logps, ref_logps, mask: (N, C), of which old and ref carry no gradient; advantages: (N,); ref_logps is None at
+    kl 0. `counts` = (sequences, tokens, longest) of the whole batch: what the denominators count.
+    """
+    sequences, tokens, longest = counts
+    lengths = mask.sum(1).clamp(min=1)  # (N,) tokens of each response
+    log_ratio = (logps - old_logps) * mask  # (N, C)
+    if loss == "gspo":  # one ratio a sequence, the same at each of its tokens
+        log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand_as(mask)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
+    gain = advantages[:, None]
+    objective = torch.minimum(ratio * gain, clipped * gain)  # (N, C)
+    k3 = torch.zeros_like(objective)
+    if kl:
+        log_ref = (ref_logps - logps) * mask
+        k3 = log_ref.exp() - log_ref - 1
+    per_token = -(objective - kl * k3) * mask  # (N, C)
+    if loss in ("grpo", "gspo"):
+        total = (per_token.sum(1) / lengths).sum() / sequences  # mean over responses of the mean over tokens
+    elif loss == "dapo":
+        total = per_token.sum() / tokens  # mean over the batch's tokens
+    else:
+        total = per_token.sum() / (sequences * longest)  # dr_grpo: a constant, the same for short and long
+    with torch.no_grad():
+        metrics = {"kl": (k3 * mask).sum(), "clip_low": ((ratio < clipped) & (gain < 0) & (mask > 0)).sum(),
+                   "clip_high": ((ratio > clipped) & (gain > 0) & (mask > 0)).sum()}
+    return total, metrics
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rollouts and their rewards.
+
+class Group:
+    """One question and its G responses: texts, ids and mask (G, C), truncated (G,), match (G,), then rewards and advantages."""
+
+    def __init__(self, record, image, ids, mask, texts, stop_ids):
+        self.record, self.image, self.prompt = record, image, records.policy_prompt(record)
+        self.ids, self.mask, self.texts = ids, mask, texts
+        self.parsed = [records.parse_response(t, record.get("options")) for t in texts]
+        self.match = [records.is_match(p.prediction, record["answer"]) for p in self.parsed]
+        last = ids.gather(1, (mask.sum(1, keepdim=True) - 1)).squeeze(1)  # (G,)
+        self.truncated = ~torch.isin(last, torch.tensor(stop_ids, device=ids.device))
+
+    @property
+    def has_spread(self):
+        """Do the outcomes differ? (The continuous reward always does, by noise if by nothing else.)"""
+        return 0 < sum(self.match) < len(self.match)
+
+
+def sample_groups(policy, rows, group, max_new_tokens, *seed):
+    """G responses to each of the records, in one batch; each row's randomness is its own."""
+    images = [records.open_image(r["image"]) for r in rows]
+    prompts = vlm.encode_prompts(policy, images, [records.policy_prompt(r) for r in rows])
+    seeds = [runs.seed_of(*seed, r["id"], g) for r in rows for g in range(group)]
+    ids, mask = vlm.sample(policy, prompts, seeds, max_new_tokens, 1.0, group)
+    texts = vlm.decode(policy, ids, mask)
+    cut = [slice(b * group, (b + 1) * group) for b in range(len(rows))]
+    return [Group(r, i, ids[c], mask[c], texts[c], policy.stop_ids) for r, i, c in zip(rows, images, cut)]
+
+
+def judge(reward_model, groups, alpha, beta, scale):
+    """Give each group its hybrid rewards (G,), and keep the two parts beside."""
+    scores = reward_model([g.image for g in groups], [g.prompt for g in groups], [t for g in groups for t in g.texts])
+    size = len(groups[0].texts)
+    for b, g in enumerate(groups):
+        g.scores = {head: values[b * size:(b + 1) * size] for head, values in scores.items()}
+        r = torch.tensor(g.scores["overall"])
+        formed = torch.tensor([float(p.well_formed) for p in g.parsed])
+        part = r if scale == "raw" else (r + 6) / 16
+        g.rewards = (alpha * part + beta * torch.tensor(g.match, dtype=torch.float32)) * formed  # malformed: 0
+
+
+def roll_out(policy, reward_model, examples, cursor, args, step, accelerator):
+    """One batch of P judged groups (this process's share) → groups, share of groups without spread, cursor."""
+    share = range(accelerator.process_index, args.prompts, accelerator.num_processes)
+    groups, seen, spread = [], 0, 0
+    for _ in range(REFILLS if args.drop_zero_variance else 1):
+        index = runs.batch_at(cursor, args.prompts, len(examples), args.seed)
+        cursor += 1
+        rows = [examples[index[i]] for i in share]
+        fresh = sample_groups(policy, rows, args.group, args.max_new_tokens, args.seed, cursor)
+        seen, spread = seen + len(fresh), spread + sum(g.has_spread for g in fresh)
+        groups += [g for g in fresh if g.has_spread or not args.drop_zero_variance]
+        missing = accelerator.reduce(torch.tensor(len(share) - len(groups), device=policy.device).clamp(min=0), "sum")
+        if not missing.item():  # every process has enough: all stop at the same cursor
+            break
+    groups = groups[:len(share)] or fresh[:1]  # nothing with spread anywhere: one group, whose advantages are about zero
+    judge(reward_model, groups, args.alpha, args.beta, args.reward_scale)
+    return groups, 1 - spread / seen, cursor
+
+
+def rollout_rows(groups, step, folder):
+    """rollouts.jsonl: the record, one response, how it was read and what it earned."""
+    for g in groups:
+        for k, text in enumerate(g.texts):
+            yield records.relative(g.record, folder) | {
+                "id": f"{g.record['id']}/{step}/{k}", "record": g.record["id"], "step": step, "response": text,
+                "prediction": g.parsed[k].prediction, "reason": g.parsed[k].reason, "correct": g.match[k],
+                "rollout_reward": round(g.rewards[k].item(), 4), "advantage": round(g.advantages[k].item(), 4),
+                "rollout_scores": {head: round(values[k], 4) for head, values in g.scores.items()}}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Learning.
+
+def collate(policy, groups):
+    """Groups side by side: model inputs of B prompts; ids and mask (B·G, C); advantages (B·G,)."""
+    width = max(int(g.mask.sum(1).max()) for g in groups)  # trimmed to this micro-batch's longest
+    wide = lambda x, value: torch.nn.functional.pad(x, (0, max(0, width - x.shape[1])), value=value)[:, :width]  # noqa: E731
+    ids = torch.cat([wide(g.ids, policy.tokenizer.pad_token_id) for g in groups])
+    mask = torch.cat([wide(g.mask, 0) for g in groups])
+    prompts = vlm.encode_prompts(policy, [g.image for g in groups], [g.prompt for g in groups])
+    return prompts, ids, mask, torch.cat([g.advantages for g in groups]).to(policy.device)
+
+
+def learn(policy, reference, groups, args, accelerator, old=None):
+    """Leave the gradient of the whole batch in the policy. Returns metrics, and the log-probs before the update.
+
+    `old`: log-probs of the policy that sampled, a list of micro-batches; None at the first update, where they are the
+    policy's own, so that the ratio is exactly 1.
+    """
+    batches = [collate(policy, groups[i:i + args.micro_batch]) for i in range(0, len(groups), args.micro_batch)]
+    cut = [torch.cat([g.truncated for g in groups[i:i + args.micro_batch]]) for i in range(0, len(groups), args.micro_batch)]
+    masks = [m * ~c[:, None] if args.mask_truncated else m for (_, _, m, _), c in zip(batches, cut)]
+    local = torch.tensor([sum(int((m.sum(1) > 0).sum()) for m in masks), sum(int(m.sum()) for m in masks)], device=policy.device)
+    sequences, tokens = accelerator.reduce(local, "sum").clamp(min=1).tolist()
+    sums, before = {}, []
+    for k, ((prompts, ids, mask, advantages), counted) in enumerate(zip(batches, masks)):
+        logps, entropy = vlm.token_logps(policy, prompts, ids, mask)  # (B·G, C)
+        before.append(logps.detach())
+        ref_logps = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logps, _ = vlm.token_logps(reference, prompts, ids, mask)
+        loss, metrics = grpo_loss(logps, before[k] if old is None else old[k], ref_logps, advantages, counted,
+                                  (sequences, tokens, args.max_new_tokens), loss=args.loss, epsilon=args.epsilon,
+                                  epsilon_high=args.epsilon_high, kl=args.kl)
+        loss.backward()
+        for name, value in (metrics | {"entropy": (entropy.detach() * counted).sum()}).items():
+            sums[name] = sums.get(name, 0) + value / tokens
+        sums["loss"] = sums.get("loss", 0) + loss.detach()
+    names = sorted(sums)
+    reduced = accelerator.reduce(torch.stack([sums[n].float() for n in names]), "sum")
+    return dict(zip(names, reduced.tolist())) | {"tokens": tokens}, before
+
+
+def rollout_metrics(groups):
+    """Means over this process's responses."""
+    flat = {"reward": torch.cat([g.rewards for g in groups]),
+            "reward_model": torch.tensor([s for g in groups for s in g.scores["overall"]]),
+            "match": torch.tensor([float(m) for g in groups for m in g.match]),
+            "length": torch.cat([g.mask.sum(1) for g in groups]).float(),
+            "truncated": torch.cat([g.truncated for g in groups]).float(),
+            "unparsed": torch.tensor([float(p.prediction is None) for g in groups for p in g.parsed])}
+    return {name: values.mean().item() for name, values in flat.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The watch.
+
+def watch(policy, reward_model, rows, max_new_tokens, batch=64):
+    """True accuracy and mean reward-model score of the policy's greedy answers to expert items."""
+    right, scores = 0, []
+    for i in range(0, len(rows), batch):
+        part = rows[i:i + batch]
+        images, texts = [records.open_image(r["image"]) for r in part], [records.policy_prompt(r) for r in part]
+        ids, mask = vlm.sample(policy, vlm.encode_prompts(policy, images, texts), None, max_new_tokens, temperature=0)
+        responses = vlm.decode(policy, ids, mask)
+        right += sum(records.is_match(records.parse_response(t, r.get("options")).prediction, r["answer"])
+                     for t, r in zip(responses, part))
+        scores += reward_model(images, texts, responses)["overall"]
+    return {"watch_accuracy": right / len(rows), "watch_reward": sum(scores) / len(scores)}
+
+
+def hacking(first, now, n):
+    """Does the reward rise while the truth falls, by more than one standard error of an accuracy over n items?"""
+    p = first["watch_accuracy"]
+    return now["watch_reward"] > first["watch_reward"] and now["watch_accuracy"] < p - (p * (1 - p) / n) ** 0.5
+
+
+def main(args):
+    accelerator = Accelerator(mixed_precision="bf16" if vlm.best_dtype() == torch.bfloat16 else "no")
+    run = runs.start(args, [args.model, args.reward, *args.data, args.val], accelerator.is_main_process)
+    examples = [r for file in args.data for r in records.read(file, require=("image", "question", "answer"))]
+    watched = list(records.read(args.val, require=("image", "question", "answer")))[:args.watch_items] if args.val else []
+    policy, reward_model = vlm.load(args.model, accelerator.device), RewardModel.load(args.reward)
+    reference = vlm.frozen_copy(policy) if args.kl else None
+    if args.freeze == "vision":
+        vlm.freeze_vision(policy)
+    parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
+    if "optimizer" in run.state:
+        policy.model.load_state_dict(run.state["model"], strict=False)
+        optimizer.load_state_dict(run.state["optimizer"])
+    cursor, first, seen = run.state.get("cursor", 0), run.state.get("first"), run.state.get("seen", {})
+
+    for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
+        if watched and step % args.watch_every == 0:
+            seen = watch(policy, reward_model, watched, args.max_new_tokens)
+            first = first or seen
+            if run.main and hacking(first, seen, len(watched)):
+                print(f"step {step}: reward hacking? reward {first['watch_reward']:.2f} → {seen['watch_reward']:.2f}, "
+                      f"true accuracy {first['watch_accuracy']:.3f} → {seen['watch_accuracy']:.3f}", flush=True)
+        start = time.perf_counter()
+        groups, flat, cursor = roll_out(policy, reward_model, examples, cursor, args, step, accelerator)
+        everyone = accelerator.gather(torch.stack([g.rewards for g in groups]).to(policy.device)) if args.scale_rewards == "batch" else None
+        for g in groups:
+            g.advantages = advantages_of(g.rewards[None], args.scale_rewards, None if everyone is None else everyone.std().cpu())[0]
+        sampled, old = time.perf_counter(), None
+        for _ in range(args.iterations):
+            with accelerator.autocast():
+                metrics, before = learn(policy, reference, groups, args, accelerator, old)
+            old = old or before
+            runs.sum_gradients(parameters.values(), accelerator)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
+            optimizer.step()
+            optimizer.zero_grad()
+        learned = time.perf_counter()
+        run.append("rollouts.jsonl", gather_object(list(rollout_rows(groups, step, run.folder))))
+        run.log(step=step, **rollout_metrics(groups), zero_variance=flat, **metrics, grad_norm=norm,
+                sample_seconds=sampled - start, learn_seconds=learned - sampled,
+                sample_tokens_per_s=metrics["tokens"] / (sampled - start), learn_tokens_per_s=metrics["tokens"] / (learned - sampled),
+                **(seen if step % args.watch_every == 0 else {}))
+        if (step + 1) % args.save_every == 0:
+            run.commit(step=step + 1, cursor=cursor, first=first, seen=seen, optimizer=optimizer.state_dict(),
+                       model={n: p.detach() for n, p in parameters.items()})
+
+    result = {"steps": args.steps, "first": first, "last": watch(policy, reward_model, watched, args.max_new_tokens) if watched else None}
+    if run.main:
+        vlm.save(policy, run.part)
+    run.finish(result, f"accuracy on the watch {first['watch_accuracy']:.3f} → {result['last']['watch_accuracy']:.3f}, "
+                       f"reward {first['watch_reward']:.2f} → {result['last']['watch_reward']:.2f}" if watched else "")
+
+
+if __name__ == "__main__":
+    runs.cli(main, ARGS)

@@ -1,0 +1,13 @@
+# Sourced by cycle.sh and tests/run.sh. Sets PYTHON: the one given in the environment, or .venv, made if it is missing, with
+# the requirements files of the arguments installed into it once.
+if [ -z "${PYTHON:-}" ]; then
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed"; exit 2; }
+  [ -x .venv/bin/python ] || { echo "making .venv"; python3 -m venv .venv; }
+  PYTHON=$PWD/.venv/bin/python
+  stamp=.venv/installed-$(cat "$@" | cksum | cut -d' ' -f1)
+  if [ ! -e "$stamp" ]; then
+    echo "installing $*"
+    for file in "$@"; do "$PYTHON" -m pip install -q --disable-pip-version-check -r "$file"; done
+    touch "$stamp"
+  fi
+fi

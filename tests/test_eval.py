@@ -1,0 +1,345 @@
+"""eval.py: figures against computations by hand, intervals, baselines, comparing, and real runs of the toy policy."""
+import copy
+import itertools
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+import clinic  # noqa: E402
+import eval as evaluation  # noqa: E402
+import records  # noqa: E402
+import runs  # noqa: E402
+
+POLICY = ROOT / "toy" / "policy"
+BATCH = 4  # questions at a time in the real runs: many commits to be killed between
+
+
+def row(name, prediction, answer="CT", options=("CT", "MRI", "OCT"), image="a", **fields):
+    """A line of predictions.jsonl, in memory. `options=None` is an open question."""
+    closed = {"options": list(options)} if options else {}
+    return {"id": name, "image": f"/{image}.png", "question": "Which?", "answer": answer, "prediction": prediction,
+            "image_hash": image} | closed | fields
+
+
+def command(*arguments, **options):
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, arguments)], capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def assert_refused(done, *words):
+    """A user's mistake: status 2, one line on stderr with these words in it, nothing on stdout."""
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert done.stderr.startswith("eval.py: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+# Marking -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def question(tmp_path):
+    clinic.draw(clinic.draw_facts(random.Random(0)), random.Random(0)).save(tmp_path / "a.png")
+    return {"id": "q", "image": str(tmp_path / "a.png"), "question": "Which?", "options": ["CT", "MRI"], "answer": "MRI"}
+
+
+@pytest.mark.parametrize("answer, prediction, correct", [
+    ("MRI", "MRI", True), ("b)", "MRI", True), ("(A) CT.", "CT", False), ("OCT", None, False)])
+def test_a_response_is_read_by_text_or_letter_and_marked(question, answer, prediction, correct):
+    before = copy.deepcopy(question)
+    marked = evaluation.mark(question, f"<think>x</think><answer>{answer}</answer>")
+    assert (marked["prediction"], marked["correct"]) == (prediction, correct)
+    assert (marked["reason"] is None) == (prediction is not None)
+    assert question == before and before.items() <= marked.items()  # fields are added, none is changed
+    assert set(marked) - set(before) == set(evaluation.ADDED)
+
+
+def test_an_open_question_is_right_where_the_text_is_but_for_case_and_punctuation(question):
+    del question["options"]
+    question["answer"] = "Left lung"
+    responses = {"left  lung.": True, "lung": False, "the left lung": False}
+    assert {r: evaluation.mark(question, f"<answer>{r}</answer>")["correct"] for r in responses} == responses
+
+
+def test_a_cut_response_is_named_as_such_only_where_its_answer_is_lost(question):
+    assert evaluation.mark(question, "<think>x", cut=True)["reason"] == "cut at --max-new-tokens"
+    assert evaluation.mark(question, "<think>x", cut=False)["reason"] == "no answer"
+    assert evaluation.mark(question, "<answer>CT</answer> and", cut=True)["reason"] is None
+
+
+# The table of one run ------------------------------------------------------------------------------------
+
+def test_figures_equal_a_computation_by_hand_in_all_and_by_group():
+    rows = [row("1", "CT", modality="CT", task="T", image="a"), row("2", "MRI", modality="CT", task="U", image="a"),
+            row("3", "CT", modality="CT", task="T", image="b"), row("4", "ct.", modality="MRI", task="T", image="c"),
+            row("5", None, modality="MRI", task="U", image="d")]
+    result = evaluation.metrics(rows, 0)
+    pick = lambda r: (r["questions"], r["images"], r["accuracy"], r["unparsed"])  # noqa: E731
+    assert pick(result) == (5, 4, 0.6, 0.2)
+    assert {m: pick(r) for m, r in result["modality"].items()} == {"CT": (3, 2, 2 / 3, 0), "MRI": (2, 2, 0.5, 0.5)}
+    assert {t: pick(r) for t, r in result["task"].items()} == {"T": (3, 3, 1.0, 0), "U": (2, 2, 0.0, 0.5)}
+    assert result["modality"]["MRI"]["low"] == 0 and result["modality"]["MRI"]["high"] == 1
+    json.dumps(result, allow_nan=False)  # plain numbers
+
+
+def test_a_group_that_is_not_known_is_shown_only_beside_known_ones():
+    rows = [row("1", "CT", modality="CT"), row("2", "CT")]
+    result = evaluation.metrics(rows, 0)
+    assert set(result["modality"]) == {"CT", "(none)"} and "task" not in result
+
+
+def test_unparsed_is_wrong_and_stays_in_the_denominator():
+    rows = [row(str(i), p, image=str(i)) for i, p in enumerate(["CT", "CT", "MRI", None])]
+    result = evaluation.metrics(rows, 0)
+    assert (result["accuracy"], result["unparsed"], result["questions"]) == (0.5, 0.25, 4)  # not 2 of 3
+
+
+def test_the_table_has_a_line_for_all_and_for_each_group():
+    rows = [row("1", "CT", modality="CT", task="T", image="a"), row("2", None, modality="OCT", task="T", image="b")]
+    lines = evaluation.table(evaluation.metrics(rows, 0)).split("\n")
+    assert lines[0].split() == ["questions", "images", "accuracy", "low", "high", "majority", "position", "unparsed"]
+    assert [line.split("  ")[0] for line in lines[2:]] == ["all", "modality: CT", "modality: OCT", "task: T"]
+    assert lines[2].split() == ["all", "2", "2", "0.500", "0.000", "1.000", "1.000", "1.000", "0.500"]
+
+
+# Baselines -----------------------------------------------------------------------------------------------
+
+def test_majority_is_the_most_frequent_normalised_answer_of_the_task():
+    answers = [("yes", "T"), ("no", "T"), ("Yes.", "T"), ("no", "U"), ("no", "U"), ("yes", "U")]
+    rows = [row(str(i), None, answer, None, task=task) for i, (answer, task) in enumerate(answers)]
+    assert evaluation.majority_baseline(rows) == [True, False, True, True, True, False]
+    without = [{k: v for k, v in r.items() if k != "task"} for r in rows]  # one group: no 3, yes 3, the first met wins
+    assert evaluation.majority_baseline(without) == [True, False, True, False, False, True]
+
+
+def test_position_is_where_most_right_options_are_and_open_questions_count_as_wrong():
+    closed = [row(str(i), None, answer) for i, answer in enumerate(["MRI", "CT", "MRI", "OCT"])]
+    assert evaluation.position_baseline([*closed, row("4", "CT", options=None)]) == [True, False, True, False, False]
+    assert evaluation.position_baseline([row("1", None, options=None)]) == [False]
+
+
+def test_baselines_are_taken_from_the_whole_file_and_marked_by_row():
+    rows = [row(str(i), None, answer, modality=modality, task="T") for i, (answer, modality) in
+            enumerate([("CT", "a"), ("CT", "a"), ("CT", "a"), ("MRI", "b"), ("MRI", "b"), ("CT", "b")])]
+    result = evaluation.metrics(rows, 0)
+    for baseline in ("majority", "position"):
+        assert [result[baseline], result["modality"]["a"][baseline]] == [4 / 6, 1]
+        assert result["modality"]["b"][baseline] == 1 / 3  # fitted to its own row it would have 2/3
+
+
+# Intervals -----------------------------------------------------------------------------------------------
+
+def width(values, images):
+    low, high = evaluation.interval(np.array(values, float), np.array(images), seed=0)
+    assert low <= np.mean(values) <= high
+    return high - low
+
+
+def test_by_image_is_wider_than_by_question_where_answers_within_an_image_agree():
+    rng = np.random.default_rng(1)
+    right = np.repeat(rng.random(100) < 0.6, 9)  # 100 images of 9 questions, all right or all wrong
+    ratio = width(right, np.repeat(np.arange(100), 9)) / width(right, np.arange(900))
+    assert 2.7 < ratio < 3.3  # the square root of 9: 100 independent answers, not 900
+
+
+def test_of_independent_questions_it_is_the_textbook_interval():
+    right = np.arange(400) < 120
+    assert width(right, np.arange(400)) == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 400) ** 0.5, rel=0.08)
+
+
+def test_it_is_the_distribution_over_all_draws_of_images_of_unequal_size():
+    questions, right = [1, 2, 5, 9], [1, 0, 4, 2]  # by image
+    values = np.concatenate([np.arange(n) < r for n, r in zip(questions, right)]).astype(float)
+    draws = [(sum(right[i] for i in d) / sum(questions[i] for i in d)) for d in itertools.product(range(4), repeat=4)]
+    got = evaluation.interval(values, np.repeat(list("dacb"), questions), seed=0, resamples=20000)
+    assert got == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.01)
+
+
+def test_it_depends_on_the_seed_and_not_on_the_order_of_the_rows():
+    rng = np.random.default_rng(2)
+    values, images, order = (rng.random(60) < 0.5).astype(float), rng.integers(20, size=60), rng.permutation(60)
+    first = evaluation.interval(values, images, 0)
+    assert evaluation.interval(values[order], images[order], 0) == first
+    assert evaluation.interval(values, images, 1) != first
+
+
+def test_one_image_has_no_interval():
+    assert evaluation.interval(np.array([1.0, 0.0]), np.array(["a", "a"]), 0) == (None, None)
+
+
+# Comparing -----------------------------------------------------------------------------------------------
+
+def pair():
+    a = [row("1", "CT", image="a", modality="CT"), row("2", "MRI", image="a", modality="CT"),
+         row("3", None, image="b", modality="MRI"), row("4", "OCT", image="c", modality="MRI")]
+    b = [r | {"prediction": p} for r, p in zip(a, ["MRI", "CT", "CT", "OCT"])]  # broken, mended, mended, still wrong
+    return a, b
+
+
+def test_corrected_and_introduced_equal_a_count_by_hand():
+    result = evaluation.comparison(*pair(), 0)
+    pick = lambda r: [r[k] for k in ("questions", "images", "a", "b", "difference", "corrected", "introduced")]  # noqa: E731
+    assert pick(result) == [4, 3, 0.25, 0.5, 0.25, 2, 1]
+    assert pick(result["modality"]["CT"]) == [2, 1, 0.5, 0.5, 0, 1, 1]
+    assert pick(result["modality"]["MRI"]) == [2, 2, 0, 0.5, 0.5, 1, 0]
+
+
+def test_swapping_the_runs_changes_the_sign_and_nothing_else():
+    a, b = pair()
+    there, back = evaluation.comparison(a, b, 0), evaluation.comparison(b, a, 0)
+    assert back["difference"] == -there["difference"] != 0
+    assert (back["low"], back["high"]) == pytest.approx((-there["high"], -there["low"]))
+    assert (back["corrected"], back["introduced"]) == (there["introduced"], there["corrected"])
+
+
+def test_paired_interval_is_narrower_than_the_unpaired_where_the_runs_agree_mostly():
+    rng = np.random.default_rng(3)
+    a = [row(str(i), "CT" if right else None, image=str(i // 2)) for i, right in enumerate(rng.random(400) < 0.6)]
+    b = [r | {"prediction": "CT"} if i % 20 == 0 else r for i, r in enumerate(a)]
+    result = evaluation.comparison(a, b, 0)
+    assert result["low"] <= result["difference"] <= result["high"]
+    widths = [r["high"] - r["low"] for r in (evaluation.metrics(a, 0), evaluation.metrics(b, 0))]
+    assert result["high"] - result["low"] < 0.5 * np.hypot(*widths)
+
+
+def test_runs_on_different_items_are_refused_with_the_number_missing_in_each(tmp_path):
+    a, b = pair()
+    records.write(tmp_path / "a.jsonl", a)
+    records.write(tmp_path / "b.jsonl", [*b[2:], row("5", None)])
+    done = command("--compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "out")
+    assert_refused(done, f"{tmp_path / 'a.jsonl'} lacks 1 of 3 (5)", f"{tmp_path / 'b.jsonl'} lacks 2 of 4 (1)")
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize("field, value", [("answer", "MRI"), ("question", "What?"), ("image_hash", "z"), ("options", ["CT", "MRI"])])
+def test_the_same_id_on_another_item_is_refused(tmp_path, field, value):
+    a, b = pair()
+    records.write(tmp_path / "a.jsonl", a)
+    records.write(tmp_path / "b.jsonl", [*b[:2], b[2] | {field: value}, b[3]])
+    with pytest.raises(runs.RunError, match=f"item 3 has another `{field}`"):
+        evaluation.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+
+def test_the_second_run_may_hold_the_items_in_another_order(tmp_path):
+    a, b = pair()
+    records.write(tmp_path / "a.jsonl", a)
+    records.write(tmp_path / "b.jsonl", b[::-1])
+    rows_a, rows_b = evaluation.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert [r["id"] for r in rows_a] == [r["id"] for r in rows_b] == ["1", "2", "3", "4"]
+    assert [r["prediction"] for r in rows_b] == ["MRI", "CT", "CT", "OCT"]
+
+
+# The command ---------------------------------------------------------------------------------------------
+
+def test_help_and_the_metrics_do_not_import_torch_and_help_takes_less_than_a_second():
+    started = time.perf_counter()
+    done = command("--help")
+    assert time.perf_counter() - started < 1 and done.returncode == 0 and "--compare" in done.stdout
+    code = "import sys, runpy\ntry: runpy.run_path('eval.py', run_name='__main__')\nexcept SystemExit: pass\n" \
+           "import eval; assert eval.metrics and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", "m"], ["--data", "d"], ["--compare", "a", "b", "--model", "m"],
+                                       ["--compare", "a", "b", "--data", "d"], ["--model", "m", "--data", "d", "--batch", "0"],
+                                       ["--model", "m", "--data", "d", "--max-new-tokens", "0"]])
+def test_flags_that_do_not_go_together_are_refused(tmp_path, arguments):
+    words = "--model and --data, or --compare A B" if arguments[-1:] != ["0"] else "--batch and --max-new-tokens"
+    assert_refused(command(*arguments, "--out", tmp_path / "out"), words)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_test_file_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_path, question):
+    for change, words in [({"image": str(tmp_path / "gone.png")}, ["record q", "no such image", "gone.png"]),
+                          ({"prediction": "CT"}, ["record q", "`prediction`"]), ({"answer": "OCT"}, [".jsonl:1:", "`answer`"])]:
+        records.write(tmp_path / "test.jsonl", [question | change])
+        assert_refused(command("--model", POLICY, "--data", tmp_path / "test.jsonl", "--out", tmp_path / "out"), *words)
+        assert sorted(os.listdir(tmp_path)) == ["a.png", "test.jsonl"]
+
+
+def answer(home, out):
+    return ["--model", POLICY, "--data", home / "test.jsonl", "--out", home / out, "--batch", BATCH, "--max-new-tokens", 64]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with test.jsonl (25 questions on 12 images, one image under two names) and a finished run on it in a/."""
+    home = tmp_path_factory.mktemp("eval")
+    rows = list(clinic.question_rows(str(home), "test", 12, 0, 2))
+    shutil.copy(rows[0]["image"], home / "images" / "copy.png")
+    rows.insert(7, {k: v for k, v in rows[0].items() if k != "options"} | {"id": "open", "image": str(home / "images" / "copy.png")})
+    records.write(home / "test.jsonl", rows)
+    before = (home / "test.jsonl").read_bytes()
+    done = command(*answer(home, "a"))
+    assert done.returncode == 0, done.stderr
+    assert (home / "test.jsonl").read_bytes() == before
+    (home / "stdout.txt").write_text(done.stdout)
+    return home
+
+
+def test_predictions_are_the_records_in_order_with_what_is_recomputed_here(home):
+    given, got = lines(home / "test.jsonl"), lines(home / "a" / "predictions.jsonl")
+    assert [{k: v for k, v in r.items() if k not in evaluation.ADDED and k != "image"} for r in got] == \
+           [{k: v for k, v in r.items() if k != "image"} for r in given]
+    for old, new in zip(given, got):
+        assert os.path.samefile(home / "a" / new["image"], home / old["image"])
+        answers = new["response"].split("<answer>")[1:]
+        said = answers[0].split("</answer>")[0].strip() if len(answers) == 1 and "</answer>" in answers[0] else None
+        assert new["correct"] == (said is not None and said.lower() == new["answer"].lower())  # the toy writes no letters
+        assert (new["prediction"] is None) == (new["reason"] is not None)
+    assert len({r["response"] for r in got}) > 3  # it looks at what it is asked
+
+
+def test_metrics_json_and_the_printed_table_say_what_predictions_jsonl_holds(home):
+    got, result = lines(home / "a" / "predictions.jsonl"), json.loads((home / "a" / "metrics.json").read_text())
+    assert (result["questions"], result["images"]) == (25, 12)  # the copy is no image of its own
+    assert result["accuracy"] == pytest.approx(sum(r["correct"] for r in got) / 25)
+    assert result["unparsed"] == pytest.approx(sum(result["reasons"].values()) / 25)
+    assert sum(r["questions"] for r in result["task"].values()) == 25
+    printed = (home / "stdout.txt").read_text()
+    assert evaluation.table({k: v for k, v in result.items() if k != "reasons"}) in printed
+    assert printed.splitlines()[-1].startswith(f"{home / 'a'}: accuracy {result['accuracy']:.3f} on 25 questions, 12 images")
+
+
+def test_killed_and_called_again_it_gives_the_same_bytes_and_then_is_complete(home):
+    process = subprocess.Popen([sys.executable, ROOT / "eval.py", *map(str, answer(home, "b"))], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (home / "b.part" / "state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (home / "b").exists()  # else the kill came too late to test anything
+    with open(home / "b.part" / "predictions.jsonl", "a") as file:
+        file.write('{"id": "half')  # what a crash in the middle of a line leaves
+    done = command(*answer(home, "b"))
+    assert "going on from step" in done.stdout and "going on from step 0" not in done.stdout
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (home / "b" / name).read_bytes() == (home / "a" / name).read_bytes()
+    again = command(*answer(home, "b"))
+    assert (again.returncode, again.stdout) == (0, f"{home / 'b'}: complete already\n")
+
+
+def test_compare_takes_a_folder_or_a_file_and_writes_what_it_prints(home):
+    changed = list(records.read(home / "a" / "predictions.jsonl"))
+    wrong = [r for r in changed if not r["correct"]][:2]
+    wanted = [r | {"prediction": r["answer"]} if r in wrong else r for r in changed]
+    records.write(home / "changed.jsonl", wanted)
+    done = command("--compare", home / "a", home / "changed.jsonl", "--out", home / "compare")
+    result = json.loads((home / "compare" / "metrics.json").read_text())
+    assert len(wrong) == 2 and (result["corrected"], result["introduced"]) == (2, 0)
+    assert result["difference"] == pytest.approx(2 / 25)
+    assert evaluation.table(result) in done.stdout and "errors corrected 2, introduced 0" in done.stdout

@@ -1,0 +1,239 @@
+"""grpo.py: the loss against a computation by hand, what must not change it, and rewards, groups and watch."""
+import argparse
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+import records
+import vlm
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- the loss, number by number, in plain Python
+
+def by_hand(logps, old, ref, advantages, mask, counts, loss, low, high, beta):
+    sequences, tokens, longest = counts
+    total = 0.0
+    for i, a in enumerate(advantages):
+        n = sum(mask[i])
+        steps = [t for t in range(len(mask[i])) if mask[i][t]]
+        for t in steps:
+            if loss == "gspo":
+                rho = math.exp(sum(logps[i][s] - old[i][s] for s in steps) / n)
+            else:
+                rho = math.exp(logps[i][t] - old[i][t])
+            clipped = min(max(rho, 1 - low), 1 + high)
+            gain = min(rho * a, clipped * a)
+            kl = 0.0
+            if beta:
+                d = ref[i][t] - logps[i][t]
+                kl = math.exp(d) - d - 1
+            term = -(gain - beta * kl)
+            total += term / {"grpo": n * sequences, "gspo": n * sequences, "dapo": tokens, "dr_grpo": sequences * longest}[loss]
+    return total
+
+
+OLD = [[-1.0, -2.0, -0.5], [-1.5, -1.0, -3.0]]
+REF = [[-1.1, -1.7, -0.9], [-1.2, -1.4, -2.0]]
+BRANCHES = {"inside": 0.05, "below": -0.5, "above": 0.5}  # log ratio against a clip of 0.2 and 0.28
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_loss_equals_a_computation_by_hand_in_every_branch_of_the_clip(loss, branch, sign, beta):
+    logps = [[o + BRANCHES[branch] for o in row] for row in OLD]
+    logps[1][0] -= 0.03  # tokens of a sequence differ, or gspo could not be told from grpo
+    mask, advantages, counts = [[1, 1, 1], [1, 1, 0]], [0.7 * sign, 1.3 * sign], (2, 5, 8)
+    want = by_hand(logps, OLD, REF, advantages, mask, counts, loss, 0.2, 0.28, beta)
+    t = torch.tensor
+    got, metrics = grpo.grpo_loss(t(logps), t(OLD), t(REF), t(advantages), t(mask), counts, loss=loss, epsilon=0.2,
+                                  epsilon_high=0.28, kl=beta)
+    assert got.item() == pytest.approx(want, rel=1e-5)
+    clipped = {("below", -1.0): "clip_low", ("above", 1.0): "clip_high"}.get((branch, sign))
+    assert {k: int(metrics[k]) for k in ("clip_low", "clip_high")} == {"clip_low": 0, "clip_high": 0} | ({clipped: 5} if clipped else {})
+
+
+@pytest.mark.parametrize("branch,sign,moves", [("inside", 1, True), ("inside", -1, True), ("below", 1, True), ("below", -1, False),
+                                               ("above", 1, False), ("above", -1, True)])
+def test_a_clipped_token_has_no_gradient_and_every_other_has(branch, sign, moves):
+    logps = (torch.tensor(OLD) + BRANCHES[branch]).requires_grad_()
+    grpo.grpo_loss(logps, torch.tensor(OLD), None, torch.full((2,), float(sign)), torch.ones(2, 3), (2, 6, 3))[0].backward()
+    assert (logps.grad != 0).all() if moves else (logps.grad == 0).all()
+
+
+def test_epsilon_high_is_epsilon_unless_given_even_when_it_is_zero():
+    logps = torch.tensor(OLD) + 0.1
+    run = lambda **k: grpo.grpo_loss(logps, torch.tensor(OLD), None, torch.ones(2), torch.ones(2, 3), (2, 6, 3), **k)[0].item()  # noqa: E731
+    assert run() == pytest.approx(-math.exp(0.1), rel=1e-5) and run(epsilon_high=0.0) == pytest.approx(-1.0)
+
+
+def test_a_masked_token_and_an_all_masked_row_do_not_count():
+    logps, mask = torch.tensor(OLD), torch.tensor([[1, 1, 0], [0, 0, 0]])
+    base = grpo.grpo_loss(logps, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0]
+    other = torch.where(mask > 0, logps, torch.tensor(-50.0))
+    assert torch.equal(base, grpo.grpo_loss(other, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0]) and base.isfinite()
+
+
+def test_advantages_by_hand_and_equal_rewards_give_exactly_zero():
+    r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]])
+    group = grpo.advantages_of(r, "group")
+    std = math.sqrt(4 * 0.25 / 3)  # of (1, 0, 0, 1) with n - 1
+    assert group[0].tolist() == pytest.approx([s * 0.5 / (std + 1e-4) for s in (1, -1, -1, 1)]) and not group[1].any()
+    assert grpo.advantages_of(r, "none")[0].tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert grpo.advantages_of(r, "batch", torch.tensor(2.0))[0].tolist() == pytest.approx([s * 0.5 / 2.0001 for s in (1, -1, -1, 1)])
+
+
+# ---- on the toy policy
+
+class OneProcess:
+    """What `learn` asks of an accelerate.Accelerator, for one of several shares whose sums a test adds up itself."""
+
+    def __init__(self, counts=None):
+        self.counts = counts
+
+    def reduce(self, tensor, how):
+        return torch.tensor(self.counts) if self.counts and tensor.dtype == torch.long and tensor.numel() == 2 else tensor
+
+
+def flags(**over):
+    return argparse.Namespace(**{"micro_batch": 8, "mask_truncated": False, "max_new_tokens": 24, "loss": "grpo", "epsilon": 0.2,
+                                 "epsilon_high": None, "kl": 0.0} | over)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return vlm.load(str(ROOT / "toy" / "policy"))
+
+
+@pytest.fixture(scope="module")
+def groups(policy, tmp_path_factory):
+    """Six judged groups of four responses, some of them truncated (24 tokens are few)."""
+    sys.path.insert(0, str(ROOT / "toy"))
+    import clinic
+    folder = tmp_path_factory.mktemp("clinic")
+    clinic.write_clinic(str(folder), (3, 1, 1, 1, 1), seed=5)
+    rows = list(records.read(folder / "expert.jsonl"))[:6]
+    made = grpo.sample_groups(policy, rows, 4, 24, 0, 0)
+    for k, g in enumerate(made):
+        g.rewards = torch.tensor([0.1, 0.5, 0.4, 0.9]) * (k + 1)
+        g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]
+    return made
+
+
+def gradient(policy, groups, accelerator=None, reference=None, old=None, **over):
+    policy.model.zero_grad()
+    metrics, before = grpo.learn(policy, reference, groups, flags(**over), accelerator or OneProcess(), old)
+    grads = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    return grads, metrics, before
+
+
+def assert_same(a, b, tolerance=1e-5):
+    assert a.keys() == b.keys() and a
+    flat = lambda g: torch.cat([g[n].flatten() for n in sorted(g)])  # noqa: E731
+    assert (flat(a) - flat(b)).norm() <= tolerance * flat(a).norm() and flat(a).norm() > 0
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_the_gradient_does_not_depend_on_micro_batches(policy, groups, loss):
+    whole, metrics, _ = gradient(policy, groups, loss=loss, micro_batch=6)
+    parts, again, _ = gradient(policy, groups, loss=loss, micro_batch=1)
+    assert_same(whole, parts)
+    assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo"])
+def test_the_gradient_is_the_sum_over_processes(policy, groups, loss):
+    whole, metrics, _ = gradient(policy, groups, loss=loss)
+    rows = sum(len(g.texts) for g in groups)
+    shares = [gradient(policy, groups[r::2], OneProcess([rows, metrics["tokens"]]), loss=loss)[0] for r in (0, 1)]
+    assert_same(whole, {n: shares[0][n] + shares[1][n] for n in whole})
+
+
+def test_equal_rewards_move_nothing(policy, groups):
+    same = [copy.copy(g) for g in groups]
+    for g in same:
+        g.advantages = grpo.advantages_of(torch.full((1, 4), 0.7), "group")[0]
+    grads, _, _ = gradient(policy, same)
+    assert grads and all((g == 0).all() for g in grads.values())
+
+
+def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy, groups):
+    grads, metrics, _ = gradient(policy, groups, kl=0.0)
+    assert metrics["clip_low"] == metrics["clip_high"] == 0
+    policy.model.zero_grad()
+    for g in groups:  # -Σ Â/|y| ∇ log π, one sequence at a time through the model's own logits
+        for k in range(4):
+            prompt = vlm.encode_prompts(policy, [g.image], [g.prompt])
+            ids = g.ids[k][g.mask[k].bool()][None]
+            inputs = prompt | {"input_ids": torch.cat([prompt["input_ids"], ids], 1), "attention_mask": torch.ones(1, prompt["input_ids"].shape[1] + ids.shape[1])}
+            logits = policy.model(**inputs).logits[:, -ids.shape[1] - 1:-1].log_softmax(-1)
+            (-g.advantages[k] * logits.gather(2, ids[..., None]).mean() / 24).backward()
+    want = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    assert_same(want, {n: grads[n] for n in want}, 1e-4)
+
+
+def test_at_the_reference_the_kl_is_zero_and_away_from_it_positive(policy, groups):
+    reference = vlm.frozen_copy(policy)
+    assert gradient(policy, groups, reference=reference, kl=0.1)[1]["kl"] == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        reference.model.get_output_embeddings().weight.mul_(1.1)
+    assert gradient(policy, groups, reference=reference, kl=0.1)[1]["kl"] > 1e-4
+
+
+def test_a_truncated_response_teaches_nothing_when_masked(policy, groups):
+    cut = [copy.copy(g) for g in groups]
+    for g in cut:
+        g.truncated = torch.tensor([True, False, False, False])
+    masked, metrics, _ = gradient(policy, cut, mask_truncated=True)
+    muted = [copy.copy(g) for g in cut]
+    for g in muted:
+        g.advantages = g.advantages * ~g.truncated  # the same by hand: no advantage, and not counted
+    unmasked, _, _ = gradient(policy, muted, mask_truncated=False)
+    assert_same(masked, {n: v * 24 / 18 for n, v in unmasked.items()})
+    assert metrics["tokens"] == sum(int(g.mask[1:].sum()) for g in groups)
+
+
+def test_learning_leaves_the_groups_as_they_were(policy, groups):
+    before = [(g.ids.clone(), g.mask.clone(), g.advantages.clone()) for g in groups]
+    gradient(policy, groups, micro_batch=2, mask_truncated=True)
+    assert all(torch.equal(a, b) for g, old in zip(groups, before) for a, b in zip((g.ids, g.mask, g.advantages), old))
+
+
+def test_the_hybrid_reward_by_hand_and_malformed_gets_nothing(groups):
+    g = copy.copy(groups[0])
+    formed = records.parse_response("<think>x</think><answer>a</answer>", ["a", "b"])
+    g.parsed = [formed, formed, formed._replace(well_formed=False), formed]
+    g.match, g.texts = [True, False, True, False], ["w"] * 4
+    model = lambda images, prompts, texts: {"overall": [10.0, 2.0, 10.0, -6.0]}  # noqa: E731
+    grpo.judge(model, [g], 0.8, 0.2, "unit")
+    assert g.rewards.tolist() == pytest.approx([1.0, 0.4, 0.0, 0.0])
+    grpo.judge(model, [g], 0.8, 0.2, "raw")
+    assert g.rewards.tolist() == pytest.approx([8.2, 1.6, 0.0, -4.8])
+
+
+def test_spread_is_of_outcomes_not_of_the_continuous_reward(groups):
+    g = copy.copy(groups[0])
+    g.match = [True] * 4
+    assert not g.has_spread
+    g.match = [True, False, True, True]
+    assert g.has_spread
+
+
+def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
+    at = lambda a, r: {"watch_accuracy": a, "watch_reward": r}  # noqa: E731
+    assert grpo.hacking(at(0.8, 5.0), at(0.7, 6.0), 100)
+    assert not grpo.hacking(at(0.8, 5.0), at(0.7, 4.0), 100)  # both fall
+    assert not grpo.hacking(at(0.8, 5.0), at(0.9, 6.0), 100)  # both rise
+    assert not grpo.hacking(at(0.8, 5.0), at(0.79, 6.0), 100)  # within one standard error, 0.04

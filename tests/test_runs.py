@@ -1,0 +1,128 @@
+"""runs.py: a run's folder is final once it exists, goes on where the last commit left off, and holds one run alone."""
+import argparse
+import json
+import os
+
+import pytest
+import torch
+
+import runs
+
+
+def args_of(tmp_path, **extra):
+    return argparse.Namespace(out=str(tmp_path / "out"), seed=3, resume=True, **extra)
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def test_a_finished_run_is_renamed_and_the_same_command_again_leaves_with_status_0(tmp_path):
+    run = runs.start(args_of(tmp_path, lr=1.0))
+    run.log(step=0, loss=0.123456789)
+    run.finish({"loss": 1})
+    assert lines(tmp_path / "out" / "metrics.jsonl") == [{"step": 0, "loss": 0.123457}]
+    assert json.load(open(tmp_path / "out" / "metrics.json")) == {"loss": 1}
+    assert not (tmp_path / "out.part").exists() and not (tmp_path / "out" / "state.pt").exists()
+    with pytest.raises(SystemExit) as left:
+        runs.start(args_of(tmp_path, lr=1.0))
+    assert left.value.code == 0
+
+
+def test_another_command_on_the_same_folder_is_refused_and_names_the_flag(tmp_path):
+    runs.start(args_of(tmp_path, lr=1.0)).finish({})
+    with pytest.raises(runs.RunError, match="--lr 1.0 there, 2.0 here"):
+        runs.start(args_of(tmp_path, lr=2.0))
+
+
+def test_an_unfinished_run_of_another_command_is_refused(tmp_path):
+    runs.start(args_of(tmp_path, lr=1.0)).commit(step=1)
+    with pytest.raises(runs.RunError, match="another run"):
+        runs.start(args_of(tmp_path, lr=2.0))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    os.makedirs(tmp_path / "out")
+    with pytest.raises(runs.RunError, match="something else than a run"):
+        runs.start(args_of(tmp_path))
+
+
+def test_an_input_that_changed_is_refused(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("one")
+    runs.start(args_of(tmp_path), [str(data)]).commit(step=1)
+    data.write_text("two")
+    with pytest.raises(runs.RunError, match="has changed"):
+        runs.start(args_of(tmp_path), [str(data)])
+
+
+def test_what_was_written_after_the_last_commit_is_cut_off_and_the_state_comes_back(tmp_path, capsys):
+    run = runs.start(args_of(tmp_path))
+    run.append("rows.jsonl", [{"a": 1}])
+    run.commit(step=1, weights={"w": torch.arange(3.0)})
+    run.append("rows.jsonl", [{"a": 2}])
+    run.append("late.jsonl", [{"b": 1}])
+    for file in run.files.values():
+        file.write('{"half')
+        file.close()  # a crash: nothing more was committed
+    again = runs.start(args_of(tmp_path))
+    assert again.state["step"] == 1 and torch.equal(again.state["weights"]["w"], torch.arange(3.0))
+    assert "dropped" in capsys.readouterr().out
+    again.append("rows.jsonl", [{"a": 3}])
+    again.finish({})
+    assert lines(tmp_path / "out" / "rows.jsonl") == [{"a": 1}, {"a": 3}]
+    assert (tmp_path / "out" / "late.jsonl").read_text() == ""
+
+
+def test_a_file_untouched_since_the_commit_keeps_its_rows_through_two_resumes(tmp_path):
+    run = runs.start(args_of(tmp_path))
+    run.append("first.jsonl", [{"a": 1}])
+    run.commit(step=1)
+    run = runs.start(args_of(tmp_path))
+    run.append("second.jsonl", [{"b": 1}])
+    run.commit(step=2)  # first.jsonl was not opened by this process
+    runs.start(args_of(tmp_path)).finish({})
+    assert lines(tmp_path / "out" / "first.jsonl") == [{"a": 1}] and lines(tmp_path / "out" / "second.jsonl") == [{"b": 1}]
+
+
+def test_no_resume_starts_over(tmp_path):
+    run = runs.start(args_of(tmp_path))
+    run.append("rows.jsonl", [{"a": 1}])
+    run.commit(step=1)
+    args = args_of(tmp_path)
+    args.resume = False
+    assert runs.start(args).state == {} and not (tmp_path / "out.part" / "rows.jsonl").exists()
+
+
+def test_args_json_holds_arguments_versions_and_hashes_of_inputs(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("abc")
+    runs.start(args_of(tmp_path, lr=1.0), [str(data), "a/hub-name"]).finish({})
+    meta = json.load(open(tmp_path / "out" / "args.json"))
+    assert meta["args"]["lr"] == 1.0 and meta["versions"]["torch"] and meta["ended"] >= meta["started"]
+    assert meta["inputs"][str(data)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", FIPS 180-2
+    assert meta["inputs"]["a/hub-name"] is None
+
+
+def test_not_a_number_never_reaches_a_file(tmp_path):
+    run = runs.start(args_of(tmp_path))
+    with pytest.raises(ValueError):
+        run.append("rows.jsonl", [{"reward": float("nan")}])
+
+
+def test_seeds_are_the_same_everywhere_and_differ_by_part():
+    assert runs.seed_of(0, "a", 1) == runs.seed_of(0, "a", 1)
+    assert len({runs.seed_of(0, "a", k) for k in range(1000)} | {runs.seed_of(0, "b", k) for k in range(1000)}) == 2000
+    assert all(0 <= runs.seed_of(k) < 2 ** 63 for k in range(100))
+
+
+def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
+    n, size = 10, 4
+    flat = [i for step in range(5) for i in runs.batch_at(step, size, n, seed=1)]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert runs.batch_at(3, size, n, 1) == flat[12:16]
+
+
+def test_a_table_lines_up_and_puts_numbers_to_the_right():
+    text = runs.table([("a", 1.5, 10), ("bbb", None, 7)], ("name", "x", "n")).splitlines()
+    assert text == ["name      x   n", "----  -----  --", "a     1.500  10", "bbb           7"]

@@ -1,0 +1,178 @@
+"""sft.py: what is trained, over what it is divided, and that cutting the batch or the run changes nothing."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import records
+import runs
+import sft
+import vlm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "toy"))
+import clinic  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return vlm.load(str(ROOT / "toy" / "policy"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clinic")
+    clinic.write_clinic(str(folder), (6, 4, 1, 1, 1), seed=7)
+    return folder
+
+
+class OneProcess:
+    """What `train_step` asks of an accelerate.Accelerator, for one of several shares whose sums a test adds up itself."""
+
+    def __init__(self, index=0, of=1):
+        self.process_index, self.share_of, self.num_processes = index, of, of
+
+    def reduce(self, tensor, how):
+        return tensor
+
+
+def gradient(policy, examples, micro_batch, accelerator=None):
+    policy.model.zero_grad()
+    parameters = [p for p in policy.model.parameters()]
+    loss, tokens = sft.train_step(policy, parameters, examples, micro_batch, accelerator or OneProcess())
+    grads = torch.cat([p.grad.flatten() for p in parameters])
+    policy.model.zero_grad()
+    return grads, loss, tokens
+
+
+def test_the_loss_is_cross_entropy_over_the_response_and_its_end_of_turn_alone(policy, data):
+    examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")[:5]
+    total, count = 0.0, 0
+    for path, prompt, response in examples:  # one at a time, no padding, through the model's own logits
+        inputs = vlm.encode_prompts(policy, [records.open_image(path)], [prompt])
+        ids = torch.tensor([policy.tokenizer(response)["input_ids"] + [policy.tokenizer.eos_token_id]])
+        full = torch.cat([inputs["input_ids"], ids], 1)
+        labels = full.clone()
+        labels[:, :inputs["input_ids"].shape[1]] = -100
+        with torch.no_grad():
+            out = policy.model(input_ids=full, pixel_values=inputs["pixel_values"], attention_mask=torch.ones_like(full), labels=labels)
+        total, count = total + out.loss.item() * ids.shape[1], count + ids.shape[1]
+    _, loss, tokens = gradient(policy, examples, 5)
+    assert tokens == count and loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_gradient_does_not_depend_on_micro_batches(policy, data):
+    examples = sft.load_examples([str(data / "expert.jsonl"), str(data / "reports.jsonl")], [1.0, 1.0], "policy")[:13]
+    whole, loss, _ = gradient(policy, examples, 13)
+    parts, again, _ = gradient(policy, examples, 3)
+    assert (whole - parts).norm() <= 1e-5 * whole.norm() and again == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_gradient_is_the_sum_over_processes_even_when_one_has_nothing(policy, data):
+    examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")[:3]
+    whole, loss, _ = gradient(policy, examples, 4)
+
+    def share(index, of):
+        accelerator = OneProcess(index, of)
+        return gradient(policy, examples, 4, accelerator)
+
+    shares = [share(i, 4) for i in range(4)]  # three examples, four processes
+    assert (whole - sum(s[0] for s in shares)).norm() <= 1e-5 * whole.norm()
+    assert sum(s[1] for s in shares) == pytest.approx(loss, rel=1e-5) and shares[3][1] == 0
+
+
+def test_weights_say_how_often_a_file_is_gone_through(data):
+    one = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")
+    weighted = sft.load_examples([str(data / "expert.jsonl"), str(data / "reports.jsonl")], [2.5, 0.5], "policy")
+    assert len(one) == 18 and len(weighted) == 45 + 2
+    assert [weighted.count(e) for e in one[:9]] == [3] * 9 and [weighted.count(e) for e in one[9:]] == [2] * 9
+
+
+def test_the_generator_learns_what_its_parser_reads(data):
+    for record, (_, prompt, response) in zip(records.read(data / "expert.jsonl"), sft.load_examples([str(data / "expert.jsonl")], [1.0], "generator")):
+        candidate, reason = records.parse_candidate(response)
+        assert reason is None and {k: record[k] for k in candidate} == candidate and record["task"] in prompt
+
+
+def test_a_report_is_learned_by_both_roles(data):
+    record = next(records.read(data / "reports.jsonl"))
+    assert sft.example(record, "policy") == sft.example(record, "generator") == (record["image"], records.report_prompt(), record["report"])
+
+
+def test_records_are_not_mutated(data):
+    record = next(records.read(data / "expert.jsonl"))
+    before = json.dumps(record)
+    sft.example(record, "policy"), sft.example(record, "generator")
+    assert json.dumps(record) == before
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    rates = [sft.learning_rate(s, 100, 1.0, 0.1) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] < 1e-3
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and rates[55] == pytest.approx(0.5)
+
+
+def run_sft(monkeypatch, data, out, *extra):
+    command = ["sft.py", "--model", str(ROOT / "toy/policy"), "--data", str(data / "expert.jsonl"), "--epochs", "2", "--batch", "6",
+               "--save-every", "2", "--out", str(out), *extra]
+    monkeypatch.setattr(sys, "argv", command)
+    sft.main(sft.parse_args())
+
+
+def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp_path):
+    run_sft(monkeypatch, data, tmp_path / "whole")
+    real, calls = sft.train_step, []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(sft, "train_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run_sft(monkeypatch, data, tmp_path / "cut")
+    monkeypatch.setattr(sft, "train_step", real)
+    assert not (tmp_path / "cut").exists()
+    run_sft(monkeypatch, data, tmp_path / "cut")
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_freezing_vision_leaves_the_tower_alone_and_moves_the_rest(monkeypatch, data, tmp_path):
+    run_sft(monkeypatch, data, tmp_path / "frozen", "--freeze", "vision")
+    old, new = (vlm.load(str(f)).model.state_dict() for f in (ROOT / "toy/policy", tmp_path / "frozen"))
+    moved = {n for n in old if not torch.equal(old[n], new[n])}
+    assert moved and not any("vision_tower" in n for n in moved) and any("multi_modal_projector" in n for n in moved)
+
+
+def test_training_lowers_the_loss_on_its_own_data(monkeypatch, data, tmp_path):
+    run_sft(monkeypatch, data, tmp_path / "run", "--val", str(data / "expert.jsonl"))
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert json.load(open(tmp_path / "run" / "metrics.json"))["val_loss"] < 0.8 * first
+
+
+def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
+    import os
+    import subprocess
+    command = ["sft.py", "--model", "toy/policy", "--data", str(data / "expert.jsonl"), "--epochs", "1", "--batch", "6", "--lr", "1e-4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command, "--out", str(tmp_path / "one")], cwd=ROOT, env=env, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                    "--mixed_precision", "no", "--dynamo_backend", "no", *command, "--out", str(tmp_path / "two")],
+                   cwd=ROOT, env=env, check=True, capture_output=True)
+    one, two = ([json.loads(line) for line in open(tmp_path / k / "metrics.jsonl")] for k in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert a["tokens"] == b["tokens"] and b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_weights_that_do_not_fit_the_files_are_one_line(monkeypatch, data, tmp_path):
+    with pytest.raises(runs.RunError, match="--weights"):
+        run_sft(monkeypatch, data, tmp_path / "x", "--weights", "1", "2")
+    with pytest.raises(vlm.ModelError, match="config.json"):
+        monkeypatch.setattr(sys, "argv", ["sft.py", "--model", str(data), "--data", str(data / "expert.jsonl"), "--out", str(tmp_path / "y")])
+        sft.main(sft.parse_args())

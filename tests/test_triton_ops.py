@@ -1,0 +1,415 @@
+"""Properties of triton_ops.linear_logprob.
+
+The reference shares no code with it: all logits at once in float64, torch.log_softmax, Categorical.entropy, autograd.
+`where` runs a property on the CPU with plain PyTorch, on the CPU with the Triton kernels interpreted, and on CUDA.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # counts only if nothing has imported Triton yet
+
+import triton_ops
+from triton_ops import linear_logprob
+
+ROOT = Path(triton_ops.__file__).parent
+TRITON = triton_ops.triton
+INTERPRETED = TRITON is not None and not isinstance(triton_ops.tl.sum, TRITON.JITFunction)
+
+
+@pytest.fixture(params=[("cpu", "torch"), ("cpu", "triton"), ("cuda", "torch"), ("cuda", "triton")], ids="-".join)
+def where(request):
+    device, backend = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if backend == "triton" and TRITON is None:
+        pytest.skip("triton is not installed")
+    if (device, backend) == ("cpu", "triton") and not INTERPRETED:
+        pytest.skip("Triton was imported without its interpreter: these run on CUDA, or in a process of their own below")
+    return device, backend
+
+
+def make(N, D, V, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype)
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+def cotangents(N, seed=1):
+    return torch.randn(2, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def reference(hidden, weight, targets, temperature, grads):
+    """logps, entropy, d hidden, d weight in float64 on the CPU, through the full (N, V) logits."""
+    hidden, weight = (x.detach().cpu().double().requires_grad_() for x in (hidden, weight))
+    logits = hidden @ weight.T / temperature  # (N, V)
+    logps = torch.log_softmax(logits, -1)[torch.arange(len(targets)), targets.cpu()]
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.autograd.backward((logps, entropy), tuple(grads))
+    return logps.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
+def ours(where, hidden, weight, targets, temperature, grads, **options):
+    """The same four from linear_logprob, on the CPU again but in their own dtypes."""
+    device, backend = where
+    hidden, weight = (x.detach().to(device).requires_grad_() for x in (hidden, weight))
+    logps, entropy = linear_logprob(hidden, weight, targets.to(device), temperature, backend=backend, **options)
+    torch.autograd.backward((logps, entropy), tuple(grads.to(device, logps.dtype)))
+    return [x.detach().cpu() for x in (logps, entropy, hidden.grad, weight.grad)]
+
+
+def assert_equal(actual, expected, tolerance=2e-5):
+    for name, a, b in zip(("logps", "entropy", "d hidden", "d weight"), actual, expected):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+class Watch(TorchDispatchMode):
+    """Counts the GEMMs, and the bytes of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.gemms, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.gemms += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.nbytes)
+        return result
+
+
+# ---- values and gradients
+
+
+SIZES = [  # N, D, V, chunk
+    (1, 3, 1, None),  # one word
+    (5, 4, 7, 2),  # an odd last chunk
+    (17, 5, 129, 4),
+    (3, 8, triton_ops.MAX_BLOCK + 3, 2),  # a second, nearly empty block
+    (2, 2, triton_ops.MAX_BLOCK, None),  # exactly one block
+]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("N, D, V, chunk", SIZES)
+def test_values_and_gradients_equal_float64_autograd_through_full_logits(where, N, D, V, chunk, temperature):
+    inputs = *make(N, D, V), temperature, cotangents(N)
+    assert_equal(ours(where, *inputs, chunk=chunk), reference(*inputs))
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["logps", "entropy"])
+def test_gradient_of_one_output_alone_is_right(where, output):
+    hidden, weight, targets = make(6, 4, 11)
+    device, backend = where
+    leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
+    linear_logprob(*leaves, targets.to(device), backend=backend)[output].sum().backward()  # the gradient is expanded
+    grads = torch.zeros(2, 6, dtype=torch.float64)
+    grads[output] = 1
+    _, _, *expected = reference(hidden, weight, targets, 1.0, grads)
+    for leaf, grad in zip(leaves, expected):
+        torch.testing.assert_close(leaf.grad.cpu().double(), grad, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_gradcheck_passes_in_float64(chunk):
+    hidden, weight, targets = make(5, 3, 6, torch.float64)
+
+    def both(h, w):
+        return linear_logprob(h, w, targets, 0.7, chunk=chunk)
+
+    assert torch.autograd.gradcheck(both, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_non_contiguous_inputs_give_the_same(where):
+    hidden = make(9, 2 * 6, 1)[0][:, ::2].T  # (6, 9), strided both ways
+    weight = make(9, 13, 1, seed=2)[0].T  # (13, 9)
+    targets = make(12, 1, 13, seed=3)[2][::2]  # (6,)
+    assert not (hidden.is_contiguous() or weight.is_contiguous() or targets.is_contiguous())
+    grads = cotangents(12)[:, ::2]
+    inputs = hidden, weight, targets, 1.0, grads
+    assert_equal(ours(where, *inputs, chunk=4), reference(*inputs))
+
+
+def test_chunk_size_changes_rounding_only(where):
+    inputs = *make(11, 4, 23), 0.8, cotangents(11)
+    whole = [x.double() for x in ours(where, *inputs, chunk=1000)]
+    for chunk in (1, 3, 11):
+        assert_equal(ours(where, *inputs, chunk=chunk), whole, tolerance=1e-5)
+
+
+def test_two_runs_agree_bit_for_bit(where):
+    inputs = *make(9, 4, 300), 0.8, cotangents(9)
+    first, second = (ours(where, *inputs, chunk=4) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_equal_logits_give_minus_log_v_and_log_v(where):
+    hidden, weight, targets = torch.ones(3, 2), torch.full((10, 2), 0.5), torch.tensor([0, 4, 9])
+    logps, entropy, _, d_weight = ours(where, hidden, weight, targets, 1.0, torch.tensor([[1.0] * 3, [0.0] * 3]))
+    log_v = torch.full((3,), 10.0).log()
+    torch.testing.assert_close(logps, -log_v)
+    torch.testing.assert_close(entropy, log_v)
+    expected = torch.full((10, 2), -0.3)
+    expected[targets] += 1  # each target gets its own gradient and not that of another tied word
+    torch.testing.assert_close(d_weight, expected)
+
+
+INF = float("inf")
+EXTREME = {  # logits of one row; the target is the last
+    "one certain word": [0.0, -1e4, -1e4, 1e4],
+    "huge and tied": [1e38, -1e38, 1e38, 1e38],
+    "huge and negative": [-3e38, -1e38, -1e38],
+    "a large common offset": [100000.0, 100001.0, 100000.5, 100002.0],
+    "impossible words": [-INF, 0.0, -INF, 1.0],
+    "impossible words first, over whole blocks": [-INF] * 5 + [0.5, 0.0, 1.0],
+    "rising over blocks": [float(j) for j in range(-40, 40, 7)],
+    "falling over blocks": [float(-j) for j in range(-40, 40, 7)],
+    "an impossible target": [0.0, 1.0, -INF],
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, under the interpreter
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_logits_give_the_float64_values_and_no_nan(where, name, monkeypatch):
+    monkeypatch.setattr(triton_ops, "MAX_BLOCK", 2)  # several blocks to a row
+    weight = torch.tensor(EXTREME[name])[:, None]  # (V, 1): with hidden = 1 these are the logits
+    hidden, targets = torch.ones(1, 1), torch.tensor([len(weight) - 1])
+    grads = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
+    logps, entropy, _, d_weight = ours(where, hidden, weight, targets, 1.0, grads)
+    log_p = torch.log_softmax(weight.double(), 0)[:, 0]  # (V,)
+    H = torch.special.entr(log_p.exp()).sum()
+    d_entropy = torch.where(log_p > -INF, -log_p.exp() * (log_p + H), 0.0)
+    one_hot = torch.nn.functional.one_hot(targets[0], len(weight))
+    torch.testing.assert_close(logps.double(), log_p[-1:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), H[None], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(d_weight[:, 0].double(), one_hot - log_p.exp() + d_entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_a_nan_reaches_its_own_row_and_no_other(where):
+    device, backend = where
+    hidden, weight, targets = (x.to(device) for x in make(4, 3, 9))
+    hidden[2, 1] = float("nan")
+    for result in linear_logprob(hidden, weight, targets, backend=backend):
+        assert result.isnan().tolist() == [False, False, True, False]
+
+
+def test_no_rows_give_empty_results_and_zero_gradients(where):
+    logps, entropy, d_hidden, d_weight = ours(where, *make(0, 3, 5), 1.0, cotangents(0))
+    assert logps.shape == entropy.shape == (0,) and d_hidden.shape == (0, 3)
+    assert torch.equal(d_weight, torch.zeros(5, 3))
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_results_are_float32_or_float64_and_gradients_have_their_input_s_dtype(where, dtype):
+    if dtype == torch.float64 and where[1] == "triton":
+        pytest.skip("refused: see the error messages")
+    logps, entropy, d_hidden, d_weight = ours(where, *make(3, 4, 5, dtype), 1.0, cotangents(3))
+    assert logps.dtype == entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert d_hidden.dtype == d_weight.dtype == dtype
+
+
+def test_bf16_error_is_not_above_that_of_plain_bf16_logits(where):
+    hidden, weight, targets = make(64, 32, 200, torch.bfloat16)
+    grads = cotangents(64)
+    plain_hidden, plain_weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    log_p = torch.log_softmax((plain_hidden @ plain_weight.T).float(), -1)
+    plain = log_p[torch.arange(64), targets], -(log_p.exp() * log_p).sum(-1)
+    torch.autograd.backward(plain, tuple(grads.float()))
+    plain = [x.detach().double() for x in (*plain, plain_hidden.grad, plain_weight.grad)]
+    exact = reference(hidden, weight, targets, 1.0, grads)
+    fused = ours(where, hidden, weight, targets, 1.0, grads, chunk=16)
+    for name, a, b, c in zip(("logps", "entropy", "d hidden", "d weight"), fused, plain, exact):
+        assert (a.double() - c).norm() <= 1.1 * (b - c).norm(), name
+
+
+def test_one_minus_p_is_formed_before_rounding_to_bf16(where):
+    weight = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16)  # p = 0.99909, which bf16 would round to 1
+    hidden, targets = torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([0])
+    d_weight = ours(where, hidden, weight, targets, 1.0, torch.tensor([[1.0], [0.0]]))[3]
+    one_minus_p = 1 - torch.sigmoid(torch.tensor(7.0, dtype=torch.float64))
+    torch.testing.assert_close(d_weight[:, 0].double(), torch.stack([one_minus_p, -one_minus_p]), rtol=1e-2, atol=0)
+
+
+def test_bf16_weight_gradient_is_summed_over_chunks_in_fp32(where):
+    N, V = 320, 64  # each row adds 1 - 1/64 to the target's gradient; a bf16 sum would stop at 256
+    hidden, weight = torch.ones(N, 1, dtype=torch.bfloat16), torch.zeros(V, 1, dtype=torch.bfloat16)
+    grads = torch.stack([torch.ones(N), torch.zeros(N)])
+    d_weight = ours(where, hidden, weight, torch.zeros(N, dtype=torch.int64), 1.0, grads, chunk=5)[3]
+    torch.testing.assert_close(d_weight[0, 0].item(), N * (1 - 1 / V), rtol=1e-2, atol=0)
+
+
+def test_autocast_does_not_change_what_is_computed(where):
+    inputs = *make(5, 8, 20), 1.0, cotangents(5)
+    outside = ours(where, *inputs)
+    with torch.autocast(where[0], dtype=torch.bfloat16):
+        inside = ours(where, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside))
+
+
+# ---- memory and work
+
+
+def test_inputs_are_not_mutated(where):
+    device, backend = where
+    inputs = [x.to(device) for x in make(5, 4, 9)]
+    before = [x.clone() for x in inputs]
+    leaves = inputs[0].requires_grad_(), inputs[1].requires_grad_()
+    grads = [torch.ones(5, device=device), torch.ones(5, device=device)]
+    torch.autograd.backward(linear_logprob(*leaves, inputs[2], 0.5, chunk=2, backend=backend), grads)
+    assert all(torch.equal(x, y) for x, y in zip([*inputs, *grads], [*before, *[torch.ones_like(g) for g in grads]]))
+
+
+def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(where):
+    N, D, V, chunk = 64, 4, 256, 8
+    inputs = *make(N, D, V), 1.0, cotangents(N)
+    with Watch() as watch:
+        ours(where, *inputs, chunk=chunk)
+    assert watch.largest == 4 * chunk * V  # bytes; the weight is half of that, (N, V) logits would be eight times it
+
+
+def test_default_chunk_fits_the_budget_and_has_at_least_one_row(where, monkeypatch):
+    inputs = *make(10, 3, 25), 1.0, cotangents(10)
+    for budget, chunks in ((4 * 25 * 4 + 1, 3), (1, 10), (2**20, 1)):  # four fp32 rows and a byte; less than one; all
+        monkeypatch.setattr(triton_ops, "CHUNK_BYTES", budget)
+        with Watch() as watch:
+            ours(where, *inputs)
+        assert watch.gemms == 4 * chunks  # a chunk: one GEMM forward, three backward
+
+
+@pytest.mark.parametrize("frozen, backward_gemms", [((), 3), (("weight",), 2), (("hidden",), 2)])
+def test_a_frozen_input_gets_no_gradient_and_costs_no_gemm(where, frozen, backward_gemms):
+    device, backend = where
+    hidden, weight, targets = (x.to(device) for x in make(6, 3, 8))
+    leaves = {"hidden": hidden, "weight": weight}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name not in frozen)
+    with Watch() as watch:
+        logps, entropy = linear_logprob(hidden, weight, targets, chunk=2, backend=backend)
+    assert watch.gemms == 3
+    with Watch() as watch:
+        (logps + entropy).sum().backward()
+    assert watch.gemms == 3 * backward_gemms
+    assert all((leaf.grad is None) == (name in frozen) for name, leaf in leaves.items())
+
+
+# ---- errors and backends
+
+
+H, W, Y = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4])
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((H[:, :, None], W, Y), {}, "must be (N, D) and (V, D)"),
+        ((H, W[0], Y), {}, "must be (N, D) and (V, D)"),
+        ((H, W[:, :2], Y), {}, "(2, 3) and (5, 2)"),
+        ((H, W[:0], Y), {}, "V > 0"),
+        ((H, W.bfloat16(), Y), {}, "hidden is torch.float32, weight torch.bfloat16"),
+        ((H.long(), W.long(), Y), {}, "floating-point"),
+        ((H, W, Y[:1]), {}, "targets are torch.int64 (1,): they must be int64 (2,)"),
+        ((H, W, Y.int()), {}, "targets are torch.int32"),
+        ((H, W, torch.tensor([0, 5])), {}, "targets span 0 to 5: they must be in [0, 5)"),
+        ((H, W, torch.tensor([-1, 2])), {}, "targets span -1 to 2"),
+        ((H, W, Y, 0.0), {}, "temperature is 0.0"),
+        ((H, W, Y, float("nan")), {}, "temperature is nan"),
+        ((H, W, Y), {"chunk": 0}, "chunk 0"),
+        ((H, W, Y), {"backend": "cuda"}, "backend is 'cuda'"),
+        pytest.param(
+            (H.double(), W.double(), Y),
+            {"backend": "triton"},
+            "use backend='torch' for float64",
+            marks=pytest.mark.skipif(TRITON is None, reason="triton is not installed"),
+        ),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(arguments, options, message):
+    with pytest.raises(ValueError) as error:
+        linear_logprob(*arguments, **options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(TRITON is None, reason="triton is not installed")
+def test_triton_on_the_cpu_without_its_interpreter_is_one_line(monkeypatch):
+    monkeypatch.setattr(TRITON, "JITFunction", object)  # as if tl.sum had been compiled and not interpreted
+    with pytest.raises(ValueError, match="^backend='triton' runs on the CPU only if TRITON_INTERPRET=1 is set.*$"):
+        linear_logprob(H, W, Y, backend="triton")
+
+
+def test_a_target_outside_the_vocabulary_is_nan_in_the_kernel_and_touches_no_other_row(where):
+    device, backend = where
+    if backend == "torch":
+        pytest.skip("PyTorch's gather raises")
+    logits = torch.zeros(3, 4, device=device)
+    logps, entropy, *_ = triton_ops._forward_rows_triton(logits, 1.0, torch.tensor([1, 4, -1], device=device))
+    assert logps.isnan().tolist() == [False, True, True] and not entropy.isnan().any()
+
+
+def test_the_cpu_default_is_plain_pytorch(monkeypatch):
+    monkeypatch.delitem(triton_ops._FORWARD_ROWS, "triton")
+    logps, _ = linear_logprob(H, W, Y)
+    torch.testing.assert_close(logps, torch.full((2,), 0.2).log())
+
+
+def test_without_triton_the_module_imports_and_says_so_only_when_asked_for_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # makes `import triton` an ImportError
+    spec = importlib.util.spec_from_file_location("triton_ops_without_triton", triton_ops.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.linear_logprob(H, W, Y)[0].shape == (2,)
+    with pytest.raises(ImportError, match="^backend='triton' needs the triton package.*use backend='torch'$"):
+        module.linear_logprob(H, W, Y, backend="triton")
+
+
+# ---- what needs a process of its own, because Triton chooses between compiler and interpreter when it is imported
+
+
+def run_python(*arguments, **environment):
+    process = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+COMPILE = """
+import triton_ops
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+for kernel in (triton_ops._forward_kernel, triton_ops._backward_kernel):
+    assert [p.name for p in kernel.params if p.is_constexpr] == ["BLOCK"]
+    types = {"targets_ptr": "*i64", "temperature": "fp32", "V": "i32", "BLOCK": "constexpr"}
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    for arch in (80, 90):
+        for constants in ({"BLOCK": triton_ops.MAX_BLOCK}, {"BLOCK": 1, "V": 1}):  # Triton makes a V of 1 a constant
+            source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+            ptx = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8}).asm["ptx"]
+            assert f".target sm_{arch}" in ptx and "atom." not in ptx and "red.global" not in ptx
+            print("compiled", kernel.__name__, arch, constants)
+"""
+
+
+@pytest.mark.skipif(TRITON is None, reason="triton is not installed")
+def test_kernels_compile_for_ampere_and_hopper_without_a_gpu_and_without_atomics(tmp_path):
+    out = run_python("-c", COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert out.count("compiled") == 8
+
+
+@pytest.mark.skipif(INTERPRETED or TRITON is None, reason="they ran in this process")
+def test_interpreted_kernels_pass_in_a_process_of_their_own():
+    out = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cpu-triton", TRITON_INTERPRET="1")
+    assert " passed" in out
