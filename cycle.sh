@@ -38,12 +38,13 @@ evaluate() {  # evaluate MODEL FOLDER
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
   [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 8 minutes on 2 CPU cores."
-  "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED"
+  "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CLINIC_FLAGS:-}
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
 fi
 
 evaluate "$POLICY" "$OUT/eval_base"
+rows=("base=$OUT/eval_base/metrics.json" "SFT on expert data=$OUT/eval_sft_expert/metrics.json")
 stage "$OUT/sft_expert" $LAUNCH "$SFT" --model "$POLICY" --data "$EXPERT" $SFT_FLAGS
 evaluate "$OUT/sft_expert" "$OUT/eval_sft_expert"
 
@@ -60,9 +61,17 @@ for c in $(seq "$CYCLES"); do
   evaluate "$d/sft" "$d/eval_sft"
   stage "$d/grpo" $LAUNCH "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/accepted.jsonl" "$EXPERT" --val "$VAL" $GRPO_FLAGS
   evaluate "$d/grpo" "$d/eval_grpo"
+  judged=$d/reward/metrics.json${TRUTH:++$d/marks.json}
+  rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json" "cycle $c: SFT on accepted=$d/eval_sft/metrics.json+$judged"
+         "cycle $c: + GRPO=$d/eval_grpo/metrics.json+$judged")
   policy=$d/grpo rollouts="$rollouts $d/grpo/rollouts.jsonl"
   if [ "$c" -lt "$CYCLES" ]; then  # the next cycle's generator learns from what this one accepted
     stage "$d/generator" $LAUNCH "$SFT" --role generator --model "$generator" --data "$d/scored/accepted.jsonl" $GENERATOR_FLAGS
     generator=$d/generator
   fi
 done
+
+# accuracy on TEST with its 95% interval; auroc: of the reward model, right against wrong, on the toy's marked candidates, else on
+# held-out expert items; then the share of right candidates, known on the toy alone
+"$PYTHON" runs.py "${rows[@]}" --fields accuracy low high auroc ${TRUTH:+right_scored right_accepted} | tee "$OUT/table.txt"
+echo "all in $OUT; this call took $(((SECONDS - started + 30) / 60)) minutes"

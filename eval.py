@@ -21,8 +21,8 @@ all gives the right one away.
 
 Departs from the paper: the authors leave answers outside the options out of the denominator; here they are wrong.
 
-    python eval.py --model runs/toy/cycle1/grpo --data runs/toy/data/test.jsonl --out runs/toy/cycle1/eval
-    python eval.py --compare runs/toy/cycle1/eval_sft runs/toy/cycle1/eval --out runs/toy/cycle1/compare
+    python eval.py --model runs/toy/cycle1/grpo --data runs/toy/data/test.jsonl --out runs/toy/cycle1/eval_grpo
+    python eval.py --compare runs/toy/cycle1/eval_sft runs/toy/cycle1/eval_grpo --out runs/toy/cycle1/compare
 """
 import argparse
 import os
@@ -193,7 +193,8 @@ def read_pair(a, b):
     for name, row in rows_a.items():
         field = next((f for f in SAME if row.get(f) != rows_b[name].get(f)), None)
         if field:
-            raise runs.RunError(f"--compare: item {name} has another `{field}` in {b} than in {a}; give two runs on the same --data")
+            raise runs.RunError(f"--compare: item {name} has another `{field}` in {b} than in {a}; "
+                                "give two runs on the same --data")
     return list(rows_a.values()), [rows_b[name] for name in rows_a]
 
 
@@ -227,7 +228,8 @@ def compare(args):
     result = comparison(rows_a, rows_b, args.seed)
     print(f"a: {a}\nb: {b}")
     print(table(result))
-    run.finish(result, f"b - a {result['difference']:+.3f}, errors corrected {result['corrected']}, introduced {result['introduced']}")
+    run.finish(result, f"b - a {result['difference']:+.3f}, errors corrected {result['corrected']}, "
+                       f"introduced {result['introduced']}")
 
 
 def main(args):

@@ -93,11 +93,12 @@ def read_images(path):
 
 
 def turns(images):
-    """For each image, how many of the same modality come before it."""
-    seen = Counter()
+    """For each image, its number within its modality; each modality counts from another start."""
+    last = {}
     for record in images:
-        yield seen[record.get("modality")]
-        seen[record.get("modality")] += 1
+        modality = record.get("modality")
+        last[modality] = last[modality] + 1 if modality in last else len(last)
+        yield last[modality]
 
 
 def drafts_of(record, turn, paradigms, tasks, per_image, cycle, seed, generator):

@@ -209,12 +209,12 @@ def start(args, inputs=(), main=True):
         if main:
             print(f"{folder}: complete already")
         sys.exit(0)
-    if not args.resume and main:
-        shutil.rmtree(part, ignore_errors=True)
     state = {}
-    if os.path.exists(os.path.join(part, "args.json")):
+    if args.resume and os.path.exists(os.path.join(part, "state.pt")):
         same_run(part, meta)
         state = restore(part, main)
+    elif main:  # nothing was committed: nothing is lost
+        shutil.rmtree(part, ignore_errors=True)
     if main:
         os.makedirs(part, exist_ok=True)
         write_json(os.path.join(part, "args.json"), meta)
@@ -255,3 +255,37 @@ def restore(part, main):
     if main:
         print(f"{part}: going on from step {state.get('step', 0)}")
     return state
+
+
+# ---------------------------------------------------------------------------------------------------------
+# python runs.py: what finished runs came to, side by side.
+
+def show(rows, fields):
+    """A table of fields of JSON files; `rows`: LABEL=FILE, or LABEL=FILE+FILE where one row draws on several.
+
+    Raises RunError where a file cannot be read. A field that a row's files lack is left empty.
+    """
+    lines = []
+    for row in rows:
+        label, _, files = row.partition("=")
+        found = {}
+        for file in files.split("+"):
+            try:
+                with open(file, encoding="utf-8") as f:
+                    found |= json.load(f)
+            except (OSError, ValueError, TypeError) as e:
+                raise RunError(f"{row}: {e}; give LABEL=FILE, with the metrics.json of a finished run") from None
+        lines.append([label, *(found.get(field) for field in fields)])
+    return table(lines, ["", *fields])
+
+
+def parse_args():
+    import argparse
+    p = argparse.ArgumentParser(description="What finished runs came to, side by side.", allow_abbrev=False)
+    p.add_argument("rows", nargs="+", metavar="LABEL=FILE[+FILE]", help="a row and the JSON files that its fields are read from")
+    p.add_argument("--fields", nargs="+", required=True, help="columns: fields of the files")
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    cli(lambda args: print(show(args.rows, args.fields)), parse_args())

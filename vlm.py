@@ -9,6 +9,7 @@ two meet: row i reads [pad pad prompt | continuation pad]. Rows of one prompt st
 """
 import copy
 import os
+import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -77,11 +78,25 @@ def load(name, device=None, dtype=torch.float32):
         raise ModelError(f"{name}: not a model (no config.json in it); give a folder saved by save_pretrained or a hub name")
     try:
         processor = load_processor(name)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        first = next(iter(str(e).splitlines()), type(e).__name__)
-        raise ModelError(f"{name}: cannot load it as an image-text-to-text model: {first}") from e
-    return wrap(model.to(device or best_device()).eval(), processor)
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+        vlm = wrap(model.to(device or best_device()).eval(), processor)
+    except Exception as e:  # the library raises whatever it likes at a folder that is not what it expects
+        reason = textwrap.shorten(str(e), 250, placeholder=" ...") or type(e).__name__
+        raise ModelError(f"{name}: cannot load it as an image-text-to-text model: {reason}") from e
+    unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if unset:  # they would start from random values
+        raise ModelError(f"{name}: config.json and weights disagree: {unset[0]} and {len(unset) - 1} more are missing in the "
+                         "weights or have another shape there")
+    if not processor.chat_template:
+        raise ModelError(f"{name}: no chat template (chat_template.jinja), so that it cannot be asked; take the -Instruct "
+                         "or -it model")
+    text = model.config.get_text_config()
+    bent = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, k, None) not in (None, 1)]
+    if bent:
+        raise ModelError(f"{name}: its logits are more than head weight times state ({', '.join(bent)}): token_logps and "
+                         "sample cannot serve it")
+    return vlm
 
 
 def wrap(model, processor):
@@ -93,8 +108,8 @@ def wrap(model, processor):
     stops = {tokenizer.eos_token_id} | set(stops if isinstance(stops, list) else [] if stops is None else [stops])
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
     special |= {v for k, v in vars(model.config).items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
-    rows = model.get_output_embeddings().weight.shape[0]
-    banned = {i for i in special | set(range(len(tokenizer), rows)) if 0 <= i < rows} - stops
+    rows = set(range(model.get_output_embeddings().weight.shape[0]))
+    banned = (rows & special | rows - set(tokenizer.get_vocab().values())) - stops
     return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned))
 
 
@@ -106,9 +121,12 @@ def save(vlm, folder):
 
 def freeze_vision(vlm):
     """Leave the vision tower as it is; the projector and the language model go on learning."""
-    for name, parameter in vlm.model.named_parameters():
-        if any(part in name for part in ("vision_tower.", "vision_model.", "visual.")) and ".merger" not in name:
-            parameter.requires_grad_(False)
+    tower = [parameter for name, parameter in vlm.model.named_parameters() if "merger" not in name
+             and any(part in name for part in ("vision_tower.", "vision_model.", "visual."))]
+    if not tower:
+        raise ModelError(f"{type(vlm.model).__name__}: no vision tower found by name; train it whole")
+    for parameter in tower:
+        parameter.requires_grad_(False)
 
 
 def frozen_copy(vlm):
@@ -124,13 +142,19 @@ def encode_prompts(vlm, images, texts):
     chats = [vlm.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
         add_generation_prompt=True, tokenize=False) for text in texts]
-    inputs = vlm.processor(text=chats, images=[[i] for i in images], padding=True, padding_side="left", return_tensors="pt")
+    begun = vlm.tokenizer.bos_token is not None and chats[0].startswith(vlm.tokenizer.bos_token)  # no second <bos>
+    inputs = vlm.processor(text=chats, images=[[i] for i in images], padding=True, padding_side="left",
+                           add_special_tokens=not begun, return_tensors="pt")
     return {k: v.to(vlm.device) for k, v in inputs.items()}
 
 
 def encode_continuations(vlm, texts, end=True):
-    """Responses → (ids, mask), right-padded to (N, C); each closes with the end-of-turn token, which counts."""
-    rows = [vlm.tokenizer(t, add_special_tokens=False)["input_ids"] + [vlm.end_id] * end for t in texts]
+    """Responses → (ids, mask), right-padded to (N, C); each closes with the end-of-turn token, which counts.
+
+    A special token's name in a text is plain text: an image placeholder without an image would end the forward pass.
+    """
+    rows = [vlm.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+    rows = [row + [vlm.end_id] * end for row in rows]
     width = max(map(len, rows))
     ids = torch.tensor([r + [vlm.tokenizer.pad_token_id] * (width - len(r)) for r in rows])  # (N, C)
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])  # (N, C)
@@ -150,8 +174,12 @@ def read(vlm, prompts, group=1):
 
     Gradients flow through the cache to the prompt's side when they are on.
     """
-    out = vlm.model.base_model(**prompts, use_cache=True)
+    base = vlm.model.base_model
+    if hasattr(base, "rope_deltas"):
+        base.rope_deltas = None  # another batch's
+    out = base(**prompts, use_cache=True)
     cache, last = out.past_key_values, out.last_hidden_state[:, -1]  # the last column is never padding
+    cache.rope_deltas = getattr(base, "rope_deltas", None)  # (B, 1); on the model, the next batch would overwrite them
     if group > 1:
         cache.batch_repeat_interleave(group)
     return cache, prompts["attention_mask"].repeat_interleave(group, 0), last.repeat_interleave(group, 0)
@@ -159,7 +187,13 @@ def read(vlm, prompts, group=1):
 
 def continue_from(vlm, cache, mask, ids):
     """Continue cached rows with ids (N, C) → their hidden states (N, C, D); the cache grows by C. mask (N, P+C)."""
-    return vlm.model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
+    positions = {}  # most models count on from the cache's length
+    if cache.rope_deltas is not None:  # M-RoPE (Qwen): counted without padding, and an image advances it by its longer side
+        shift = cache.rope_deltas.repeat_interleave(len(ids) // len(cache.rope_deltas), 0)  # (N, 1)
+        text = (mask.cumsum(-1) - 1)[:, -ids.shape[1]:] + shift  # (N, C)
+        positions = {"position_ids": text.expand(3, -1, -1)}  # of text: the same in time, height and width
+    return vlm.model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True,
+                                **positions).last_hidden_state
 
 
 def hidden_states(vlm, prompts, ids, mask):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -75,6 +76,24 @@ def test_a_cut_response_is_named_as_such_only_where_its_answer_is_lost(question)
     assert evaluation.mark(question, "<think>x", cut=True)["reason"] == "cut at --max-new-tokens"
     assert evaluation.mark(question, "<think>x", cut=False)["reason"] == "no answer"
     assert evaluation.mark(question, "<answer>CT</answer> and", cut=True)["reason"] is None
+
+
+def test_each_record_gets_its_own_response_and_one_without_an_end_is_cut(monkeypatch, question):
+    torch = pytest.importorskip("torch")
+    stop, opened = 9, []
+    ids, mask = torch.tensor([[1, 9, 0], [2, 2, 2], [3, 3, 9]]), torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    fake = types.SimpleNamespace(
+        load=lambda name, dtype: types.SimpleNamespace(stop_ids=[stop]), best_dtype=lambda: None,
+        encode_prompts=lambda vlm_, images, texts: [text.split("\n")[0] for text in texts],
+        sample=lambda vlm_, prompts, seeds, n, temperature: (ids[:len(prompts)], mask[:len(prompts)]),
+        decode=lambda vlm_, ids, mask: [f"{token}" for token in ids[:, 0].tolist()])
+    monkeypatch.setitem(sys.modules, "vlm", fake)
+    monkeypatch.setattr(records, "open_image", lambda path: opened.append(path))
+    asked = [question | {"id": name} for name in "abc"]
+    got = list(evaluation.predict("model", [asked[:3], asked[:1]], 3))
+    assert [[(r["id"], r["response"]) for r in batch] for batch in got] == [[("a", "1"), ("b", "2"), ("c", "3")], [("a", "1")]]
+    assert [r["reason"] for r in got[0]] == ["no answer", "cut at --max-new-tokens", "no answer"]
+    assert len(opened) == 4  # each record's image once
 
 
 # The table of one run ------------------------------------------------------------------------------------

@@ -139,6 +139,8 @@ def test_every_modality_and_paradigm_is_asked_every_task_equally_often(per_image
     assert set(cells.values()) == {per_image} and len(cells) == 3 * len(paradigms) * len(tasks)
     for of_image in drafts:  # and one image is asked for as many different tasks as possible
         assert len({d["task"] for d in of_image}) == min(len(tasks), len(of_image))
+    starts = {d[0]["modality"]: d[0]["task"] for d in reversed(drafts)}  # and few images of many modalities for all tasks
+    assert len(set(starts.values())) == len({turn * per_image % len(tasks) for turn in range(3)})
 
 
 def test_seeds_and_ids_differ_between_all_candidates_and_cycles_and_seeds():
@@ -416,11 +418,12 @@ def test_what_is_sampled_depends_on_the_seed_and_not_on_the_batch(toy_stage, tmp
     images = write_images(tmp_path, 4)
     files = {}
     for name, flags in {"a": (), "again": (), "cut": ("--batch", 3), "seed": ("--seed", 1), "cycle": ("--cycle", 2)}.items():
-        assert toy_stage("--images", images, "--max-new-tokens", 40, *flags, "--out", tmp_path / name)[0] == 0
-        files[name] = [(r["paradigm"], r["parent"], r["task"], r.get("text", r.get("rationale")))
-                       for file in ("candidates.jsonl", "rejected.jsonl") for r in lines(tmp_path / name / file)]
-    assert files["a"] == files["again"] == files["cut"]
-    assert all(len(set(files["a"]) & set(files[other])) < 6 for other in ("seed", "cycle"))
+        assert toy_stage("--images", images, "--max-new-tokens", 100, *flags, "--out", tmp_path / name)[0] == 0
+        files[name] = {(r["paradigm"], r["parent"]): r.get("text") or (r["question"], r["options"], r["rationale"], r["answer"])
+                       for file in ("candidates.jsonl", "rejected.jsonl") for r in lines(tmp_path / name / file)}
+    assert files["a"] == files["again"] == files["cut"] and len(files["a"]) == 12
+    for other in ("seed", "cycle"):
+        assert sum(files["a"][key] == files[other][key] for key in files["a"]) < 4
 
 
 def test_a_reply_cut_at_the_limit_is_truncated_and_one_that_just_fits_is_not(toy_vlm, tmp_path):

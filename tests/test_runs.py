@@ -41,6 +41,12 @@ def test_an_unfinished_run_of_another_command_is_refused(tmp_path):
         runs.start(args_of(tmp_path, lr=2.0))
 
 
+def test_an_unfinished_run_that_committed_nothing_is_in_nobodys_way(tmp_path):
+    runs.start(args_of(tmp_path, lr=1.0)).append("rows.jsonl", [{"a": 1}])  # say, a wrong --model, found out at once
+    run = runs.start(args_of(tmp_path, lr=2.0))
+    assert run.state == {} and not (tmp_path / "out.part" / "rows.jsonl").exists()
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     os.makedirs(tmp_path / "out")
     with pytest.raises(runs.RunError, match="something else than a run"):

@@ -5,10 +5,13 @@ own, saved in the Hugging Face format. Two phases, on images drawn for it:
   1. the vision tower alone, by naming the drawn facts (as a CLIP tower comes pre-trained to a VLM);
   2. the whole model, on what its role has read:
        policy     reports of all modalities, questions in three of the eight: much to learn
-       generator  candidates of all three paradigms, all modalities, with the policy's tower: asks well, but errs
+       generator  the policy, trained on: candidates of all paradigms and modalities; asks well, but errs
        backbone   reports and questions of all modalities: sees better than the policy
 
-    for role in policy generator backbone; do python toy/pretrain.py --role $role --out toy/$role; done
+    python toy/pretrain.py --role policy --out toy/policy
+    python toy/pretrain.py --role generator --start toy/policy --out toy/generator
+    python toy/pretrain.py --role backbone --out backbone1
+    python toy/pretrain.py --role backbone --start backbone1 --seed 1 --steps 0 1000 --out toy/backbone
 """
 import argparse
 import json
@@ -26,7 +29,7 @@ FACTS = {"modality": records.MODALITIES, "anatomy": clinic.ANATOMIES, "finding":
 KNOWN = ("CT", "X-Ray", "Ultrasound")  # the modalities in which the policy has been asked questions
 ROLES = {  # layers of tower and decoder; steps of phase 1 and 2; share of reports in phase 2
     "policy": dict(layers=(2, 3), steps=(1500, 1000), reports=0.5),
-    "generator": dict(layers=(2, 4), steps=(0, 1200), reports=0.1),  # its tower is the policy's
+    "generator": dict(layers=(2, 3), steps=(0, 800), reports=0.25),  # goes on from the policy
     "backbone": dict(layers=(3, 4), steps=(2000, 1600), reports=0.25),
 }
 CHAT = ("{% for m in messages %}<|user|>{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
@@ -137,7 +140,7 @@ def pretrain_tower(vlm, steps, seed, n=40_000):
     train([*tower.parameters(), *heads.parameters()], steps, 2e-3, loss_at, "tower")
 
 
-def pretrain_language(vlm_, role, steps, share_of_reports, seed):
+def pretrain_language(vlm_, role, steps, share_of_reports, seed, lr):
     """Phase 2: the mean token loss of the responses, whole model."""
     import vlm
 
@@ -147,7 +150,7 @@ def pretrain_language(vlm_, role, steps, share_of_reports, seed):
         logps, _ = vlm.token_logps(vlm_, vlm.encode_prompts(vlm_, images, prompts), ids, mask)
         return -logps.sum() / mask.sum()
 
-    train(vlm_.model.parameters(), steps, 2e-3, loss_at, role)
+    train(vlm_.model.parameters(), steps, lr, loss_at, role)
 
 
 def marks(vlm_, role, n=400):
@@ -185,6 +188,7 @@ def parse_args():
     p.add_argument("--role", required=True, choices=ROLES, help="which of the three models")
     p.add_argument("--out", required=True, help="folder to save the model in")
     p.add_argument("--seed", type=int, default=0, help="of the weights and of all images")
+    p.add_argument("--start", help="a model to go on from, phase 2 alone")
     p.add_argument("--steps", type=int, nargs=2, metavar="N", help="steps of the two phases, if not the role's own")
     return p.parse_args()
 
@@ -197,13 +201,10 @@ def main(args):
     role = ROLES[args.role]
     tower_steps, steps = args.steps or role["steps"]
     processor = build_processor()
-    vlm_ = vlm.wrap(build_model(processor, *role["layers"]), processor)
-    if args.role == "generator":
-        policy = vlm.load(os.path.join(os.path.dirname(args.out.rstrip("/")), "policy"))
-        vlm_.model.model.vision_tower.load_state_dict(policy.model.model.vision_tower.state_dict())
-    else:
+    vlm_ = vlm.load(args.start) if args.start else vlm.wrap(build_model(processor, *role["layers"]), processor)
+    if not args.start:
         pretrain_tower(vlm_, tower_steps, f"{args.role}{args.seed}")
-    pretrain_language(vlm_, args.role, steps, role["reports"], f"{args.role}{args.seed}")
+    pretrain_language(vlm_, args.role, steps, role["reports"], f"{args.role}{args.seed}", 1e-3 if args.start else 2e-3)
     vlm_.model.half()  # committed in 16 bits; loaded in 32
     vlm.save(vlm_, args.out)
     found = marks(vlm.load(args.out), args.role)

@@ -1,0 +1,69 @@
+"""The whole cycle, by subprocess, on a very small clinic: it finishes, it ends with its table, and again does nothing."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import records
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"CYCLES": "1", "CLINIC_FLAGS": "--sizes 12 6 8 8 8", "REWARD_FLAGS": "--resamples 1 --steps 50", "SFT_FLAGS": "--epochs 1",
+         "GRPO_FLAGS": "--steps 1 --prompts 2 --group 4 --watch-items 8", "PYTHON": sys.executable}
+
+
+def cycle(out, **more):
+    return subprocess.run(["bash", "cycle.sh"], cwd=ROOT, env=os.environ | SMALL | {"OUT": str(out)} | more, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cycle") / "run"
+    return out, cycle(out)
+
+
+def test_the_cycle_finishes_and_ends_with_its_table(finished):
+    out, done = finished
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (out / "table.txt").read_text()
+    assert table in done.stdout
+    for label in ("base", "SFT on expert data", "cycle 1: SFT on random", "cycle 1: SFT on accepted", "cycle 1: + GRPO"):
+        assert label in table
+    accuracy = json.load(open(out / "eval_base" / "metrics.json"))["accuracy"]
+    assert f"{accuracy:.3f}" in next(line for line in table.splitlines() if line.startswith("base"))
+
+
+def test_every_record_file_of_the_cycle_is_valid_and_traces_to_its_image(finished):
+    out, _ = finished
+    images = {r["id"]: r["image"] for r in records.read(out / "data" / "unlabelled" / "images.jsonl")}
+    scored = list(records.read(out / "cycle1" / "scored" / "scored.jsonl", require=("reward", "parent")))
+    assert all(images[r["parent"]] == r["image"] for r in scored)
+    kept = [len(list(records.read(out / "cycle1" / "scored" / f"{name}.jsonl"))) for name in ("accepted", "random")]
+    assert kept == [round(len(scored) / 2)] * 2
+    rollouts = list(records.read(out / "cycle1" / "grpo" / "rollouts.jsonl", require=("response",)))
+    assert len(rollouts) == 2 * 4 and all(os.path.exists(r["image"]) for r in rollouts)
+
+
+def test_the_second_call_does_nothing_again(finished):
+    out, _ = finished
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name != "table.txt"}
+    again = cycle(out)
+    assert again.returncode == 0 and before == {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name != "table.txt"}
+
+
+def test_a_stage_whose_folder_is_gone_is_run_again_and_gives_the_same_records(finished):
+    import shutil
+    out, _ = finished
+    candidates = out / "cycle1" / "candidates"
+    before = (candidates / "candidates.jsonl").read_bytes()
+    shutil.rmtree(candidates)
+    assert cycle(out).returncode == 0 and (candidates / "candidates.jsonl").read_bytes() == before
+
+
+def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):
+    broken = tmp_path / "expert.jsonl"
+    broken.write_text('{"id": "a"\n')
+    done = cycle(tmp_path / "run", EXPERT=str(broken), TEST=str(broken), VAL=str(broken), IMAGES=str(broken))
+    assert done.returncode == 2 and f"{broken}:1" in done.stderr and "Traceback" not in done.stderr

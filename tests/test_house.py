@@ -1,0 +1,68 @@
+"""The rules of the house, as DESIGN has them: who may import whom, how long a function is, what --help costs."""
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["generate", "reward", "sft", "grpo", "eval"]
+ALLOWED = {"records": set(), "runs": set(), "triton_ops": set(), "vlm": {"triton_ops"},
+           **{stage: {"records", "runs", "vlm", "triton_ops"} for stage in STAGES}, "toy": {"records", "vlm", "clinic"}}
+ALLOWED["grpo"] = ALLOWED["grpo"] | {"reward"}  # the only arrow between stages
+OURS = {"records", "runs", "vlm", "triton_ops", "clinic", *STAGES}
+FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "toy").glob("*.py"))
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_a_room_imports_only_what_it_may(file):
+    room = "toy" if file.parent.name == "toy" else file.stem
+    assert set(imports(ast.parse(file.read_text()))) & OURS <= ALLOWED[room]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_functions_are_short_and_nothing_is_forbidden(file):
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= (120 if node.name == "main" else 60), node.name
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), "bare except"
+        assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("eval", "exec")), "eval"
+        assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), "trust_remote_code"
+        assert not (isinstance(node, ast.keyword) and node.arg == "type" and getattr(node.value, "id", "") == "bool"), "type=bool"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_answers_without_torch(stage):
+    code = ("import sys, runpy\nsys.argv = ['x', '--help']\n"
+            f"try: runpy.run_path('{stage}.py', run_name='__main__')\n"
+            "except SystemExit as e: assert e.code == 0\n"
+            "assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_can_be_imported_and_does_nothing(stage, tmp_path):
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; import {stage}"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "" and not os.listdir(tmp_path), done.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_has_its_help(stage):
+    tree = ast.parse((ROOT / f"{stage}.py").read_text())
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
+    assert calls and all(any(k.arg == "help" for k in call.keywords) for call in calls)
+    parsers = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "attr", "") in ("ArgumentParser", "add_parser")]
+    assert all(any(k.arg == "allow_abbrev" for k in p.keywords) for p in parsers)

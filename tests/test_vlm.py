@@ -1,0 +1,673 @@
+"""vlm.py: a prompt read once and continued many times gives what the plain model gives, one row at a time.
+
+Six architectures, built small with random weights and saved as a hub repository has them, go through `vlm.load`.
+Expected values come from `model(...).logits`, `model.generate` and `log_softmax`, never from vlm.py's own functions.
+"""
+import copy
+import json
+import shutil
+import socket
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import vlm
+
+# ---------------------------------------------------------------------------------------------------------
+# The models.
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+TOWER = dict(SIZES, image_size=16, patch_size=4)
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+          "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAVA_CHAT = ("{% for m in messages %}<|user|>{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+              "{% endfor %}{% endfor %}<|assistant|>")
+GEMMA_CHAT = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
+              "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_turn>\n"
+              "{% endfor %}<start_of_turn>model\n")
+IDEFICS_CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+                "<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:")
+
+
+def build_tokenizer(special, add_bos=False, **names):
+    """A byte-level BPE of about 300 tokens whose first ids are the special ones; `add_bos` as Llama's and Gemma's do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(["A cyst in the left kidney, mild. What does the scan show?"] * 3, trainers.BpeTrainer(
+        vocab_size=290 + len(special), special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if add_bos:
+        bos = names["bos_token"]
+        bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, special.index(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=special, **names)
+
+
+def save_model(model, folder, end, pad):
+    """Weights large enough that the image, every word and every position count; two or three rows without a token."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, pad
+    model.save_pretrained(folder)
+
+
+def build_llava(folder):
+    """As LLaVA 1.5: its tokenizer begins with <s>, and its chat does not."""
+    from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config,
+                              SiglipImageProcessorPil, SiglipVisionConfig)
+    tokenizer = build_tokenizer(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<s>"], True,
+                                pad_token="<|pad|>", eos_token="<|end|>", bos_token="<s>")
+    LlavaProcessor(SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, patch_size=4,
+                   vision_feature_select_strategy="full", chat_template=LLAVA_CHAT).save_pretrained(folder)
+    text = Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, tie_word_embeddings=True,
+                       eos_token_id=1, pad_token_id=0, bos_token_id=5)
+    config = LlavaConfig(vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False), text_config=text,
+                         image_token_index=4, vision_feature_layer=-1, vision_feature_select_strategy="full",
+                         image_seq_length=16, tie_word_embeddings=True)
+    save_model(LlavaForConditionalGeneration(config), folder, 1, 0)
+
+
+def build_qwen(folder, family):
+    """As on the hub: no processor_config.json (saving one demands torchvision), and a video processor's file."""
+    import transformers
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+               "<|video_pad|>"]
+    tokenizer = build_tokenizer(special, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.save_pretrained(folder)
+    transformers.Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024}).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"video_processor_type": "Qwen2VLVideoProcessor"}))
+    text = dict(SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, pad_token_id=0,
+                rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]})
+    tower = dict(depth=2, num_heads=2, patch_size=4)
+    text, tower = {
+        "Qwen2": (dict(text, eos_token_id=2, bos_token_id=None), dict(tower, embed_dim=32, hidden_size=32, mlp_ratio=2)),
+        "Qwen2_5_": (dict(text, eos_token_id=2, bos_token_id=None),
+                     dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32, window_size=16,
+                          fullatt_block_indexes=[1])),
+        "Qwen3": (dict(text, head_dim=16), dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32,
+                                                deepstack_visual_indexes=[0], num_position_embeddings=16)),
+    }[family]
+    config = getattr(transformers, f"{family}VLConfig")(text_config=text, vision_config=tower, vision_start_token_id=3,
+                                                        vision_end_token_id=4, image_token_id=5, video_token_id=6)
+    save_model(getattr(transformers, f"{family}VLForConditionalGeneration")(config), folder, [2, 0], 0)
+
+
+def build_idefics3(folder):
+    from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil,
+                              Idefics3Processor)
+    special = ["<|pad|>", "<end_of_utterance>", "<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>",
+               *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
+    tokenizer = build_tokenizer(special, pad_token="<|pad|>", eos_token="<end_of_utterance>", bos_token="<|im_start|>")
+    try:
+        images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    except ImportError:
+        pytest.skip("this transformers asks for torchvision to read images for Idefics3")
+    Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=IDEFICS_CHAT).save_pretrained(folder)
+    text = dict(SIZES, model_type="llama", num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=1,
+                pad_token_id=0, bos_token_id=2)
+    config = Idefics3Config(vision_config=TOWER, text_config=text, image_token_id=3, scale_factor=2)
+    save_model(Idefics3ForConditionalGeneration(config), folder, 1, 0)
+
+
+def build_gemma3(folder):
+    """Its tokenizer begins with <bos>, and so does its chat; half of its layers see no more than eight tokens back."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessorPil, Gemma3Processor
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>",
+               "<end_of_image>", "<image_soft_token>"]
+    tokenizer = build_tokenizer(special, True, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+                                extra_special_tokens={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+                                                      "image_token": "<image_soft_token>"})
+    Gemma3Processor(Gemma3ImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, image_seq_length=4,
+                    chat_template=GEMMA_CHAT).save_pretrained(folder)
+    text = dict(SIZES, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, vocab_size=len(tokenizer) + 3,
+                sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    tower = dict(TOWER, model_type="siglip_vision_model", vision_use_head=False)
+    config = Gemma3Config(vision_config=tower, text_config=text, mm_tokens_per_image=4, boi_token_index=6,
+                          eoi_token_index=7, image_token_index=8)
+    save_model(Gemma3ForConditionalGeneration(config), folder, [1, 5], 0)
+
+
+BUILD = {"llava": build_llava, "idefics3": build_idefics3, "gemma3": build_gemma3,
+         "qwen2_vl": lambda folder: build_qwen(folder, "Qwen2"),
+         "qwen2_5_vl": lambda folder: build_qwen(folder, "Qwen2_5_"),
+         "qwen3_vl": lambda folder: build_qwen(folder, "Qwen3")}
+STOPS = {"llava": [1], "idefics3": [1], "gemma3": [1, 5], "qwen2_vl": [0, 2], "qwen2_5_vl": [0, 2], "qwen3_vl": [0, 2]}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """architecture → its folder, built when it is first asked for."""
+    folders = {}
+
+    def build(name):
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
+            BUILD[name](folder)
+            folders[name] = folder
+        return folders[name]
+    return build
+
+
+@pytest.fixture(scope="session", params=list(BUILD))
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def vlm_(architecture, built):
+    """Shared by all tests of an architecture, which leave its weights and gradients as they found them."""
+    return vlm.load(str(built(architecture)), "cpu")
+
+
+@pytest.fixture
+def llava(built):
+    """One to spoil."""
+    return vlm.load(str(built("llava")), "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The plain way, one row at a time and unpadded.
+
+def image(seed, width=16, height=16):
+    pixels = torch.randint(0, 256, (height * width * 3,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.frombytes("RGB", (width, height), bytes(pixels.tolist()))
+
+
+IMAGES = [image(1), image(2, 24, 32), image(3, 40, 8)]  # 16, 48 and 20 patches where the resolution is dynamic
+TEXTS = ["What does the scan show?", "Which side is it, left or right? Think first, then answer.", "Hm"]
+ANSWERS = ["left", "a cyst in the kidney", "x", "", "mild.\n", "<answer>right</answer>"]  # two a prompt
+
+
+def plain_prompt(vlm_, image, text):
+    """One prompt as the library itself encodes it."""
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+    return dict(vlm_.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                                   return_tensors="pt"))
+
+
+def plain_logits(vlm_, image, text, ids):
+    """(C+1, V): row c is the distribution of token c, row C that of the token after `ids`."""
+    inputs = plain_prompt(vlm_, image, text)
+    width = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for kind in {"token_type_ids", "mm_token_type_ids"} & set(inputs):
+        inputs[kind] = torch.nn.functional.pad(inputs[kind], (0, len(ids)))
+    return vlm_.model(**inputs, use_cache=False).logits[0, width - 1:]
+
+
+def plain_logps(vlm_, images, texts, ids, mask, temperature=1.0):
+    """Log-probabilities and entropies (N, C) of N continuations, row n of prompt n // (N / B); zero at padding."""
+    logps, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    group = len(ids) // len(images)
+    for n, row in enumerate(ids):
+        row = row[:mask[n].sum()]
+        log_p = (plain_logits(vlm_, images[n // group], texts[n // group], row)[:-1] / temperature).log_softmax(-1)
+        logps[n, :len(row)] = log_p[range(len(row)), row]
+        entropy[n, :len(row)] = -(log_p.exp() * log_p).sum(-1)
+    return logps, entropy
+
+
+def encoded(vlm_, group):
+    """Three prompts of different lengths and image sizes, `group` answers of different lengths to each."""
+    return vlm.encode_prompts(vlm_, IMAGES, TEXTS), *vlm.encode_continuations(vlm_, ANSWERS[:3 * group])
+
+
+def largest(difference):
+    return difference.abs().max().item()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Token log-probabilities.
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("group", [1, 2])
+def test_log_probabilities_and_entropy_are_those_of_plain_rows(vlm_, group, temperature):
+    prompts, ids, mask = encoded(vlm_, group)
+    assert 0 < prompts["attention_mask"].sum(1).min() < prompts["input_ids"].shape[1] and not mask.all(), "no padding"
+    with torch.no_grad():
+        logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask, temperature)
+        plain, plain_entropy = plain_logps(vlm_, IMAGES, TEXTS, ids, mask, temperature)
+    assert largest(logps - plain) < 1e-5 and largest(entropy - plain_entropy) < 1e-5
+    assert (logps[mask == 0] == 0).all() and (entropy[mask == 0] == 0).all()
+
+
+def test_image_words_their_order_and_the_answer_so_far_all_count(vlm_):
+    """Or else the models here could not tell right from wrong."""
+    def score(image, text, answer):
+        ids, mask = vlm.encode_continuations(vlm_, [answer])
+        with torch.no_grad():
+            return plain_logps(vlm_, [image], [text], ids, mask)[0][0, -3:]
+    base = score(IMAGES[0], "left right", "a cyst")
+    for other in (score(IMAGES[1], "left right", "a cyst"), score(IMAGES[0], "right left", "a cyst"),
+                  score(IMAGES[0], "left  right", "a cyst"), score(IMAGES[0], "left right", "b cyst")):
+        assert largest(base - other) > 1e-2
+
+
+def test_states_of_a_group_stand_where_states_of_a_single_pass_do(vlm_):
+    prompts, ids, mask = encoded(vlm_, 2)
+    images, texts = [i for i in IMAGES for _ in range(2)], [t for t in TEXTS for _ in range(2)]
+    with torch.no_grad():
+        shared = vlm.hidden_states(vlm_, prompts, ids, mask)  # (N, C+1, D)
+        single = vlm.hidden_states(vlm_, vlm.encode_prompts(vlm_, images, texts), ids, mask)
+    assert shared.shape == single.shape == (6, ids.shape[1] + 1, 32)
+    for a, b, count in zip(shared, single, mask.sum(1)):  # up to the state after the last token
+        assert largest(a[:count + 1] - b[:count + 1]) < 1e-4
+
+
+def test_gradients_through_the_shared_prompt_are_those_of_plain_rows(vlm_):
+    prompts, ids, mask = encoded(vlm_, 2)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    names, parameters = zip(*vlm_.model.named_parameters())
+
+    def gradients(logps, entropy):
+        loss = (weights * logps).sum() + 0.3 * entropy.sum()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+    shared = gradients(*vlm.token_logps(vlm_, prompts, ids, mask))
+    plain = gradients(*plain_logps(vlm_, IMAGES, TEXTS, ids, mask))
+    size = max(g.norm() for g in plain)
+    seen = set()
+    for name, a, b in zip(names, shared, plain):
+        if b.norm() > 1e-3 * size:  # a key's bias has none in theory
+            seen.add("tower" if "vision" in name or "visual" in name else "decoder")
+            assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) >= 1 - 1e-6, name
+            assert abs(a.norm() / b.norm() - 1) < 1e-3, name
+    assert seen == {"tower", "decoder"}
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_an_answer_of_padding_alone_counts_for_nothing(vlm_, group):
+    prompts, ids, mask = encoded(vlm_, group)
+    mask[0] = 0
+    logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask)
+    assert (logps[0] == 0).all() and (entropy[0] == 0).all() and (logps[1] != 0).any()
+    assert not any(g.isnan().any() for g in torch.autograd.grad(logps.sum(), vlm_.model.parameters(), allow_unused=True)
+                   if g is not None)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+def test_gradient_checkpointing_changes_no_gradient_of_single_answers(architecture, built):
+    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    prompts, ids, mask = encoded(vlm_, 1)
+    passes = []
+    vlm_.model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+
+    def gradients():
+        vlm_.model.zero_grad()
+        vlm.token_logps(vlm_, prompts, ids, mask)[0].sum().backward()
+        return {name: p.grad.clone() for name, p in vlm_.model.named_parameters() if p.grad is not None}
+    plain = gradients()
+    vlm_.model.train().gradient_checkpointing_enable()
+    checkpointed = gradients()
+    assert len(passes) == 3, "checkpointing computes each layer once more in the backward pass"
+    assert plain.keys() == checkpointed.keys()
+    assert all(largest(plain[name] - checkpointed[name]) <= 1e-4 * (1 + largest(plain[name])) for name in plain)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Encoding.
+
+def test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vlm_):
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    for row, mask, image, text in zip(prompts["input_ids"], prompts["attention_mask"], IMAGES, TEXTS):
+        plain = plain_prompt(vlm_, image, text)["input_ids"][0]
+        assert plain.tolist().count(vlm_.tokenizer.bos_token_id) == (vlm_.tokenizer.bos_token is not None)
+        assert mask.tolist() == [0] * (len(mask) - len(plain)) + [1] * len(plain)
+        assert row[-len(plain):].equal(plain)
+
+
+def test_an_answer_closes_with_a_counted_end_of_turn_and_padding_counts_for_nothing(vlm_):
+    ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
+    for row, kept, answer in zip(ids, mask, ANSWERS):
+        own = vlm_.tokenizer(answer, add_special_tokens=False)["input_ids"] + [vlm_.tokenizer.eos_token_id]
+        assert row[:len(own)].tolist() == own
+        assert kept.tolist() == [1] * len(own) + [0] * (len(row) - len(own))
+    assert mask.any(0).all(), "no column of padding alone"
+    assert vlm.decode(vlm_, ids, mask) == ANSWERS
+
+
+def test_without_an_end_only_the_text_is_encoded(vlm_):
+    ids, mask = vlm.encode_continuations(vlm_, ["left", "a cyst"], end=False)
+    assert vlm_.end_id not in ids[mask.bool()] and vlm.decode(vlm_, ids, mask) == ["left", "a cyst"]
+
+
+def test_the_name_of_a_special_token_in_an_answer_is_plain_text(vlm_):
+    names = "".join(vlm_.tokenizer.convert_ids_to_tokens(sorted({*vlm_.stop_ids, *vlm_.banned_ids} & set(range(12)))))
+    ids, mask = vlm.encode_continuations(vlm_, [f"see {names}"], end=False)
+    assert not set(ids[0].tolist()) & {*vlm_.banned_ids, *vlm_.stop_ids}
+    assert vlm.decode(vlm_, ids, mask) == [f"see {names}"]
+    test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vlm_)  # special tokens are special again
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sampling.
+
+def kept(ids, mask):
+    return [row[m.bool()].tolist() for row, m in zip(ids, mask)]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_greedy_sampling_is_generate_token_for_token(vlm_, ends):
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    if ends:  # what the first row says third now ends a turn
+        ids, _ = vlm.sample(vlm_, prompts, None, 3, temperature=0)
+        vlm_ = replace(vlm_, stop_ids=[*vlm_.stop_ids, ids[0, 2].item()])
+    ids, mask = vlm.sample(vlm_, prompts, None, 9, temperature=0)
+    plain = vlm_.model.generate(**prompts, do_sample=False, max_new_tokens=9, suppress_tokens=vlm_.banned_ids,
+                                eos_token_id=vlm_.stop_ids, pad_token_id=0)[:, prompts["input_ids"].shape[1]:]
+    assert (ids * mask).equal(plain * mask) and ids.shape == plain.shape
+    assert len({tuple(row) for row in kept(ids, mask)}) == 3 and len(set(ids.flatten().tolist())) > 5, "models that babble"
+    assert not ends or mask[0].sum() <= 3 < mask.shape[1], "the first row ends before another"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm_, temperature):
+    seeds = [3, 1, 4, 1, 5, 9]
+    ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 5, temperature, group=2)
+    assert ids.shape[0] == 6
+    for n, row in enumerate(kept(ids, mask)):  # row b * group + g continues prompt b
+        uniform = torch.rand(5, generator=torch.Generator().manual_seed(seeds[n]))
+        with torch.no_grad():
+            logits = plain_logits(vlm_, IMAGES[n // 2], TEXTS[n // 2], torch.tensor(row))[:-1] / temperature
+        logits[:, vlm_.banned_ids] = -torch.inf
+        cdf = logits.double().softmax(-1).cumsum(-1)
+        assert row == torch.searchsorted(cdf, uniform[:len(row), None].double(), right=True)[:, 0].tolist()
+
+
+def test_a_row_depends_neither_on_the_rows_beside_it_nor_on_their_order(vlm_):
+    seeds = [11, 12, 13]
+    together = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 12))
+    backwards = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES[::-1], TEXTS[::-1]), seeds[::-1], 12))
+    alone = [kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, [i], [t]), [s], 12))[0] for i, t, s in zip(IMAGES, TEXTS, seeds)]
+    other = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), [21, 22, 23], 12))
+    assert together == backwards[::-1] == alone != other
+
+
+def test_a_longer_limit_only_goes_on(vlm_):
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    short, long = (kept(*vlm.sample(vlm_, prompts, [1, 2, 3], limit)) for limit in (4, 20))
+    assert short == [row[:4] for row in long]
+
+
+def push(vlm_, bonus):
+    """Add bonus(call) (N or 1, V) to the head's logits at its first, second, ... call."""
+    calls = iter(range(1000))
+    return vlm_.head.register_forward_hook(lambda _, __, logits: logits + bonus(next(calls)))
+
+
+def test_banned_tokens_are_never_sampled_however_likely(vlm_):
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    bonus = torch.zeros(1, vlm_.head.weight.shape[0])
+    bonus[0, vlm_.banned_ids] = 1e4
+    hook = push(vlm_, lambda call: bonus)
+    try:
+        for temperature in (0, 1.0):
+            ids, _ = vlm.sample(vlm_, prompts, range(6), 6, temperature, group=2)
+            assert not set(ids.flatten().tolist()) & (set(vlm_.banned_ids) - {vlm_.tokenizer.pad_token_id})
+            unbanned, _ = vlm.sample(replace(vlm_, banned_ids=[]), prompts, range(6), 1, temperature, group=2)
+            assert set(unbanned.flatten().tolist()) <= set(vlm_.banned_ids), "the push is too weak to test anything"
+    finally:
+        hook.remove()
+
+
+def test_each_stop_token_ends_its_row_and_no_other(vlm_):
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    rows = vlm_.head.weight.shape[0]
+    for stop in vlm_.stop_ids:
+        def bonus(call):
+            bonus = torch.zeros(3, rows)
+            bonus[:, vlm_.stop_ids] = -1e4
+            if call == 2:
+                bonus[1, stop] = 1e5
+            return bonus
+        hook = push(vlm_, bonus)
+        try:
+            ids, mask = vlm.sample(vlm_, prompts, [7, 8, 9], 6)
+        finally:
+            hook.remove()
+        assert mask.tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 6]
+        assert ids[1, 2] == stop and (ids[1, 3:] == vlm_.tokenizer.pad_token_id).all()
+        assert not set(ids[[0, 2]].flatten().tolist()) & set(vlm_.stop_ids)
+        texts = vlm.decode(vlm_, ids, mask)
+        assert texts[1] == vlm_.tokenizer.decode(ids[1, :2]), "the stop is no part of the text"
+
+
+def test_sampling_stops_when_every_row_has_ended(vlm_):
+    bonus = torch.zeros(1, vlm_.head.weight.shape[0])
+    bonus[0, vlm_.end_id] = 1e4
+    hook = push(vlm_, lambda call: bonus if call else 0 * bonus)
+    try:
+        ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), None, 50, temperature=0)
+    finally:
+        hook.remove()
+    assert ids.shape == (3, 2) and mask.all() and (ids[:, 1] == vlm_.end_id).all()
+
+
+def test_pick_follows_the_distribution():
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(0)) * 2
+    logits[[0, 7, 8, 59]] = -torch.inf
+    count = 20_000
+    uniform = (torch.arange(count) + 0.5) / count  # of evenly spread numbers each token gets its share but for one or two
+    for temperature in (1.0, 0.6):
+        share = vlm.pick(logits.expand(count, -1), temperature, uniform).bincount(minlength=60) / count
+        assert largest(share - (logits / temperature).softmax(-1)) < 2 / count
+
+
+def test_pick_never_returns_a_token_of_probability_zero_at_either_end_of_the_uniform():
+    logits = torch.zeros(4, 151_936)
+    logits[:, :1000] = logits[:, -1000:] = -torch.inf
+    ends = torch.tensor([0.0, 1e-30, 1 - 2**-24, 0.5])
+    assert vlm.pick(logits, 1.0, ends).tolist()[:3] == [1000, 1000, 151_936 - 1001]
+    logits[:, 75_000] = 1e4
+    assert vlm.pick(logits, 1.0, ends).tolist() == [75_000] * 4
+
+
+def test_pick_at_temperature_zero_is_the_largest_logit_whatever_the_uniform():
+    logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.9]])
+    for uniform in (0.0, 0.999):
+        assert vlm.pick(logits, 0, torch.full((2,), uniform)).tolist() == [1, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# No trace of one call in another.
+
+def test_sampling_and_scoring_leave_their_inputs_as_they_were(vlm_):
+    for group in (1, 2):
+        inputs = prompts, ids, mask = encoded(vlm_, group)
+        before, seeds = copy.deepcopy(inputs), list(range(3 * group))
+        with torch.no_grad():
+            states = vlm.hidden_states(vlm_, prompts, ids, mask)
+            copied = states.clone()
+            vlm.token_logps(vlm_, prompts, ids, mask, 0.7)
+            vlm.token_logps(vlm_, prompts, ids, mask, 0.7, states=states)
+        vlm.sample(vlm_, prompts, seeds, 3, group=group)
+        vlm.decode(vlm_, ids, mask)
+        assert prompts.keys() == before[0].keys() and all(prompts[k].equal(before[0][k]) for k in prompts)
+        assert ids.equal(before[1]) and mask.equal(before[2]) and states.equal(copied) and seeds == list(range(3 * group))
+
+
+def test_nothing_of_a_former_batch_leaks_into_the_next(architecture, built):
+    """Qwen's models keep the positions of the last batch that they read (`rope_deltas`)."""
+    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    prompts, ids, mask = encoded(vlm_, 2)
+    single = vlm.encode_prompts(vlm_, IMAGES, TEXTS), ids[::2], mask[::2]
+    other = vlm.encode_prompts(vlm_, [image(5, 80, 16), image(6, 8, 8)], ["What?", "Is there a cyst, and where is it?"])
+
+    @torch.no_grad()
+    def results(read_before):
+        read_before()
+        shared = vlm.token_logps(vlm_, prompts, ids, mask)[0]
+        read_before()
+        alone = vlm.token_logps(vlm_, *single)[0]
+        read_before()
+        return shared, alone, vlm.sample(vlm_, prompts, range(6), 6, group=2)[0]
+    fresh = results(lambda: None)
+    for read_before in (lambda: vlm.sample(vlm_, other, [1, 2], 3), lambda: vlm_.model.generate(**other, max_new_tokens=2)):
+        assert all(a.equal(b) for a, b in zip(fresh, results(read_before)))
+
+
+def test_a_cache_keeps_its_own_positions_while_another_prompt_is_read(vlm_):
+    prompts, ids, mask = encoded(vlm_, 2)
+    with torch.no_grad():
+        expected = vlm.hidden_states(vlm_, prompts, ids, mask)[:, 1:]
+        cache, prompt_mask, _ = vlm.read(vlm_, prompts, 2)
+        vlm.read(vlm_, vlm.encode_prompts(vlm_, [image(5, 80, 16)] * 3, TEXTS), 2)
+        states = vlm.continue_from(vlm_, cache, torch.cat([prompt_mask, mask], 1), ids)
+    assert states.equal(expected)
+
+
+def test_a_prompt_without_an_image_is_read_alike_before_and_after_one_with(vlm_):
+    text = vlm_.tokenizer(["What does the scan show?", "Hm"], padding=True, padding_side="left", return_tensors="pt")
+    text = {k: text[k] for k in ("input_ids", "attention_mask")}
+    ids, mask = vlm.encode_continuations(vlm_, ANSWERS[:4])
+    with torch.no_grad():
+        vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES[1:], TEXTS[1:]), [1, 2], 2)
+        logps, _ = vlm.token_logps(vlm_, text, ids, mask)
+        for n in range(4):
+            prompt = text["input_ids"][n // 2][text["attention_mask"][n // 2].bool()]
+            row = ids[n][mask[n].bool()]
+            log_p = vlm_.model(torch.cat([prompt, row])[None]).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+            assert largest(log_p[range(len(row)), row] - logps[n, :len(row)]) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights.
+
+FROZEN = {  # what stands in the vision tower, and what of that goes on learning
+    "llava": ("model.vision_tower.", ()), "gemma3": ("model.vision_tower.", ()), "idefics3": ("model.vision_model.", ()),
+    "qwen2_vl": ("model.visual.", ("model.visual.merger.",)), "qwen2_5_vl": ("model.visual.", ("model.visual.merger.",)),
+    "qwen3_vl": ("model.visual.", ("model.visual.merger.", "model.visual.deepstack_merger_list."))}
+
+
+def test_freezing_vision_freezes_the_tower_and_nothing_else(architecture, built):
+    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    vlm.freeze_vision(vlm_)
+    vlm.token_logps(vlm_, *encoded(vlm_, 2))[0].sum().backward()
+    tower, learning = FROZEN[architecture]
+    names = [name for name, _ in vlm_.model.named_parameters()]
+    assert all(any(name.startswith(part) for name in names) for part in (tower, *learning)), "no such parameters"
+    for name, parameter in vlm_.model.named_parameters():
+        assert parameter.requires_grad == (not name.startswith(tower) or name.startswith(learning)), name
+        assert parameter.requires_grad or parameter.grad is None
+    bridge = [p for name, p in vlm_.model.named_parameters() if "projector" in name or "connector" in name or "merger" in name]
+    assert bridge and all(p.grad is not None and p.grad.any() for p in bridge)
+
+
+def test_freezing_a_tower_that_has_an_unknown_name_is_an_error():
+    with pytest.raises(vlm.ModelError, match="Linear: no vision tower"):
+        vlm.freeze_vision(SimpleNamespace(model=torch.nn.Linear(2, 2)))
+
+
+def test_a_frozen_copy_computes_the_same_shares_no_storage_and_cannot_learn(vlm_):
+    before = [p.requires_grad for p in vlm_.model.parameters()]
+    vlm_.model.train()
+    twin = vlm.frozen_copy(vlm_)
+    vlm_.model.eval()
+    tensors = [[*v.model.parameters(), *v.model.buffers()] for v in (vlm_, twin)]
+    assert not {t.data_ptr() for t in tensors[0]} & {t.data_ptr() for t in tensors[1]}
+    assert not any(p.requires_grad for p in twin.model.parameters()) and not twin.model.training
+    assert [p.requires_grad for p in vlm_.model.parameters()] == before
+    prompts, ids, mask = encoded(vlm_, 2)
+    logps, _ = vlm.token_logps(twin, prompts, ids, mask)
+    assert not logps.requires_grad and logps.equal(vlm.token_logps(vlm_, prompts, ids, mask)[0].detach())
+
+
+def test_a_saved_model_loads_with_the_same_logits_inputs_and_tokens(vlm_, tmp_path):
+    vlm.save(vlm_, tmp_path / "saved")
+    again = vlm.load(str(tmp_path / "saved"), "cpu")
+    before, after = (vlm.encode_prompts(v, IMAGES, TEXTS) for v in (vlm_, again))
+    assert before.keys() == after.keys() and all(before[k].equal(after[k]) for k in before)
+    with torch.no_grad():
+        assert vlm_.model(**before).logits.equal(again.model(**after).logits)
+    assert (again.end_id, again.stop_ids, again.banned_ids) == (vlm_.end_id, vlm_.stop_ids, vlm_.banned_ids)
+    assert not again.model.training and again.model.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What ends a turn, what must never be sampled, what cannot be loaded.
+
+def test_stops_end_a_turn_and_every_other_special_or_nameless_token_is_banned(architecture, vlm_):
+    rows, tokens = vlm_.head.weight.shape[0], len(vlm_.tokenizer)
+    special = [i for i in range(tokens) if vlm_.tokenizer.decode([i], skip_special_tokens=True) == ""]
+    assert rows == tokens + 3 and 5 <= len(special) <= 10
+    assert vlm_.stop_ids == STOPS[architecture] and vlm_.end_id in vlm_.stop_ids
+    assert vlm_.banned_ids == sorted({*special, *range(tokens, rows)} - set(STOPS[architecture]))
+
+
+def test_a_vocabulary_with_holes_bans_the_holes_and_not_its_last_tokens(llava):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    words = {"a": 10, "b": 11, "c": 100, "<|end|>": 101}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "a")), eos_token="<|end|>")
+    banned = vlm.wrap(llava.model, SimpleNamespace(tokenizer=tokenizer)).banned_ids
+    assert not {10, 11, 100, 101} & set(banned) and {9, 12, 99, 102} <= set(banned)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(llava):
+    llava.tokenizer.pad_token = None
+    again = vlm.wrap(llava.model, llava.processor)
+    assert again.tokenizer.pad_token_id == again.end_id == 1 and 1 not in again.banned_ids
+
+
+def spoilt(folder, name):
+    """Do one thing wrong to the model in `folder`."""
+    if name.startswith("no "):
+        return (folder / name[3:]).unlink()
+    if name == "half its weights":
+        weights = (folder / "model.safetensors").read_bytes()
+        return (folder / "model.safetensors").write_bytes(weights[:len(weights) // 2])
+    config = (folder / "config.json").read_text()
+    if name != "broken config.json":
+        config = json.loads(config)
+        config["text_config"] |= {"a width in words": {"hidden_size": "large"},
+                                  "one more layer": {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+                                  "another width": {"intermediate_size": 64},
+                                  "capped logits": {"final_logit_softcapping": 30.0}}[name]
+        config = json.dumps(config)
+    (folder / "config.json").write_text(config[:-9] if name == "broken config.json" else config)
+
+
+@pytest.mark.parametrize("name, why", [
+    ("no config.json", "no config.json in it"), ("no model.safetensors", "no file named model.safetensors"),
+    ("no tokenizer.json", "tokenizer"), ("no processor_config.json", "processor"),
+    ("no chat_template.jinja", "no chat template"), ("half its weights", "deserializing"),
+    ("broken config.json", "not a valid JSON"), ("a width in words", "hidden_size"),
+    ("one more layer", r"layers\.2\..* and 11 more are missing"),
+    ("another width", r"mlp.* and 5 more are missing in the weights or have another shape"),
+    ("capped logits", "final_logit_softcapping")])
+def test_a_spoilt_folder_is_refused_in_one_line_that_names_it(name, why, built, tmp_path):
+    folder = shutil.copytree(built("gemma3" if name == "capped logits" else "llava"), tmp_path / "spoilt")
+    spoilt(folder, name)
+    with pytest.raises(vlm.ModelError, match=why) as refused:
+        vlm.load(str(folder), "cpu")
+    assert str(refused.value).startswith(f"{folder}: ") and "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_a_model_of_text_alone_is_refused_in_one_line_that_names_it(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    build_tokenizer(["<|end|>"], eos_token="<|end|>").save_pretrained(tmp_path)
+    Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=300)).save_pretrained(tmp_path)
+    with pytest.raises(vlm.ModelError, match="Qwen2Config") as refused:
+        vlm.load(str(tmp_path), "cpu")
+    assert str(refused.value).startswith(f"{tmp_path}: ") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder", "/no/such/folder"])
+def test_a_name_that_is_nowhere_is_refused_in_one_line_that_names_it(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a) or [])
+    with pytest.raises(vlm.ModelError) as refused:
+        vlm.load(name, "cpu")
+    assert str(refused.value).startswith(f"{name}: ") and "\n" not in str(refused.value) and not asked
