@@ -84,12 +84,16 @@ import vlm  # noqa: E402
 # What to ask.
 
 def read_images(path):
-    """The image records, all of whose files exist: better found missing now than after hours. Raises RecordError."""
-    images = list(records.read(path, require=("image",)))
-    for record in images:
+    """One record an image (of a question file, the first about each), all of whose files exist. Raises RecordError.
+
+    Better found missing now than after hours.
+    """
+    images = {}
+    for record in records.read(path, require=("image",)):
         records.demand(os.path.isfile(record["image"]),
                        f"{path}: record {record['id']}: no image {record['image']}: correct the record's `image`")
-    return images
+        images.setdefault(record["image"], record)
+    return list(images.values())
 
 
 def turns(images):

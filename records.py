@@ -162,7 +162,7 @@ def parse_candidate(text):
     options = form["options"] and [" ".join(o.split()) for o in form["options"].split("|")]
     if not normalise(question):
         return None, "empty question"
-    if options is not None and (len(options) < 2 or not all(map(normalise, options))):
+    if options is not None and not (2 <= len(options) <= 26 and all(map(normalise, options))):
         return None, "too few or empty options"
     if options is not None and len({normalise(o) for o in options}) < len(options):
         return None, "repeated options"

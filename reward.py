@@ -189,7 +189,8 @@ def prompt_of(record):
 def answer_mask(vlm_, responses, mask):
     """(N, C) bool: the tokens from `<answer>` on; none in a report."""
     starts = [t.find("<answer>") if "<answer>" in t else len(t) + 1 for t in responses]
-    offsets = [vlm_.tokenizer(t, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"] for t in responses]
+    offsets = [vlm_.tokenizer(t, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)["offset_mapping"]
+               for t in responses]  # cut as vlm.encode_continuations does
     rows = [[a >= start for a, _ in row] + [start <= len(t)] for row, start, t in zip(offsets, starts, responses)]
     return torch.tensor([r + [False] * (mask.shape[1] - len(r)) for r in rows], device=mask.device)
 

@@ -74,7 +74,8 @@ def load(name, device=None, dtype=torch.float32):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+    local = os.path.exists(name) or name.startswith((".", "/")) or name.count("/") > 1  # a hub name is owner/model
+    if local and not os.path.isfile(os.path.join(name, "config.json")):
         raise ModelError(f"{name}: not a model (no config.json in it); give a folder saved by save_pretrained or a hub name")
     try:
         processor = load_processor(name)
@@ -84,19 +85,23 @@ def load(name, device=None, dtype=torch.float32):
     except Exception as e:  # the library raises whatever it likes at a folder that is not what it expects
         reason = textwrap.shorten(str(e), 250, placeholder=" ...") or type(e).__name__
         raise ModelError(f"{name}: cannot load it as an image-text-to-text model: {reason}") from e
+    wrong = what_is_wrong(model, processor, report)
+    if wrong:
+        raise ModelError(f"{name}: {wrong}")
+    return vlm
+
+
+def what_is_wrong(model, processor, report):
+    """Why a model that loads would not compute what it claims to, or None. `report`: the library's own, of its loading."""
     unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unset:  # they would start from random values
-        raise ModelError(f"{name}: config.json and weights disagree: {unset[0]} and {len(unset) - 1} more are missing in the "
-                         "weights or have another shape there")
+        return f"weights do not fit config.json: {unset[0]} and {len(unset) - 1} more are missing or of another shape"
     if not processor.chat_template:
-        raise ModelError(f"{name}: no chat template (chat_template.jinja), so that it cannot be asked; take the -Instruct "
-                         "or -it model")
+        return "no chat template (chat_template.jinja), so it cannot be asked anything; take the -Instruct or -it model"
     text = model.config.get_text_config()
     bent = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, k, None) not in (None, 1)]
     if bent:
-        raise ModelError(f"{name}: its logits are more than head weight times state ({', '.join(bent)}): token_logps and "
-                         "sample cannot serve it")
-    return vlm
+        return f"its logits are more than weight times state ({bent[0]}), which token_logps and sample do not compute"
 
 
 def wrap(model, processor):

@@ -234,7 +234,7 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--out", required=True, help="folder to write; if it exists, nothing is done")
     p.add_argument("--seed", type=int, default=0, help="another seed, another clinic")
-    p.add_argument("--sizes", type=int, nargs=5, default=(100, 200, 400, 200, 500), metavar="N",
+    p.add_argument("--sizes", type=int, nargs=5, default=(100, 200, 400, 200, 800), metavar="N",
                    help="images in expert, reports, unlabelled, val, test")
     p.add_argument("--heldout-modality", default="OCT", choices=MODALITIES, help="missing from training in heldout/")
     p.add_argument("--heldout-task", default="Lesion Grading", choices=TASKS, help="missing from training in heldout/")
