@@ -488,12 +488,6 @@ def test_pick_never_returns_a_token_of_probability_zero_at_either_end_of_the_uni
     assert vlm.pick(logits, 1.0, ends).tolist() == [75_000] * 4
 
 
-def test_pick_finds_each_of_150_000_equally_likely_tokens():
-    count = 150_000
-    tokens = torch.arange(16) * 9_999  # in fp32 the running sum would be off by several tokens at the end
-    assert vlm.pick(torch.zeros(16, count), 1.0, ((tokens + 0.5) / count)).equal(tokens)
-
-
 def test_pick_at_temperature_zero_is_the_largest_logit_whatever_the_uniform():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.9]])
     for uniform in (0.0, 0.999):

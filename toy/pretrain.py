@@ -10,8 +10,7 @@ own, saved in the Hugging Face format. Two phases, on images drawn for it:
 
     python toy/pretrain.py --role policy --out toy/policy
     python toy/pretrain.py --role generator --start toy/policy --out toy/generator
-    python toy/pretrain.py --role backbone --out backbone1
-    python toy/pretrain.py --role backbone --start backbone1 --seed 1 --steps 0 1000 --out toy/backbone
+    python toy/pretrain.py --role backbone --out toy/backbone
 """
 import argparse
 import json
@@ -30,7 +29,7 @@ KNOWN = ("CT", "X-Ray", "Ultrasound")  # the modalities in which the policy has 
 ROLES = {  # layers of tower and decoder; steps of phase 1 and 2; share of reports in phase 2
     "policy": dict(layers=(2, 3), steps=(1500, 1000), reports=0.5),
     "generator": dict(layers=(2, 3), steps=(0, 800), reports=0.25),  # goes on from the policy
-    "backbone": dict(layers=(3, 4), steps=(2000, 1600), reports=0.25),
+    "backbone": dict(layers=(3, 4), steps=(1500, 1500), reports=0.4, freeze_tower=True),
 }
 CHAT = ("{% for m in messages %}<|user|>{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
         "{% endfor %}<|assistant|>{% endfor %}")
@@ -150,7 +149,7 @@ def pretrain_language(vlm_, role, steps, share_of_reports, seed, lr):
         logps, _ = vlm.token_logps(vlm_, vlm.encode_prompts(vlm_, images, prompts), ids, mask)
         return -logps.sum() / mask.sum()
 
-    train(vlm_.model.parameters(), steps, lr, loss_at, role)
+    train([p for p in vlm_.model.parameters() if p.requires_grad], steps, lr, loss_at, role)
 
 
 def marks(vlm_, role, n=400):
@@ -204,6 +203,8 @@ def main(args):
     vlm_ = vlm.load(args.start) if args.start else vlm.wrap(build_model(processor, *role["layers"]), processor)
     if not args.start:
         pretrain_tower(vlm_, tower_steps, f"{args.role}{args.seed}")
+    if role.get("freeze_tower"):  # at this learning rate phase 2 would unlearn most of what phase 1 taught the tower
+        vlm.freeze_vision(vlm_)
     pretrain_language(vlm_, args.role, steps, role["reports"], f"{args.role}{args.seed}", 1e-3 if args.start else 2e-3)
     vlm_.model.half()  # committed in 16 bits; loaded in 32
     vlm.save(vlm_, args.out)
