@@ -5,11 +5,12 @@ own, saved in the Hugging Face format. Two phases, on images drawn for it:
   1. the vision tower alone, by naming the drawn facts (as a CLIP tower comes pre-trained to a VLM);
   2. the whole model, on what its role has read:
        policy     reports of all modalities, questions in three of the eight: much to learn
-       generator  the policy, trained on: candidates of all paradigms and modalities; asks well, but errs
+       generator  a policy whose tower phase 2 blurred, then candidates of all paradigms and modalities: asks well, but errs
        backbone   reports and questions of all modalities: sees better than the policy
 
     python toy/pretrain.py --role policy --out toy/policy
-    python toy/pretrain.py --role generator --start toy/policy --out toy/generator
+    python toy/pretrain.py --role policy --no-freeze-tower --out blurred
+    python toy/pretrain.py --role generator --start blurred --out toy/generator
     python toy/pretrain.py --role backbone --out toy/backbone
 """
 import argparse
@@ -27,7 +28,7 @@ FACTS = {"modality": records.MODALITIES, "anatomy": clinic.ANATOMIES, "finding":
          "degree": clinic.DEGREES, "side": clinic.SIDES}
 KNOWN = ("CT", "X-Ray", "Ultrasound")  # the modalities in which the policy has been asked questions
 ROLES = {  # layers of tower and decoder; steps of phase 1 and 2; share of reports in phase 2
-    "policy": dict(layers=(2, 3), steps=(1500, 1000), reports=0.5),
+    "policy": dict(layers=(2, 3), steps=(1500, 1000), reports=0.5, freeze_tower=True),
     "generator": dict(layers=(2, 3), steps=(0, 800), reports=0.25),  # goes on from the policy
     "backbone": dict(layers=(3, 4), steps=(1500, 1500), reports=0.4, freeze_tower=True),
 }
@@ -188,6 +189,8 @@ def parse_args():
     p.add_argument("--out", required=True, help="folder to save the model in")
     p.add_argument("--seed", type=int, default=0, help="of the weights and of all images")
     p.add_argument("--start", help="a model to go on from, phase 2 alone")
+    p.add_argument("--freeze-tower", action=argparse.BooleanOptionalAction, default=True,
+                   help="keep policy's and backbone's towers as phase 1 left them")
     p.add_argument("--steps", type=int, nargs=2, metavar="N", help="steps of the two phases, if not the role's own")
     return p.parse_args()
 
@@ -203,7 +206,7 @@ def main(args):
     vlm_ = vlm.load(args.start) if args.start else vlm.wrap(build_model(processor, *role["layers"]), processor)
     if not args.start:
         pretrain_tower(vlm_, tower_steps, f"{args.role}{args.seed}")
-    if role.get("freeze_tower"):  # at this learning rate phase 2 would unlearn most of what phase 1 taught the tower
+    if role.get("freeze_tower") and args.freeze_tower:  # at this learning rate phase 2 would unlearn most of what phase 1 taught the tower
         vlm.freeze_vision(vlm_)
     pretrain_language(vlm_, args.role, steps, role["reports"], f"{args.role}{args.seed}", 1e-3 if args.start else 2e-3)
     vlm_.model.half()  # committed in 16 bits; loaded in 32
