@@ -37,7 +37,7 @@ def parse_args():
     p.add_argument("--reward", required=True, help="folder of a reward model")
     p.add_argument("--data", required=True, nargs="+", help="question record files to practise on")
     p.add_argument("--val", help="expert question records for the watch")
-    p.add_argument("--steps", type=int, default=50, help="batches of rollouts")
+    p.add_argument("--steps", type=int, default=40, help="batches of rollouts")
     p.add_argument("--prompts", type=int, default=16, help="P, questions a step")
     p.add_argument("--group", type=int, default=8, help="G, responses to each")
     p.add_argument("--iterations", type=int, default=1, help="updates on each batch of rollouts")
@@ -54,7 +54,7 @@ def parse_args():
                    help="a response cut at --max-new-tokens teaches nothing")
     p.add_argument("--drop-zero-variance", action=argparse.BooleanOptionalAction, default=False,
                    help="skip groups all right or all wrong, and refill the batch with other questions")
-    p.add_argument("--lr", type=float, default=5e-5, help="learning rate (the toy's; about 1e-6 for a 7B model)")
+    p.add_argument("--lr", type=float, default=1e-4, help="learning rate (the toy's; about 1e-6 for a 7B model)")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
     p.add_argument("--micro-batch", type=int, default=8, help="groups at a time: less memory, same result")

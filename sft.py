@@ -28,10 +28,10 @@ def parse_args():
     p.add_argument("--val", help="record file to measure the loss on")
     p.add_argument("--role", choices=("policy", "generator"), default="policy",
                    help="policy: learn the response given image and question; generator: question, options and response given the image")
-    p.add_argument("--epochs", type=float, default=4, help="times through the data")
+    p.add_argument("--epochs", type=float, default=6, help="times through the data")
     p.add_argument("--batch", type=int, default=32, help="examples a step")
     p.add_argument("--micro-batch", type=int, default=32, help="examples at a time: less memory, same result")
-    p.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (the toy's; about 1e-5 for a 7B model)")
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (the toy's; about 1e-5 for a 7B model)")
     p.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
     p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
