@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The self-improving cycle: the stages in sequence, CYCLES times over. By default on the toy clinic, into runs/toy.
 #
-#   bash cycle.sh                          about 8 minutes on 2 CPU cores; again: does nothing, or goes on where it was stopped
+#   bash cycle.sh                          about 7 minutes on 2 CPU cores; again: does nothing, or goes on where it was stopped
 #   OUT=runs/seed1 SEED=1 bash cycle.sh    another seed
 #   GRPO=my_grpo.py OUT=runs/mine bash cycle.sh    an ablation: any stage's script can be swapped for another
 #
@@ -37,7 +37,7 @@ evaluate() {  # evaluate MODEL FOLDER
 
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
-  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 8 minutes on 2 CPU cores."
+  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 7 minutes on 2 CPU cores."
   "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CLINIC_FLAGS:-}
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
@@ -48,23 +48,26 @@ rows=("base=$OUT/eval_base/metrics.json" "SFT on expert data=$OUT/eval_sft_exper
 stage "$OUT/sft_expert" $LAUNCH "$SFT" --model "$POLICY" --data "$EXPERT" $SFT_FLAGS
 evaluate "$OUT/sft_expert" "$OUT/eval_sft_expert"
 
-policy=$POLICY generator=$GENERATOR rollouts=
+generator=$GENERATOR accepted= random= rollouts=
 for c in $(seq "$CYCLES"); do
   d=$OUT/cycle$c
   stage "$d/reward" "$PYTHON" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" $REPORTS ${rollouts:+--rollouts $rollouts} $REWARD_FLAGS
   stage "$d/candidates" "$PYTHON" "$GENERATE" --model "$generator" --images "$IMAGES" --cycle "$c" $GENERATE_FLAGS
   stage "$d/scored" "$PYTHON" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
   [ -z "$TRUTH" ] || [ -e "$d/marks.json" ] || "$PYTHON" toy/mark.py --scored "$d/scored" --truth "$TRUTH" --out "$d/marks.json"
-  stage "$d/sft_random" $LAUNCH "$SFT" --model "$policy" --data "$d/scored/random.jsonl" $SFT_FLAGS
+  # each cycle trains the policy from its base on all that was accepted so far: gone on from, a policy that has become better
+  # than the generator is pulled back by SFT on the generator's data
+  accepted="$accepted $d/scored/accepted.jsonl" random="$random $d/scored/random.jsonl"
+  stage "$d/sft_random" $LAUNCH "$SFT" --model "$POLICY" --data $random $SFT_FLAGS
   evaluate "$d/sft_random" "$d/eval_sft_random"
-  stage "$d/sft" $LAUNCH "$SFT" --model "$policy" --data "$d/scored/accepted.jsonl" $SFT_FLAGS
+  stage "$d/sft" $LAUNCH "$SFT" --model "$POLICY" --data $accepted $SFT_FLAGS
   evaluate "$d/sft" "$d/eval_sft"
-  stage "$d/grpo" $LAUNCH "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/accepted.jsonl" "$EXPERT" --val "$VAL" $GRPO_FLAGS
+  stage "$d/grpo" $LAUNCH "$GRPO" --model "$d/sft" --reward "$d/reward" --data $accepted "$EXPERT" --val "$VAL" $GRPO_FLAGS
   evaluate "$d/grpo" "$d/eval_grpo"
   judged=$d/reward/metrics.json${TRUTH:++$d/marks.json}
   rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json" "cycle $c: SFT on accepted=$d/eval_sft/metrics.json+$judged"
          "cycle $c: + GRPO=$d/eval_grpo/metrics.json+$judged")
-  policy=$d/grpo rollouts="$rollouts $d/grpo/rollouts.jsonl"
+  rollouts="$rollouts $d/grpo/rollouts.jsonl"
   if [ "$c" -lt "$CYCLES" ]; then  # the next cycle's generator learns from what this one accepted
     stage "$d/generator" $LAUNCH "$SFT" --role generator --model "$generator" --data "$d/scored/accepted.jsonl" $GENERATOR_FLAGS
     generator=$d/generator

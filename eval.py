@@ -24,7 +24,6 @@ Departs from the paper: the authors leave answers outside the options out of the
     python eval.py --model runs/toy/cycle1/grpo --data runs/toy/data/test.jsonl --out runs/toy/cycle1/eval_grpo
     python eval.py --compare runs/toy/cycle1/eval_sft runs/toy/cycle1/eval_grpo --out runs/toy/cycle1/compare
 """
-import argparse
 import os
 from collections import Counter
 
@@ -39,7 +38,7 @@ RESAMPLES = 2000
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--model", help="folder or hub name of the model to evaluate")
     p.add_argument("--data", help="question records to answer")
     p.add_argument("--batch", type=int, default=64, help="questions at a time")

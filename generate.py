@@ -44,7 +44,7 @@ def number(kind, least):
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--images", required=True, help="image records (JSONL)")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="folder or hub name of the generator")

@@ -32,7 +32,7 @@ import runs
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--model", required=True, help="policy to start from, also the frozen reference")
     p.add_argument("--reward", required=True, help="folder of a reward model")
     p.add_argument("--data", required=True, nargs="+", help="question record files to practise on")
@@ -298,9 +298,9 @@ def main(args):
                       f"true accuracy {first['watch_accuracy']:.3f} → {seen['watch_accuracy']:.3f}", flush=True)
         start = time.perf_counter()
         groups, flat, cursor = roll_out(policy, reward_model, examples, cursor, args, step, accelerator)
-        everyone = accelerator.gather(torch.stack([g.rewards for g in groups]).to(policy.device)) if args.scale_rewards == "batch" else None
+        std = torch.tensor(gather_object(torch.cat([g.rewards for g in groups]).tolist())).std()  # of the whole batch
         for g in groups:
-            g.advantages = advantages_of(g.rewards[None], args.scale_rewards, None if everyone is None else everyone.std().cpu())[0]
+            g.advantages = advantages_of(g.rewards[None], args.scale_rewards, std)[0]
         sampled, old = time.perf_counter(), None
         for _ in range(args.iterations):
             with accelerator.autocast():

@@ -41,9 +41,9 @@ ALTERNATIVES = (("left", "right"), ("mild", "moderate", "severe"), ("upper", "lo
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = runs.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
-    t = commands.add_parser("train", allow_abbrev=False, help="train a reward model on expert records")
+    t = commands.add_parser("train", help="train a reward model on expert records")
     t.add_argument("--model", required=True, help="backbone: folder or hub name of a VLM")
     t.add_argument("--data", required=True, nargs="+", help="expert record files: questions, reports")
     t.add_argument("--rollouts", nargs="*", default=[], help="rollouts.jsonl of the policy; those on expert questions are used")
@@ -55,7 +55,7 @@ def parse_args():
     t.add_argument("--hidden", type=int, default=64, help="width of the heads' shared layer")
     t.add_argument("--steps", type=int, default=800, help="steps of training")
     t.add_argument("--lr", type=float, default=2e-3, help="learning rate (about 1e-5 with --freeze nothing)")
-    s = commands.add_parser("score", allow_abbrev=False, help="score candidates and keep the best")
+    s = commands.add_parser("score", help="score candidates and keep the best")
     s.add_argument("--model", required=True, help="folder of a trained reward model")
     s.add_argument("--data", required=True, help="candidates.jsonl")
     keep = s.add_mutually_exclusive_group(required=True)

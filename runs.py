@@ -15,6 +15,7 @@ same command again either finds it complete, or goes on where the last `commit` 
         run.commit(step=step + 1)
     run.finish({"loss": loss})
 """
+import argparse
 import datetime
 import hashlib
 import json
@@ -31,6 +32,16 @@ class RunError(ValueError):
     exit_status = 2
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse in the manner of the house: no abbreviations, the docstring as it stands, one line for a mistake."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help explains every flag\n")
+
+
 def cli(main, args):
     """Run a stage's `main`. A user's mistake is one line on stderr and exit status 2; a bug keeps its traceback."""
     try:
@@ -44,7 +55,6 @@ def cli(main, args):
 
 def add_arguments(parser):
     """The flags that every stage has."""
-    import argparse
     parser.add_argument("--out", required=True, help="folder to write; final once it exists")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
@@ -280,8 +290,7 @@ def show(rows, fields):
 
 
 def parse_args():
-    import argparse
-    p = argparse.ArgumentParser(description="What finished runs came to, side by side.", allow_abbrev=False)
+    p = Parser(description="What finished runs came to, side by side.")
     p.add_argument("rows", nargs="+", metavar="LABEL=FILE[+FILE]", help="a row and the JSON files that its fields are read from")
     p.add_argument("--fields", nargs="+", required=True, help="columns: fields of the files")
     return p.parse_args()

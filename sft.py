@@ -21,7 +21,7 @@ import runs
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = runs.Parser(description=__doc__)
     p.add_argument("--model", required=True, help="folder or hub name of the model to start from")
     p.add_argument("--data", required=True, nargs="+", help="record files to learn from")
     p.add_argument("--weights", type=float, nargs="+", help="how often an epoch goes through each file of --data (1)")

@@ -1,19 +1,17 @@
 """toy/: the clinic's records are true and valid, its images follow the facts, its committed models are what they should be."""
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import clinic
+import mark
 import records
 import vlm
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "toy"))
-import clinic  # noqa: E402
-import mark  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import types
 import numpy as np
 import pytest
 
+import clinic
+import eval as evaluation
+import records
+import runs
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
-import clinic  # noqa: E402
-import eval as evaluation  # noqa: E402
-import records  # noqa: E402
-import runs  # noqa: E402
 
 POLICY = ROOT / "toy" / "policy"
 BATCH = 4  # questions at a time in the real runs: many commits to be killed between

@@ -21,13 +21,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image, ImageChops
 
+import clinic
+import generate
+import records
+import runs
+import vlm
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
-import clinic  # noqa: E402
-import generate  # noqa: E402
-import records  # noqa: E402
-import runs  # noqa: E402
-import vlm  # noqa: E402
 
 TOY = str(ROOT / "toy" / "generator")
 KEY = "sk-very-secret-123"

@@ -3,16 +3,17 @@ import argparse
 import copy
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import clinic
 import grpo
 import records
 import vlm
+from reward import Heads, RewardModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,8 +119,6 @@ def policy():
 @pytest.fixture(scope="module")
 def groups(policy, tmp_path_factory):
     """Six judged groups of four responses, some of them truncated (24 tokens are few)."""
-    sys.path.insert(0, str(ROOT / "toy"))
-    import clinic
     folder = tmp_path_factory.mktemp("clinic")
     clinic.write_clinic(str(folder), (3, 1, 1, 1, 1), seed=5)
     rows = list(records.read(folder / "expert.jsonl"))[:6]
@@ -237,3 +236,56 @@ def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
     assert not grpo.hacking(at(0.8, 5.0), at(0.7, 4.0), 100)  # both fall
     assert not grpo.hacking(at(0.8, 5.0), at(0.9, 6.0), 100)  # both rise
     assert not grpo.hacking(at(0.8, 5.0), at(0.79, 6.0), 100)  # within one standard error, 0.04
+
+
+# ---- the stage itself
+
+def run_grpo(monkeypatch, folder, out, *extra):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--model", str(ROOT / "toy/policy"), "--reward", str(folder / "rm"), "--data", str(folder / "expert.jsonl"),
+                                      "--val", str(folder / "val.jsonl"), "--steps", "3", "--prompts", "3", "--group", "4", "--watch-every", "2",
+                                      "--save-every", "1", "--out", str(out), *extra])
+    grpo.main(grpo.parse_args())
+
+
+@pytest.fixture(scope="module")
+def folder(policy, tmp_path_factory):
+    """A small clinic and a reward model with untrained heads, which rewards at random but always the same."""
+    out = tmp_path_factory.mktemp("grpo") / "clinic"
+    clinic.write_clinic(str(out), (5, 1, 1, 4, 1), seed=8)
+    torch.manual_seed(0)
+    (out / "rm").mkdir()
+    RewardModel(policy, Heads(policy.head.weight.shape[1] + 30, 8), True).save(str(out / "rm"))
+    return out
+
+
+@pytest.mark.parametrize("extra", [(), ("--iterations", "2", "--loss", "gspo", "--drop-zero-variance", "--scale-rewards", "batch", "--kl", "0")])
+def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypatch, folder, tmp_path, extra):
+    run_grpo(monkeypatch, folder, tmp_path / "whole", *extra)
+    real, calls = grpo.learn, []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) > (3 if extra else 2):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(grpo, "learn", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run_grpo(monkeypatch, folder, tmp_path / "cut", *extra)
+    monkeypatch.setattr(grpo, "learn", real)
+    run_grpo(monkeypatch, folder, tmp_path / "cut", *extra)
+    for name in ("model.safetensors", "rollouts.jsonl", "metrics.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    lines = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == [0, 1, 2] and ["watch_accuracy" in line for line in lines] == [True, False, True]
+
+
+def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path):
+    run_grpo(monkeypatch, folder, tmp_path / "run")
+    rows = list(records.read(tmp_path / "run" / "rollouts.jsonl", require=("image", "response")))
+    assert len(rows) == 3 * 3 * 4
+    for r in rows:
+        parsed = records.parse_response(r["response"], r["options"])
+        assert r["correct"] == records.is_match(parsed.prediction, r["answer"])
+        unit = 0.8 * (r["rollout_scores"]["overall"] + 6) / 16 + 0.2 * r["correct"]
+        assert r["rollout_reward"] == pytest.approx(unit if parsed.well_formed else 0.0, abs=2e-4)

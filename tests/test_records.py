@@ -10,10 +10,10 @@ import warnings
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import records
+from records import RecordError, parse_candidate, parse_response
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import records  # noqa: E402
-from records import RecordError, parse_candidate, parse_response  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} is missing")

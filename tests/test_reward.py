@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import clinic
 import records
 import reward
 import runs
 import vlm
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "toy"))
-import clinic  # noqa: E402
 
 ALTERNATIVES = {"ct": ["mri"], "mri": ["ct"], "mass": ["cyst"], "cyst": ["mass"], "left": ["right"], "right": ["left"]}
 REASONED = {"id": "a", "image": "/1.png", "question": "Which finding?", "options": ["mass", "cyst"], "answer": "mass",

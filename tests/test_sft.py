@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import clinic
 import records
 import runs
 import sft
 import vlm
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "toy"))
-import clinic  # noqa: E402
 
 
 @pytest.fixture(scope="module")

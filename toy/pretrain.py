@@ -155,7 +155,6 @@ def pretrain_language(vlm_, role, steps, share_of_reports, seed, lr):
 
 def marks(vlm_, role, n=400):
     """Share of right greedy answers by modality (policy, backbone), or of right candidates at temperature 1."""
-    import torch
     import vlm
     rng, rows, drawn = random.Random("marks"), [], []
     for i in range(n):
