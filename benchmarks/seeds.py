@@ -1,6 +1,7 @@
 """Runs the default cycle over several seeds and writes down what came of it; the README's table is made from that file.
 
     python benchmarks/seeds.py --seeds 0 1 2            runs OUT=runs/seed$S SEED=$S bash cycle.sh, one after the other
+    python benchmarks/seeds.py --seeds 0 1 2 --collect  reads those runs' files again; seconds and commit stay those of the runs
     python benchmarks/seeds.py --readme                 writes the README's table anew from the committed result file
 
 Writes benchmarks/results/toy_cycle.json: every accuracy by stage and seed, paired differences with bootstrap intervals over
@@ -24,7 +25,7 @@ RESULT = os.path.join(ROOT, "benchmarks", "results", "toy_cycle.json")
 STAGES = {"base": "eval_base", "SFT on expert data": "eval_sft_expert",
           **{f"cycle {c}: {label}": f"cycle{c}/{folder}" for c in (1, 2) for label, folder in
              (("SFT on random", "eval_sft_random"), ("SFT on accepted", "eval_sft"), ("+ GRPO", "eval_grpo"))}}
-PAIRS = [("base", "cycle 2: + GRPO"), *((f"cycle {c}: {a}", f"cycle {c}: {b}") for c in (1, 2) for a, b in
+PAIRS = [("base", "cycle 2: + GRPO"), ("SFT on expert data", "cycle 1: SFT on accepted"), ("cycle 1: + GRPO", "cycle 2: + GRPO"), *((f"cycle {c}: {a}", f"cycle {c}: {b}") for c in (1, 2) for a, b in
          (("SFT on random", "SFT on accepted"), ("SFT on accepted", "+ GRPO")))]
 
 
@@ -98,12 +99,16 @@ def write_readme(result):
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of the cycle each")
+    p.add_argument("--collect", action="store_true", help="run nothing; read the finished runs again")
     p.add_argument("--readme", action="store_true", help="only write the README's table, from the result file")
     return p.parse_args()
 
 
 def main(args):
-    if not args.readme:
+    if args.collect:
+        old = read_json(RESULT)
+        runs.write_json(RESULT, collect(args.seeds, old["seconds"]) | {k: old[k] for k in ("git", "versions", "hardware")})
+    elif not args.readme:
         seconds = []
         for seed in args.seeds:
             start = time.time()
