@@ -43,6 +43,16 @@ if [ -z "$EXPERT" ]; then
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
 fi
 
+# stages whose folders are there are skipped, so a folder must hold one cycle alone
+settings=$(for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST GENERATE REWARD SFT GRPO EVAL \
+  GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS GRPO_FLAGS EVAL_FLAGS; do echo "$v=${!v}"; done)
+mkdir -p "$OUT"
+[ -e "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
+if [ "$settings" != "$(cat "$OUT/settings")" ]; then
+  echo "cycle.sh: $OUT holds a cycle with other settings ($OUT/settings); choose another OUT or remove it" >&2
+  exit 2
+fi
+
 evaluate "$POLICY" "$OUT/eval_base"
 rows=("base=$OUT/eval_base/metrics.json" "SFT on expert data=$OUT/eval_sft_expert/metrics.json")
 stage "$OUT/sft_expert" $LAUNCH "$SFT" --model "$POLICY" --data "$EXPERT" $SFT_FLAGS

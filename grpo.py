@@ -22,7 +22,7 @@ Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl
 Departs from the paper: R is normalised to [0, 1] (`--reward-scale raw` is the letter of the paper, where the match term
 is 1.5% of the spread); a watch compares the reward with the truth on expert items and warns of reward hacking.
 
-    python grpo.py --model runs/toy/sft --reward runs/toy/reward --data accepted.jsonl --val val.jsonl --out runs/toy/grpo
+    python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --data accepted.jsonl --val val.jsonl --out grpo
 """
 import argparse
 import time
@@ -324,7 +324,7 @@ def main(args):
     if run.main:
         vlm.save(policy, run.part)
     run.finish(result, f"accuracy on the watch {first['watch_accuracy']:.3f} → {result['last']['watch_accuracy']:.3f}, "
-                       f"reward {first['watch_reward']:.2f} → {result['last']['watch_reward']:.2f}" if watched else "")
+                       f"reward {first['watch_reward']:.2f} → {result['last']['watch_reward']:.2f}" if first else "")
 
 
 if __name__ == "__main__":

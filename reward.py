@@ -19,8 +19,8 @@ Writes  train: OUT/backbone/, OUT/heads.safetensors, metrics.json    score: scor
 Departs from the paper: the heads read likelihoods beside the hidden state (`--no-likelihood`: the paper's plain head),
 the backbone is frozen unless `--freeze nothing`, and there are three heads more than `overall`.
 
-    python reward.py train --model toy/backbone --data runs/toy/data/expert.jsonl --out runs/toy/reward
-    python reward.py score --model runs/toy/reward --data runs/toy/candidates/candidates.jsonl --keep 0.5 --out runs/toy/scored
+    python reward.py train --model toy/backbone --data runs/toy/data/expert.jsonl --out runs/toy/cycle1/reward
+    python reward.py score --model runs/toy/cycle1/reward --data runs/toy/cycle1/candidates/candidates.jsonl --keep 0.5 --out runs/toy/cycle1/scored
 """
 import argparse
 import json
@@ -171,7 +171,7 @@ def build_rollouts(files):
     questions = {}
     for file in files:
         for r in records.read(file, require=("image", "response")):
-            if r.get("source") == "expert":
+            if r.get("source", "expert") == "expert":
                 parsed = records.parse_response(r["response"], r.get("options"))
                 right = records.is_match(parsed.prediction, r["answer"])
                 mark = "malformed" if not parsed.well_formed else "right" if right else "wrong"
@@ -402,7 +402,7 @@ def train(args):
     print_report(found)
     model.save(run.part)
     run.finish(found | {"examples": sum(len(d) for _, d in groups)},
-               f"held-out AUROC {found['auroc']:.3f}, Spearman {found['spearman']:.3f}, image-swap drop {found['image_swap_drop']:.2f}")
+               "held-out " + ", ".join(f"{k} {found[k]:.3f}" for k in ("auroc", "spearman", "image_swap_drop") if found[k] is not None))
 
 
 # ---------------------------------------------------------------------------------------------------------

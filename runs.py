@@ -32,11 +32,15 @@ class RunError(ValueError):
     exit_status = 2
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and each flag's default behind its help."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse in the manner of the house: no abbreviations, the docstring as it stands, one line for a mistake."""
 
     def __init__(self, **kwargs):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | kwargs)
+        super().__init__(**{"formatter_class": Help, "allow_abbrev": False} | kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; --help explains every flag\n")

@@ -1,7 +1,7 @@
 # Sourced by cycle.sh and tests/run.sh. Sets PYTHON: the one given in the environment, or .venv, made if it is missing, with
 # the requirements files of the arguments installed into it once.
 if [ -z "${PYTHON:-}" ]; then
-  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed"; exit 2; }
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed"; exit 2; }
   [ -x .venv/bin/python ] || { echo "making .venv"; python3 -m venv .venv; }
   PYTHON=$PWD/.venv/bin/python
   stamp=.venv/installed-$(cat "$@" | cksum | cut -d' ' -f1)
@@ -11,3 +11,4 @@ if [ -z "${PYTHON:-}" ]; then
     touch "$stamp"
   fi
 fi
+PATH=$(dirname "$(command -v "$PYTHON")"):$PATH  # so that LAUNCH="accelerate launch ..." finds the same environment

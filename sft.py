@@ -10,7 +10,7 @@ Writes  OUT/ in the Hugging Face format, metrics.jsonl (loss, grad_norm, lr, tok
 
 Departs from the paper: its SFT settings are not published; here AdamW, cosine schedule with warm-up, gradients clipped.
 
-    python sft.py --model toy/policy --data runs/toy/cycle1/accepted/accepted.jsonl --out runs/toy/cycle1/sft
+    python sft.py --model toy/policy --data runs/toy/cycle1/scored/accepted.jsonl --out runs/toy/cycle1/sft
     accelerate launch --num_processes 8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data accepted.jsonl --out policy
 """
 import argparse
@@ -132,7 +132,7 @@ def main(args):
         vlm_.model.load_state_dict(run.state["model"], strict=False)
         optimizer.load_state_dict(run.state["optimizer"])
 
-    steps = math.ceil(args.epochs * len(examples) / args.batch)
+    steps, loss = math.ceil(args.epochs * len(examples) / args.batch), run.state.get("loss")
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
         batch = [examples[i] for i in runs.batch_at(step, args.batch, len(examples), args.seed)]
         with accelerator.autocast():
@@ -144,7 +144,7 @@ def main(args):
         optimizer.zero_grad()
         run.log(step=step, loss=loss, grad_norm=norm, lr=group["lr"], tokens=tokens)
         if (step + 1) % args.save_every == 0:
-            run.commit(step=step + 1, model={n: p.detach() for n, p in parameters.items()}, optimizer=optimizer.state_dict())
+            run.commit(step=step + 1, loss=loss, model={n: p.detach() for n, p in parameters.items()}, optimizer=optimizer.state_dict())
 
     result = {"steps": steps, "examples": len(examples), "train_loss": loss}
     if args.val:
@@ -152,7 +152,7 @@ def main(args):
             result["val_loss"] = mean_loss(vlm_, load_examples([args.val], [1.0], args.role), args.micro_batch)
     if run.main:
         vlm.save(vlm_, run.part)
-    run.finish(result, ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+    run.finish(result, ", ".join(f"{k} {v:.4g}" for k, v in result.items() if v is not None))
 
 
 if __name__ == "__main__":

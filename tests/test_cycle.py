@@ -62,6 +62,12 @@ def test_a_stage_whose_folder_is_gone_is_run_again_and_gives_the_same_records(fi
     assert cycle(out).returncode == 0 and (candidates / "candidates.jsonl").read_bytes() == before
 
 
+def test_other_settings_in_the_same_folder_are_refused(finished):
+    out, _ = finished
+    done = cycle(out, GRPO_FLAGS="--steps 2")
+    assert done.returncode == 2 and "other settings" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):
     broken = tmp_path / "expert.jsonl"
     broken.write_text('{"id": "a"\n')
