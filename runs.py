@@ -46,6 +46,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help explains every flag\n")
 
 
+def number(kind, least, most=None):
+    """An argparse type: a number of this kind, from `least` to `most`; inf and nan are none."""
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= (most if most is not None else value) and abs(value) < float("inf")):
+            raise argparse.ArgumentTypeError(f"{text} is not " + (f"at least {least}" if most is None else f"from {least} to {most}"))
+        return value
+    parse.__name__ = kind.__name__  # argparse: invalid int value
+    return parse
+
+
 def cli(main, args):
     """Run a stage's `main`. A user's mistake is one line on stderr and exit status 2; a bug keeps its traceback."""
     try:
