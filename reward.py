@@ -280,7 +280,7 @@ class RewardModel:
             heads.load_state_dict(load_file(os.path.join(folder, "heads.safetensors")))
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise vlm.ModelError(f"{folder}: not a reward model (reward.py train makes one): {str(e).splitlines()[0]}") from e
-        backbone = vlm.load(os.path.join(folder, "backbone"))
+        backbone = vlm.load(os.path.join(folder, "backbone"), dtype=vlm.best_dtype())
         return cls(backbone, heads.to(backbone.device), config["likelihood"])
 
 
@@ -406,7 +406,8 @@ def train(args):
         (held if record["image"] in held_images else groups).append((record, drawn))
     if not groups or not held:
         raise records.RecordError(f"{args.data[0]}: too few records to train on and hold out; more data, or another --holdout")
-    backbone = vlm.load(args.model)
+    # frozen, it computes in what it will score with; trained, its weights stay fp32
+    backbone = vlm.load(args.model, dtype=vlm.best_dtype() if args.freeze == "backbone" else torch.float32)
     width = backbone.head.weight.shape[1] + (30 if args.likelihood else 0)
     model = RewardModel(backbone, Heads(width, args.hidden).to(backbone.device), args.likelihood)
     fit(model, groups, args, run)

@@ -286,27 +286,24 @@ def restore(part, main):
 # python runs.py: what finished runs came to, side by side.
 
 def show(rows, fields):
-    """A table of fields of JSON files; `rows`: LABEL=FILE, or LABEL=FILE+FILE where one row draws on several.
+    """A table of fields of JSON files; `rows`: LABEL=FILE, several with one label where a row draws on several files.
 
     Raises RunError where a file cannot be read. A field that a row's files lack is left empty.
     """
-    lines = []
+    found = {}
     for row in rows:
-        label, _, files = row.partition("=")
-        found = {}
-        for file in files.split("+"):
-            try:
-                with open(file, encoding="utf-8") as f:
-                    found |= json.load(f)
-            except (OSError, ValueError, TypeError) as e:
-                raise RunError(f"{row}: {e}; give LABEL=FILE, with the metrics.json of a finished run") from None
-        lines.append([label, *(found.get(field) for field in fields)])
-    return table(lines, ["", *fields])
+        label, _, file = row.partition("=")
+        try:
+            with open(file, encoding="utf-8") as f:
+                found[label] = found.get(label, {}) | json.load(f)
+        except (OSError, ValueError, TypeError) as e:
+            raise RunError(f"{row}: {e}; give LABEL=FILE, with the metrics.json of a finished run") from None
+    return table([[label, *(values.get(field) for field in fields)] for label, values in found.items()], ["", *fields])
 
 
 def parse_args():
     p = Parser(description="What finished runs came to, side by side.")
-    p.add_argument("rows", nargs="+", metavar="LABEL=FILE[+FILE]", help="a row and the JSON files that its fields are read from")
+    p.add_argument("rows", nargs="+", metavar="LABEL=FILE", help="a row and a JSON file that its fields are read from")
     p.add_argument("--fields", nargs="+", required=True, help="columns: fields of the files")
     return p.parse_args()
 

@@ -56,16 +56,19 @@ def load_examples(files, weights, role):
     """[(image path, prompt, response)], each file's as often as its weight says (its last round a prefix)."""
     examples = []
     for file, weight in zip(files, weights):
-        rows = [example(r, role) for r in records.read(file, require=("image",))]
+        rows = [example(r, role, file) for r in records.read(file, require=("image",))]
         whole, rest = divmod(round(weight * len(rows)), len(rows))
         examples += rows * whole + rows[:rest]
+    records.demand(examples, f"{files[0]}: nothing to learn from; give another file, or a larger --weights")
     return examples
 
 
-def example(record, role):
-    """What a role learns from a record: (image path, prompt, response)."""
+def example(record, role, file):
+    """What a role learns from a record: (image path, prompt, response). Raises RecordError where it has nothing to teach."""
     if "report" in record:
         return record["image"], records.report_prompt(), records.response_of(record)
+    records.demand("question" in record and "answer" in record,
+                   f"{file}: record {record['id']} has neither question and answer nor a report; leave it out")
     if role == "policy":
         return record["image"], records.policy_prompt(record), records.response_of(record)
     prompt = records.generator_prompt(record.get("paradigm", "stepwise"), record.get("task"))

@@ -20,7 +20,7 @@ def cycle(out, **more):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("cycle") / "run"
+    out = tmp_path_factory.mktemp("cycle") / "my run"
     return out, cycle(out)
 
 
@@ -29,7 +29,7 @@ def test_the_cycle_finishes_and_ends_with_its_table(finished):
     assert done.returncode == 0, done.stderr[-2000:]
     table = (out / "table.txt").read_text()
     assert table in done.stdout
-    for label in ("base", "SFT on expert data", "cycle 1: SFT on random", "cycle 1: SFT on accepted", "cycle 1: + GRPO"):
+    for label in ("base", "SFT on expert data", "cycle 1: SFT on random", "cycle 1: SFT on accepted", "cycle 1: SFT on accepted + expert", "cycle 1: + GRPO"):
         assert label in table
     accuracy = json.load(open(out / "eval_base" / "metrics.json"))["accuracy"]
     assert f"{accuracy:.3f}" in next(line for line in table.splitlines() if line.startswith("base"))
@@ -66,6 +66,11 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
     out, _ = finished
     done = cycle(out, GRPO_FLAGS="--steps 2")
     assert done.returncode == 2 and "other settings" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_expert_data_without_a_test_file_is_refused(tmp_path):
+    done = cycle(tmp_path / "run", EXPERT="expert.jsonl", IMAGES="images.jsonl", VAL="val.jsonl")
+    assert done.returncode == 2 and "TEST is not" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):

@@ -73,3 +73,15 @@ def test_a_mistaken_or_abbreviated_flag_is_one_line_and_status_2(stage):
         done = subprocess.run([sys.executable, f"{stage}.py", *flags, "--out", "x", "--model", "m", "--data", "d", "--images", "i", wrong, "1"],
                               cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{stage}.py" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("command", [
+    "grpo.py --model m --reward r --data d --out o --group 1", "grpo.py --model m --reward r --data d --out o --micro-batch 0",
+    "grpo.py --model m --reward r --data d --out o --lr nan", "grpo.py --model m --reward r --data d --out o --epsilon 1.5",
+    "sft.py --model m --data d --out o --batch 0", "sft.py --model m --data d --out o --save-every 0", "sft.py --model m --data d --out o --clip inf",
+    "reward.py score --model m --data d --out o --keep 50", "reward.py score --model m --data d --out o --top-k 0",
+    "reward.py train --model m --data d --out o --holdout -0.2", "eval.py --model m --data d --out o --batch 0",
+    "generate.py --images i --model m --out o --per-image two"])
+def test_a_number_that_makes_no_sense_is_one_line_that_names_its_flag(command):
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and command.split()[-2] in done.stderr, done.stderr

@@ -111,9 +111,8 @@ def test_levels_do_not_mutate_records():
 
 
 def test_no_text_has_two_levels_and_the_original_keeps_its_own():
-    """Without rationales, another option is what `incoherent` swaps in, `irrelevant` brings, and once `perturbed` was."""
-    lobes = ["left lobe", "right lobe"]  # `perturbed` swaps the side, and that is `irrelevant`'s answer too
-    rows = [{"id": str(k), "image": f"/{k}.png", "question": "Where?", "options": lobes, "answer": lobes[k % 2]} for k in range(4)]
+    lobes = ["left lobe", "right lobe"]  # open questions: `perturbed` swaps the side, and that is `irrelevant`'s answer too
+    rows = [{"id": str(k), "image": f"/{k}.png", "question": "Where?", "answer": lobes[k % 2]} for k in range(4)]
     for row, drawn in reward.build_levels(rows, 4, 0):
         texts = [text for _, text in drawn]
         assert len(texts) == len(set(texts)) and ("original", records.response_of(row)) in drawn
