@@ -83,7 +83,8 @@ for c in $(seq "$CYCLES"); do
   sft "$d/sft_random" "${random[@]}"
   sft "$d/sft" "${accepted[@]}"
   sft "$d/sft_both" "${accepted[@]}" "$EXPERT"  # GRPO practises on both: this row tells what the expert data does there by SFT
-  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "${accepted[@]}" "$EXPERT" --val "$VAL" $GRPO_FLAGS
+  # this cycle's accepted alone: among all of them the expert questions, whose answers are sure, would weigh less each cycle
+  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/accepted.jsonl" "$EXPERT" --val "$VAL" $GRPO_FLAGS
   evaluate "$d/grpo"
   rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json" "cycle $c: SFT on accepted=$d/eval_sft/metrics.json"
          "cycle $c: SFT on accepted + expert=$d/eval_sft_both/metrics.json" "cycle $c: + GRPO=$d/eval_grpo/metrics.json")

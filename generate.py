@@ -239,7 +239,7 @@ def report(counts, total):
 
 def main(args):
     images = read_images(args.images)
-    run = runs.start(args, [args.images, args.model])
+    run = runs.start(args, [args.images, args.model], free=("concurrency", "retries", "timeout"))
     if args.endpoint:
         client = connect(args.endpoint, os.environ.get(args.endpoint_key_env), args.timeout)
         ask = functools.partial(ask_server, client=client, concurrency=args.concurrency, retries=args.retries,

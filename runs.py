@@ -17,6 +17,7 @@ same command again either finds it complete, or goes on where the last `commit` 
 """
 import argparse
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,10 @@ import random
 import shutil
 import subprocess
 import sys
+
+
+# the disk is full or over quota, read-only, not ours, or the path leads through a file
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 class RunError(ValueError):
@@ -62,10 +67,13 @@ def cli(main, args):
     try:
         main(args)
     except Exception as e:
-        if not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
+        line = str(e)
+        if isinstance(e, OSError) and e.errno in UNWRITABLE:
+            line = f"{e.filename or args.out}: {e.strerror}; make room or choose another --out, the same command goes on from here"
+        elif not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
             raise
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
-        sys.exit(e.exit_status)
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+        sys.exit(getattr(e, "exit_status", 2))
 
 
 def add_arguments(parser):
@@ -215,10 +223,11 @@ def now():
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def start(args, inputs=(), main=True):
+def start(args, inputs=(), main=True, free=()):
     """Open the run of these arguments: new, or resumed; leaves with status 0 if it is complete already.
 
     `inputs`: files, folders or hub names that the run reads; their hashes are kept and must not change before a resume.
+    `free`: arguments that may, because nothing in the output depends on them.
     Raises RunError where `args.out` holds another run.
     """
     import torch
@@ -230,13 +239,13 @@ def start(args, inputs=(), main=True):
     meta = {"script": os.path.basename(sys.argv[0]), "args": json.loads(json.dumps(given)),
             "inputs": {p: sha256(p) for p in inputs if p}, "started": now(), "ended": None, **provenance()}
     if os.path.exists(folder):
-        same_run(folder, meta)
+        same_run(folder, meta, free)
         if main:
             print(f"{folder}: complete already")
         sys.exit(0)
     state = {}
     if args.resume and os.path.exists(os.path.join(part, "state.pt")):
-        same_run(part, meta)
+        same_run(part, meta, free)
         state = restore(part, main)
     elif main:  # nothing was committed: nothing is lost
         shutil.rmtree(part, ignore_errors=True)
@@ -246,17 +255,18 @@ def start(args, inputs=(), main=True):
     return Run(folder, part, main, meta, state)
 
 
-def same_run(folder, meta):
-    """Raise RunError unless the run in `folder` had the same script, arguments and inputs."""
+def same_run(folder, meta, free=()):
+    """Raise RunError unless the run in `folder` had the same script, arguments (but for those in `free`) and inputs."""
     try:
         with open(os.path.join(folder, "args.json"), encoding="utf-8") as f:
             old = json.load(f)
-    except (OSError, ValueError):
+        old["script"], old["args"].items(), old["inputs"].items()
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         raise RunError(f"{folder}: holds something else than a run (no args.json); choose another --out") from None
     where = f"{folder}: holds another run"
-    if old.get("script") != meta["script"]:
-        raise RunError(f"{where} (of {old.get('script')}); choose another --out or remove it")
-    keys = sorted({*old["args"], *meta["args"]})
+    if old["script"] != meta["script"]:
+        raise RunError(f"{where} (of {old['script']}); choose another --out or remove it")
+    keys = sorted({*old["args"], *meta["args"]} - {*free})
     other = [k for k in keys if old["args"].get(k) != meta["args"].get(k)]
     if other:
         flags = ", ".join(f"--{k.replace('_', '-')} {old['args'].get(k)} there, {meta['args'].get(k)} here" for k in other[:3])

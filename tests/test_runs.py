@@ -9,6 +9,18 @@ import torch
 import runs
 
 
+@pytest.mark.parametrize("kind, least, most, text, value", [
+    (int, 1, None, "1", 1), (int, 1, None, "0", None), (int, 1, None, "1.5", None), (float, 0, 1, "1", 1.0), (float, 0, 1, "1.01", None),
+    (float, 0, None, "nan", None), (float, 0, None, "inf", None), (float, -6, 10, "-6", -6.0), (float, -6, 10, "-inf", None)])
+def test_a_number_keeps_to_its_bounds(kind, least, most, text, value):
+    parse = runs.number(kind, least, most)
+    if value is None:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            parse(text)
+    else:
+        assert parse(text) == value and type(parse(text)) is kind
+
+
 def args_of(tmp_path, **extra):
     return argparse.Namespace(out=str(tmp_path / "out"), seed=3, resume=True, **extra)
 
@@ -51,6 +63,50 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     os.makedirs(tmp_path / "out")
     with pytest.raises(runs.RunError, match="something else than a run"):
         runs.start(args_of(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"script": "x.py"}', '{"script": "x.py", "args": [], "inputs": {}}'])
+def test_a_folder_whose_args_json_is_no_runs_is_refused(tmp_path, text):
+    os.makedirs(tmp_path / "out")
+    (tmp_path / "out" / "args.json").write_text(text)
+    with pytest.raises(runs.RunError, match="something else than a run"):
+        runs.start(args_of(tmp_path))
+
+
+def test_an_argument_on_which_no_output_depends_may_change_before_a_resume(tmp_path):
+    runs.start(args_of(tmp_path, timeout=1), free=("timeout",)).commit(step=7)
+    assert runs.start(args_of(tmp_path, timeout=60), free=("timeout",)).state["step"] == 7
+    with pytest.raises(runs.RunError, match="--timeout 60 there, 9 here"):
+        runs.start(args_of(tmp_path, timeout=9))
+
+
+def test_an_out_that_cannot_be_written_is_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    args = argparse.Namespace(out=str(tmp_path / "file" / "out"), seed=0, resume=True)
+    with pytest.raises(SystemExit) as left:
+        runs.cli(lambda args: runs.start(args), args)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in line and "Not a directory" in line
+
+
+def test_a_full_disk_is_one_line_and_a_bug_keeps_its_traceback(capsys):
+    def fill(args):
+        with open("/dev/full", "w") as f:
+            f.write("x" * 10000)
+
+    with pytest.raises(SystemExit) as left:
+        runs.cli(fill, argparse.Namespace(out="o"))
+    assert left.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):
+        runs.cli(lambda args: open("/none"), argparse.Namespace(out="o"))
+
+
+def test_rows_of_a_table_with_one_label_draw_on_several_files(tmp_path):
+    for name, values in (("a+b.json", {"accuracy": 0.5}), ("c.json", {"auroc": 0.25})):
+        (tmp_path / name).write_text(json.dumps(values))
+    shown = runs.show([f"x={tmp_path}/a+b.json", f"y={tmp_path}/a+b.json", f"x={tmp_path}/c.json"], ["accuracy", "auroc"])
+    assert [line.split() for line in shown.splitlines()[2:]] == [["x", "0.500", "0.250"], ["y", "0.500"]]
 
 
 def test_an_input_that_changed_is_refused(tmp_path):
