@@ -323,7 +323,7 @@ def main(args):
                 sample_seconds=sampled - start, learn_seconds=learned - sampled,
                 sample_tokens_per_s=metrics["tokens"] / (sampled - start), learn_tokens_per_s=metrics["tokens"] / (learned - sampled),
                 **(seen if step % args.watch_every == 0 else {}))
-        if (step + 1) % args.save_every == 0:
+        if run.due(step + 1, args.save_every):
             run.commit(step=step + 1, cursor=cursor, first=first, seen=seen, optimizer=optimizer.state_dict(),
                        model={n: p.detach() for n, p in parameters.items()})
 

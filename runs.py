@@ -6,14 +6,17 @@ same command again either finds it complete, or goes on where the last `commit` 
     args.json       arguments, seeds, versions, git commit, hardware, SHA-256 of inputs, start and end
     metrics.jsonl   one line a step
     metrics.json    the result
-    state.pt        while unfinished: the last commit (position, optimiser, sizes of the files so far)
+    lock, state/    while unfinished: who is writing; the last two commits (position, optimiser, sizes of the files so far)
 
     run = runs.start(args, inputs=[args.data])
     for step in run.progress(range(run.state.get("step", 0), steps), "training"):
         run.append("rollouts.jsonl", rows)
         run.log(step=step, loss=loss)
-        run.commit(step=step + 1)
+        if run.due(step + 1, every=100):
+            run.commit(step=step + 1)
     run.finish({"loss": loss})
+
+SIGTERM (a scheduler's grace period) ends a run after its next commit, SIGKILL at once: the same command goes on from there.
 """
 import argparse
 import datetime
@@ -24,6 +27,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -161,12 +165,30 @@ def table(rows, headers):
                      for line in lines)
 
 
+class Hashed:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data):
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
 class Run:
     """An output folder in the making. Only the main process writes; the others' calls do nothing."""
 
-    def __init__(self, folder, part, main, meta, state):
-        self.folder, self.part, self.main, self.meta, self.state = folder, part, main, meta, state
-        self.files = {}
+    def __init__(self, folder, part, main, meta, state, lock=None):
+        self.folder, self.part, self.main, self.meta, self.state, self.lock = folder, part, main, meta, state, lock
+        self.files, self.commits, self.stopping = {}, state.get("commits", 0), False
+        self.handler = signal.signal(signal.SIGTERM, self.stop) if main else None
+
+    def stop(self, *_):
+        self.stopping = True
 
     def path(self, name):
         """Where a file of this run is written (inside `OUT.part`)."""
@@ -185,8 +207,15 @@ class Run:
         """One line of metrics.jsonl; floats are rounded to six significant digits."""
         self.append("metrics.jsonl", [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}])
 
+    def due(self, step, every):
+        """Is it time to commit? Every so many steps, and when SIGTERM has asked to stop."""
+        return step % every == 0 or self.stopping
+
     def commit(self, **state):
-        """All that was appended so far is safe; `state` (numbers, strings, tensors, dicts of them) is where to go on."""
+        """All that was appended so far is safe; `state` (numbers, strings, tensors, dicts of them) is where to go on.
+
+        After SIGTERM the run ends here, with status 143.
+        """
         if not self.main:
             return
         import torch
@@ -195,14 +224,30 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
             sizes[name] = file.tell()
-        self.state = {**state, "sizes": sizes}
-        torch.save(self.state, self.path("state.pt.tmp"))
-        os.replace(self.path("state.pt.tmp"), self.path("state.pt"))
+        self.commits += 1
+        self.state = {**state, "sizes": sizes, "commits": self.commits}
+        os.makedirs(self.path("state"), exist_ok=True)
+        with open(self.path("state/new"), "wb") as file:
+            hashed = Hashed(file)
+            torch.save(self.state, hashed)
+            os.fsync(file.fileno())
+        # the checksum is in the name: a file is whole and has it, or is not there
+        os.replace(self.path("state/new"), self.path(f"state/{self.commits:08}-{hashed.digest.hexdigest()[:16]}.pt"))
+        for old in sorted(os.listdir(self.path("state")))[:-2]:
+            os.remove(self.path(f"state/{old}"))
+        self.leave_if_stopping()
+
+    def leave_if_stopping(self):
+        if self.stopping:
+            print(f"{self.part}: stopped by SIGTERM at step {self.state.get('step', 0)}; the same command goes on from here", flush=True)
+            sys.exit(128 + signal.SIGTERM)
 
     def progress(self, items, what):
         """A progress bar on a terminal, nothing elsewhere."""
         from tqdm import tqdm
-        return tqdm(items, desc=what, disable=None if self.main else True, leave=False)
+        for item in tqdm(items, desc=what, disable=None if self.main else True, leave=False):
+            yield item
+            self.leave_if_stopping()  # a loop that commits nothing
 
     def finish(self, metrics, line=""):
         """Write metrics.json and args.json, rename `OUT.part` to `OUT`, print one line."""
@@ -213,9 +258,11 @@ class Run:
         self.meta["ended"] = now()
         write_json(self.path("metrics.json"), metrics)
         write_json(self.path("args.json"), self.meta)
-        if os.path.exists(self.path("state.pt")):
-            os.remove(self.path("state.pt"))
+        shutil.rmtree(self.path("state"), ignore_errors=True)
         os.replace(self.part, self.folder)
+        os.remove(os.path.join(self.folder, "lock"))
+        self.lock.close()
+        signal.signal(signal.SIGTERM, self.handler)
         print(f"{self.folder}: {line}" if line else f"{self.folder}: done", flush=True)
 
 
@@ -238,21 +285,40 @@ def start(args, inputs=(), main=True, free=()):
     given = {k: v for k, v in vars(args).items() if k != "resume"}
     meta = {"script": os.path.basename(sys.argv[0]), "args": json.loads(json.dumps(given)),
             "inputs": {p: sha256(p) for p in inputs if p}, "started": now(), "ended": None, **provenance()}
+    lock = take_lock(part) if main and not os.path.exists(folder) else None
     if os.path.exists(folder):
+        if lock:  # it was finished this very moment
+            shutil.rmtree(part)
         same_run(folder, meta, free)
         if main:
             print(f"{folder}: complete already")
         sys.exit(0)
     state = {}
-    if args.resume and os.path.exists(os.path.join(part, "state.pt")):
+    if args.resume and os.path.isdir(os.path.join(part, "state")):
         same_run(part, meta, free)
         state = restore(part, main)
-    elif main:  # nothing was committed: nothing is lost
-        shutil.rmtree(part, ignore_errors=True)
-    if main:
-        os.makedirs(part, exist_ok=True)
+    if main and not state:  # nothing was committed: nothing is lost
+        for name in os.listdir(part):
+            remove = shutil.rmtree if os.path.isdir(os.path.join(part, name)) else os.remove
+            name == "lock" or remove(os.path.join(part, name))
         write_json(os.path.join(part, "args.json"), meta)
-    return Run(folder, part, main, meta, state)
+    return Run(folder, part, main, meta, state, lock)
+
+
+def take_lock(part):
+    """Make the folder and lock it for this process; the lock goes when the process does. Raises RunError where it is taken."""
+    import fcntl
+    os.makedirs(part, exist_ok=True)
+    lock = open(os.path.join(part, "lock"), "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise RunError(f"{part}: {lock.read().strip() or 'another process'} is writing there; wait for it, or choose another --out") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
 
 
 def same_run(folder, meta, free=()):
@@ -277,17 +343,23 @@ def same_run(folder, meta, free=()):
 
 
 def restore(part, main):
-    """The last commit's state; what was written after it is cut off and said."""
+    """The newest commit whose checksum holds; what was written after it is cut off and said. {} if there is none."""
     import torch
-    path = os.path.join(part, "state.pt")
-    state = torch.load(path, weights_only=True) if os.path.exists(path) else {}
+    state = {}
+    for name in sorted(os.listdir(os.path.join(part, "state")), reverse=True):
+        path = os.path.join(part, "state", name)
+        if not state and sha256(path).startswith(name.partition("-")[2].removesuffix(".pt") or "none"):
+            state = torch.load(path, weights_only=True)
+        elif not state and main and name.endswith(".pt"):
+            print(f"{path}: damaged, set aside; taking the commit before it")
+            os.replace(path, os.path.join(part, name + ".damaged"))
     sizes = state.get("sizes", {})
-    for name in sorted(os.listdir(part)) if main else []:
+    for name in sorted(os.listdir(part)) if main and state else []:
         extra = os.path.getsize(os.path.join(part, name)) - sizes.get(name, 0) if name.endswith(".jsonl") else 0
         if extra:
             os.truncate(os.path.join(part, name), sizes.get(name, 0))
             print(f"{os.path.join(part, name)}: dropped {extra} bytes written after the last commit")
-    if main:
+    if main and state:
         print(f"{part}: going on from step {state.get('step', 0)}")
     return state
 

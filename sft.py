@@ -146,7 +146,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         run.log(step=step, loss=loss, grad_norm=norm, lr=group["lr"], tokens=tokens)
-        if (step + 1) % args.save_every == 0:
+        if run.due(step + 1, args.save_every):
             run.commit(step=step + 1, loss=loss, model={n: p.detach() for n, p in parameters.items()}, optimizer=optimizer.state_dict())
 
     result = {"steps": steps, "examples": len(examples), "train_loss": loss}
