@@ -210,10 +210,10 @@ def main(args):
     print(f"{path}: {len(findings)} findings on {totals['records']} test records, {totals['images']} test images")
 
 
-def parse_args():
+def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     add_arguments(p)
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -133,24 +133,42 @@ def union(dicts):
     return list(dict.fromkeys(key for d in dicts for key in d))
 
 
+def groups(values, name=""):
+    """{name: group} of a metrics.json: what it has by modality, by level, ...; of groups in a group, `outer: inner`."""
+    found = {}
+    for field, group in values.items():
+        if isinstance(group, dict):
+            inner = {k: v for k, v in group.items() if isinstance(v, dict) and any(isinstance(x, dict) for x in v.values())}
+            found |= {name + field: group} | groups(inner, f"{name}{field}: ")
+    return found
+
+
 def tables(files):
     """A table for each script's results, a row a file; and one for each group in them (modality, level, ...), a column a file."""
     scripts = {}
     for label, path in files:
         scripts.setdefault(script_of(path), []).append((label, load(path)))
-    result = []
-    for script, found in scripts.items():
-        rows = [columns_of(values) for _, values in found]
-        columns = sorted(union(rows), key=lambda c: all(len(row.get(c, "")) < 2 for row in rows))  # what has an interval first
-        result.append({"title": script, "columns": columns,
-                       "rows": [[[label], *(row.get(c, [""]) for c in columns)] for (label, _), row in zip(found, rows)]})
-        for field in union(values for _, values in found):
-            groups = [(label, values[field]) for label, values in found if isinstance(values.get(field), dict)]
-            rows = [[[name], *(cell(group.get(name)) for _, group in groups)] for name in union(group for _, group in groups)]
-            measures = union({measure_of(v): 0} for _, group in groups for v in group.values() if isinstance(v, dict))
-            if any(text != [""] for row in rows for text in row[1:]):
-                result.append({"title": " ".join([f"{script}: {field}", *measures]), "columns": [label for label, _ in groups], "rows": rows})
-    return result
+    return [table for script, found in scripts.items() for table in [overall_table(script, found), *group_tables(script, found)]]
+
+
+def overall_table(script, found):
+    """The table of a script's own numbers; `found`: [(label, metrics.json)]."""
+    rows = [columns_of(values) for _, values in found]
+    columns = sorted(union(rows), key=lambda c: all(len(row.get(c, "")) < 2 for row in rows))  # what has an interval first
+    return {"title": script, "columns": columns,
+            "rows": [[[label], *(row.get(c, [""]) for c in columns)] for (label, _), row in zip(found, rows)]}
+
+
+def group_tables(script, found):
+    """A table of each group of a script's results; what holds nothing that can be shown is left out."""
+    grouped = [(label, groups(values)) for label, values in found]
+    for field in union(named for _, named in grouped):
+        having = [(label, named[field]) for label, named in grouped if field in named]
+        rows = [[[name], *(cell(group.get(name)) for _, group in having)] for name in union(group for _, group in having)]
+        rows = [row for row in rows if any(text != [""] for text in row[1:])]
+        measures = union({measure_of(v): 0} for _, group in having for v in group.values() if isinstance(v, dict))
+        if rows:
+            yield {"title": " ".join([f"{script}: {field}", *filter(None, measures)]), "columns": [label for label, _ in having], "rows": rows}
 
 
 def curves(files):
@@ -294,10 +312,10 @@ def main(args):
     print(f"{args.out}: {len(items)} items{drawn}, {len(images)} images, {len(text) / 2**20:.1f} MiB")
 
 
-def parse_args():
+def parse_args(argv=None):
     p = runs.Parser(description=__doc__)
     add_arguments(p)
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
