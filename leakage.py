@@ -17,7 +17,7 @@ Questions are compared as `records.normalise` leaves them: case, spacing and out
 
 Reads   record files (JSONL) with images
 Writes  OUT/leaks.jsonl: one line a test record and kind, with the training record it was first found in (of a near one:
-        the closest); OUT/metrics.json: the table that is printed
+        the closest); OUT/metrics.json: the table that is printed; OUT/args.json
 
     python leakage.py --train runs/toy/data/expert.jsonl --test runs/toy/data/test.jsonl --out runs/toy/leakage
 """
@@ -194,7 +194,7 @@ def add_arguments(p):
     p.add_argument("--train", nargs="+", required=True, help="record files that were trained on")
     p.add_argument("--test", nargs="+", required=True, help="record files that are tested on")
     p.add_argument("--distance", type=int, default=4, help=f"bits of {BITS} by which near-duplicates differ at most")
-    p.add_argument("--out", required=True, help="folder for leaks.jsonl and metrics.json")
+    p.add_argument("--out", required=True, help="folder for leaks.jsonl, metrics.json and args.json")
 
 
 def main(args):
@@ -205,8 +205,9 @@ def main(args):
     print(table(result, args.distance))
     path = os.path.join(args.out, "leaks.jsonl")
     write_leaks(path, findings)
-    inputs = {file: runs.sha256(file) for file in (*args.train, *args.test)}
-    runs.write_json(os.path.join(args.out, "metrics.json"), {**totals, "distance": args.distance, "found": result, "inputs": inputs})
+    runs.write_json(os.path.join(args.out, "metrics.json"), {**totals, "distance": args.distance, "found": result})
+    runs.write_json(os.path.join(args.out, "args.json"), {"script": "leakage.py", "args": vars(args), **runs.provenance(),
+                                                          "inputs": {file: runs.sha256(file) for file in (*args.train, *args.test)}})
     print(f"{path}: {len(findings)} findings on {totals['records']} test records, {totals['images']} test images")
 
 

@@ -151,6 +151,7 @@ def test_the_command_prints_the_table_that_it_writes(tmp_path):
     assert cells["same file"] == ["1", "0.333", "2", "0.500"] and cells["same question, same image"] == ["1", "0.333", "1", "0.250"]
     assert cells["near-duplicate, 4 of 128 bits at most"] == ["1", "0.333", "1", "0.250"]
     written = json.load(open(tmp_path / "out" / "metrics.json"))
+    assert json.load(open(tmp_path / "out" / "args.json"))["inputs"] == {p: records.image_hash(p) for p in (train, test)}
     assert written["found"]["same file"]["records"] == 2 and (written["records"], written["images"]) == (4, 3)
     assert len(open(tmp_path / "out" / "leaks.jsonl").readlines()) == 2 + 1 + 1 + 1  # B? was asked of another image
 
