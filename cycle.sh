@@ -99,4 +99,5 @@ done
 # accuracy on TEST with its 95% interval; auroc: of the reward model, right against wrong, on the toy's marked candidates, else on
 # held-out expert items; then the share of right candidates, known on the toy alone
 "$PYTHON" runs.py "${rows[@]}" --fields accuracy low high auroc ${TRUTH:+right_scored right_accepted} | tee "$OUT/table.txt"
+"$PYTHON" report.py --run "$OUT" --out "$OUT/report.html"
 echo "all in $OUT; this call took $(((SECONDS - started + 30) / 60)) minutes"

@@ -1,6 +1,7 @@
 """The whole cycle, by subprocess, on a very small clinic: it finishes, it ends with its table, and again does nothing."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,11 +47,23 @@ def test_every_record_file_of_the_cycle_is_valid_and_traces_to_its_image(finishe
     assert len(rollouts) == 2 * 4 and all(os.path.exists(r["image"]) for r in rollouts)
 
 
+def test_the_report_holds_every_evaluated_question_every_candidate_and_every_stages_curves(finished):
+    out, done = finished
+    data = json.loads(re.search('<script id="data"[^>]*>(.*?)</script>', (out / "report.html").read_text(), re.DOTALL)[1])
+    asked, scored = ([r["id"] for r in records.read(out / name)] for name in ("data/test.jsonl", "cycle1/scored/scored.jsonl"))
+    assert [item["id"] for item in data["items"]] == asked + scored and f"{len(asked + scored)} items" in done.stdout
+    assert {len(item["responses"]) for item in data["items"][:len(asked)]} == {5} and all(i["image"] is not None for i in data["items"])
+    assert {curve["title"] for curve in data["curves"]} == {"sft.py"}  # GRPO and reward model logged one step each: no curve
+    assert data["tables"][0]["rows"][0][1][0] == f"{json.load(open(out / 'eval_base' / 'metrics.json'))['accuracy']:.3f}"
+
+
 def test_the_second_call_does_nothing_again(finished):
+    def times():
+        return {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name not in ("table.txt", "report.html")}
+
     out, _ = finished
-    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name != "table.txt"}
-    again = cycle(out)
-    assert again.returncode == 0 and before == {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name != "table.txt"}
+    before = times()
+    assert cycle(out).returncode == 0 and before == times()
 
 
 def test_a_stage_whose_folder_is_gone_is_run_again_and_gives_the_same_records(finished):
