@@ -30,7 +30,7 @@ import runs
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_template.html")
 POINTS = 200  # of a curve: more would not be seen
-STEPS = ("reward", "scored", "sft_random", "eval_sft_random", "sft", "eval_sft", "grpo", "eval_grpo", "generator")  # of a cycle
+STEPS = ("reward", "scored", "sft_random", "eval_sft_random", "sft", "eval_sft", "sft_both", "eval_sft_both", "grpo", "eval_grpo", "generator")  # of a cycle
 CURVES = ("reward", "reward_model", "match", "watch_accuracy", "watch_reward", "loss", "kl", "entropy", "length")  # shown first
 KEPT = ("id", "question", "options", "rationale", "answer", "modality", "task", "source", "paradigm", "reward")
 
