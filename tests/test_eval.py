@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import clinic
+import comparisons
 import eval as evaluation
 import records
 import runs
@@ -126,9 +127,9 @@ def test_unparsed_is_wrong_and_stays_in_the_denominator():
 def test_the_table_has_a_line_for_all_and_for_each_group():
     rows = [row("1", "CT", modality="CT", task="T", image="a"), row("2", None, modality="OCT", task="T", image="b")]
     lines = evaluation.table(evaluation.metrics(rows, 0)).split("\n")
-    assert lines[0].split() == ["questions", "images", "accuracy", "low", "high", "majority", "position", "unparsed"]
+    assert lines[0].split() == ["questions", "images", "accuracy", "low", "high", "balanced", "f1", "majority", "position", "unparsed"]
     assert [line.split("  ")[0] for line in lines[2:]] == ["all", "modality: CT", "modality: OCT", "task: T"]
-    assert lines[2].split() == ["all", "2", "2", "0.500", "0.000", "1.000", "1.000", "1.000", "0.500"]
+    assert lines[2].split() == ["all", "2", "2", "0.500", "0.000", "1.000", "0.500", "0.667", "1.000", "1.000", "0.500"]
 
 
 # Baselines -----------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def pair():
 
 
 def test_corrected_and_introduced_equal_a_count_by_hand():
-    result = evaluation.comparison(*pair(), 0)
+    result = comparisons.comparison(*pair(), 0)
     pick = lambda r: [r[k] for k in ("questions", "images", "a", "b", "difference", "corrected", "introduced")]  # noqa: E731
     assert pick(result) == [4, 3, 0.25, 0.5, 0.25, 2, 1]
     assert pick(result["modality"]["CT"]) == [2, 1, 0.5, 0.5, 0, 1, 1]
@@ -215,7 +216,7 @@ def test_corrected_and_introduced_equal_a_count_by_hand():
 
 def test_swapping_the_runs_changes_the_sign_and_nothing_else():
     a, b = pair()
-    there, back = evaluation.comparison(a, b, 0), evaluation.comparison(b, a, 0)
+    there, back = comparisons.comparison(a, b, 0), comparisons.comparison(b, a, 0)
     assert back["difference"] == -there["difference"] != 0
     assert (back["low"], back["high"]) == pytest.approx((-there["high"], -there["low"]))
     assert (back["corrected"], back["introduced"]) == (there["introduced"], there["corrected"])
@@ -225,7 +226,7 @@ def test_paired_interval_is_narrower_than_the_unpaired_where_the_runs_agree_most
     rng = np.random.default_rng(3)
     a = [row(str(i), "CT" if right else None, image=str(i // 2)) for i, right in enumerate(rng.random(400) < 0.6)]
     b = [r | {"prediction": "CT"} if i % 20 == 0 else r for i, r in enumerate(a)]
-    result = evaluation.comparison(a, b, 0)
+    result = comparisons.comparison(a, b, 0)
     assert result["low"] <= result["difference"] <= result["high"]
     widths = [r["high"] - r["low"] for r in (evaluation.metrics(a, 0), evaluation.metrics(b, 0))]
     assert result["high"] - result["low"] < 0.5 * np.hypot(*widths)
@@ -246,14 +247,14 @@ def test_the_same_id_on_another_item_is_refused(tmp_path, field, value):
     records.write(tmp_path / "a.jsonl", a)
     records.write(tmp_path / "b.jsonl", [*b[:2], b[2] | {field: value}, b[3]])
     with pytest.raises(runs.RunError, match=f"item 3 has another `{field}`"):
-        evaluation.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+        comparisons.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 
 def test_the_second_run_may_hold_the_items_in_another_order(tmp_path):
     a, b = pair()
     records.write(tmp_path / "a.jsonl", a)
     records.write(tmp_path / "b.jsonl", b[::-1])
-    rows_a, rows_b = evaluation.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    rows_a, rows_b = comparisons.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert [r["id"] for r in rows_a] == [r["id"] for r in rows_b] == ["1", "2", "3", "4"]
     assert [r["prediction"] for r in rows_b] == ["MRI", "CT", "CT", "OCT"]
 
@@ -358,7 +359,7 @@ def test_compare_takes_a_folder_or_a_file_and_writes_what_it_prints(home):
     wanted = [r | {"prediction": r["answer"]} if r in wrong else r for r in changed]
     records.write(home / "changed.jsonl", wanted)
     done = command("--compare", home / "a", home / "changed.jsonl", "--out", home / "compare")
-    result = json.loads((home / "compare" / "metrics.json").read_text())
+    result, = json.loads((home / "compare" / "metrics.json").read_text())["pairs"]
     assert len(wrong) == 2 and (result["corrected"], result["introduced"]) == (2, 0)
     assert result["difference"] == pytest.approx(2 / 25)
-    assert evaluation.table(result) in done.stdout and "errors corrected 2, introduced 0" in done.stdout
+    assert evaluation.table({k: v for k, v in result.items() if k not in ("from", "to")}) in done.stdout and "errors corrected 2, introduced 0" in done.stdout

@@ -10,9 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ["generate", "reward", "sft", "grpo", "eval"]
 ALLOWED = {"records": set(), "runs": set(), "triton_ops": set(), "vlm": {"triton_ops"},
-           **{stage: {"records", "runs", "vlm", "triton_ops"} for stage in STAGES}, "toy": {"records", "vlm", "clinic"}}
+           "measures": set(), "figures": set(), "scorers": {"records"}, "comparisons": {"measures", "records", "runs"},
+           **{stage: {"records", "runs", "vlm", "triton_ops", "measures"} for stage in STAGES}, "toy": {"records", "vlm", "clinic"}}
 ALLOWED["grpo"] = ALLOWED["grpo"] | {"reward"}  # the only arrow between stages
-OURS = {"records", "runs", "vlm", "triton_ops", "clinic", *STAGES}
+ALLOWED["eval"] = ALLOWED["eval"] | {"scorers", "comparisons", "figures"}  # what only evaluating needs
+OURS = {"measures", "figures", "scorers", "comparisons", "records", "runs", "vlm", "triton_ops", "clinic", *STAGES}
 FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "toy").glob("*.py"))
 
 
