@@ -3,7 +3,6 @@
 A run is its folder, or its predictions.jsonl; eval.py wrote it, or anybody.
 """
 import os
-from collections import Counter
 
 import numpy as np
 
@@ -37,13 +36,14 @@ def predictions_file(path):
     return os.path.join(path, "predictions.jsonl") if os.path.isdir(path) else path
 
 
-def named_paths(flag, values):
-    """[(name, predictions file)] of NAME=RUN or RUN, whose folder's name then is the name. Raises RunError where one is there twice."""
-    pairs = [value.rpartition("=")[::2] if "=" in value else (os.path.basename(value.rstrip("/")), value) for value in values]
-    twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
-    if twice and flag != "--efficiency":
-        raise runs.RunError(f"{flag}: two runs are called {twice[0]}; name them, NAME=RUN")
-    return [(name, predictions_file(path)) for name, path in pairs]
+def named_paths(values):
+    """[(name, predictions file)] of NAME=RUN, or of RUN, which is then named as its folder."""
+    found = []
+    for value in values:
+        name, _, path = value.partition("=")
+        plain = not path or os.sep in name or os.path.exists(value)  # a path may hold a = of its own
+        found.append((os.path.basename(value.rstrip("/")), value) if plain else (name, path))
+    return [(name, predictions_file(path)) for name, path in found]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -64,6 +64,15 @@ def comparison(rows_a, rows_b, seed):
     return by_group(rows_a, measure)
 
 
+def changed(rows_a, rows_b):
+    """The items that one run has right and the other wrong, in the order of the files: {"id", "change", ..., "a", "b": predictions}."""
+    for a, b in zip(rows_a, rows_b):
+        right = [records.is_match(row["prediction"], row["answer"]) for row in (a, b)]
+        if right[0] != right[1]:
+            kept = {field: a[field] for field in ("image", "modality", "task", "question", "options", "answer") if field in a}
+            yield {"id": a["id"], "change": "corrected" if right[1] else "introduced", **kept, "a": a["prediction"], "b": b["prediction"]}
+
+
 def matrix(named, by):
     """Accuracy of each run (rows) on each modality or task (columns): {"rows", "columns", "questions", "accuracy", "relative", ...}.
 
@@ -72,7 +81,8 @@ def matrix(named, by):
     """
     groups = [row.get(by, "(none)") for row in next(iter(named.values()))]
     columns = sorted(set(groups))
-    accuracy = {name: [float(np.mean([records.is_match(r["prediction"], r["answer"]) for r, g in zip(rows, groups) if g == c])) for c in columns] for name, rows in named.items()}
+    right = {name: [records.is_match(r["prediction"], r["answer"]) for r in rows] for name, rows in named.items()}
+    accuracy = {name: [float(np.mean([r for r, g in zip(marks, groups) if g == c])) for c in columns] for name, marks in right.items()}
     own = [accuracy[c][i] if c in accuracy else None for i, c in enumerate(columns)]
     pairs = [(name == c, value) for name in named if name in columns for c, value in zip(columns, accuracy[name])]
     return {"by": by, "rows": list(named), "columns": columns, "questions": [groups.count(c) for c in columns],

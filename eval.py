@@ -64,7 +64,7 @@ def parse_args():
     p.add_argument("--temperature", type=float, default=1.0, help="of --samples")
     p.add_argument("--predictions", metavar="FILE", help="instead of a model: anybody's predictions (JSON or JSONL) to score")
     p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="names of its fields, as prediction=model_answer")
-    p.add_argument("--compare", nargs="+", metavar="RUN", help="instead of a model: folders of two or more runs, or their "
+    p.add_argument("--compare", nargs="+", metavar="[NAME=]RUN", help="instead of a model: folders of two or more runs, or their "
                    "predictions.jsonl; each against the first")
     p.add_argument("--transfer", nargs="+", metavar="[NAME=]RUN", help="instead of a model: a run trained on each modality or task NAME")
     p.add_argument("--by", choices=("modality", "task"), default="modality", help="what the runs of --transfer were trained on one of")
@@ -230,7 +230,8 @@ def table(result, markdown=False):
     """What `metrics` or `comparison` returned, as aligned text: a line for all, and for each member of each group."""
     lines = [("all", result)] + [(f"{field}: {name}", group) for field in GROUPS for name, group in result.get(field, {}).items()]
     columns = [name for name, value in result.items() if not isinstance(value, (dict, list))]
-    return runs.table([[label, *(group.get(c) for c in columns)] for label, group in lines], ["", *columns], markdown)
+    cells = [[f"{group[c]:.2g}" if c == "p" else group.get(c) for c in columns] for _, group in lines]  # a p of 0.000 says nothing
+    return runs.table([[label, *row] for (label, _), row in zip(lines, cells)], ["", *columns], markdown)
 
 
 def scorer_table(result, markdown=False):
@@ -244,7 +245,7 @@ def scorer_table(result, markdown=False):
             parts.append(runs.table([[name, g["closed"]["questions"], *(g["closed"][s]["accuracy"] for s in figures_)]
                                      for name, g in result[field].items() if "closed" in g], [field, "questions", *figures_], markdown))
     if "open" in result:
-        parts.append(runs.table([list(result["open"].values())], [f"{'open questions'}", *list(result["open"])[1:]], markdown))
+        parts.append(runs.table([list(result["open"].values())], ["open questions", *list(result["open"])[1:]], markdown))
     return "\n\n".join(parts)
 
 
@@ -296,46 +297,44 @@ def score_file(args):
         raise runs.RunError(f"--fields {wrong[0]}: give OURS=THEIRS, as prediction=model_answer")
     rows, unsure = scorers.read_predictions(args.predictions, dict(f.split("=", 1) for f in args.fields))
     run = runs.start(args, [args.predictions])
-    run.append("predictions.jsonl", rows)
+    run.append("predictions.jsonl", [records.relative(row, run.folder) for row in rows])
     if unsure:
         print(f"{unsure} rows: options that hold ` or ` may have been cut there")
     summarise(run, rows, args)
 
 
 def compare(args):
-    paths = [comparisons.predictions_file(path) for path in args.compare]
-    pairs = [comparisons.read_pair(paths[0], path) for path in paths[1:]]
-    run, results = runs.start(args, paths), []
-    for (rows_a, rows_b), path, name in zip(pairs, paths[1:], args.compare[1:]):
+    (first, base), *others = comparisons.named_paths(args.compare)
+    pairs = [comparisons.read_pair(base, path) for _, path in others]
+    run, results = runs.start(args, [base, *(path for _, path in others)]), []
+    for (rows_a, rows_b), (name, path) in zip(pairs, others):
         result = comparisons.comparison(rows_a, rows_b, args.seed)
-        print(f"a: {paths[0]}\nb: {path}\n{table(result, args.markdown)}\n")
-        results.append((f"{os.path.basename(args.compare[0].rstrip('/'))} → {os.path.basename(name.rstrip('/'))}", result))
-        run.append("changed.jsonl", [{"to": name, "id": a["id"], "change": "corrected" if is_correct(b, b["prediction"]) else "introduced",
-                                      **{f: a[f] for f in (*GROUPS[:2], "question", "options", "answer") if f in a},
-                                      "a": a["prediction"], "b": b["prediction"]} for a, b in zip(rows_a, rows_b)
-                                     if is_correct(a, a["prediction"]) != is_correct(b, b["prediction"])])
+        print(f"a: {base}\nb: {path}\n{table(result, args.markdown)}\n")
+        results.append({"from": first, "to": name, **result})
+        run.append("changed.jsonl", [{"from": first, "to": name, **records.relative(change, run.folder)} for change in comparisons.changed(rows_a, rows_b)])
     figures.changes(run.path("changes"), results)
-    last = results[-1][1]
-    run.finish({"pairs": [{"from": args.compare[0], "to": name, **result} for name, (_, result) in zip(args.compare[1:], results)]},
-               f"b - a {last['difference']:+.3f}, p {last['p']:.2g}, errors corrected {last['corrected']}, introduced {last['introduced']}")
+    run.finish({"pairs": results}, "; ".join(f"{r['to']} - {first} {r['difference']:+.3f}, p {r['p']:.2g}, errors corrected {r['corrected']}, "
+                                             f"introduced {r['introduced']}" for r in results))
 
 
 def transfer(args):
-    paths = comparisons.named_paths("--transfer", args.transfer)
-    named = {name: comparisons.read_pair(paths[0][1], path, "--transfer")[1] for name, path in paths}
-    result = comparisons.matrix(named, args.by)
-    if not set(result["rows"]) & set(result["columns"]):
-        raise runs.RunError(f"--transfer: no run is named as a {args.by} of the items ({', '.join(result['columns'])}); give NAME=RUN")
-    run = runs.start(args, [path for _, path in paths])
+    named = comparisons.named_paths(args.transfer)
+    rows = {name: comparisons.read_pair(named[0][1], path, "--transfer")[1] for name, path in named}
+    result = comparisons.matrix(rows, args.by)
+    if len(rows) < len(named) or not set(rows) & set(result["columns"]):
+        raise runs.RunError(f"--transfer: {', '.join(name for name, _ in named)}: name each run once, NAME=RUN, as the {args.by} that it was "
+                            f"trained on ({', '.join(result['columns'])})")
+    run = runs.start(args, [path for _, path in named])
     for field, title in (("accuracy", "accuracy"), ("relative", "relative to the column's own run")):
         lines = [[name, *values] for name, values in zip(result["rows"], result[field])]
         print(f"{title}\n{runs.table(lines, [f'trained on {args.by}', *result['columns']], args.markdown)}\n")
     figures.transfer(run.path("transfer"), result)
-    run.finish(result, ", ".join(f"{where} the diagonal {result[f'{where}_diagonal']:.3f}" for where in ("on", "off")))
+    where = [(label, result[f"{label}_diagonal"]) for label in ("on", "off")]
+    run.finish(result, ", ".join(f"{label} the diagonal {value:.3f}" for label, value in where if value is not None))
 
 
 def efficiency(args):
-    named, points = comparisons.named_paths("--efficiency", args.efficiency), []
+    named, points = comparisons.named_paths(args.efficiency), []
     for name, path in named:
         method, _, k = name.rpartition(":")
         if not (method and k.isdigit()):

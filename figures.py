@@ -21,29 +21,29 @@ def reliability(path, bins, ece):
     def fill(figure, axes):
         ax = axes[0]
         ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", label="calibrated")
-        ax.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=CORRECTED, lw=1, zorder=2)
         ax.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=[12 + 300 * b["n"] / total for b in bins],
-                   color=CORRECTED, alpha=0.8, zorder=3, label="most probable option (area: questions)")
+                   color=CORRECTED, alpha=0.8, zorder=3, clip_on=False, label="most probable option (area: questions)")
         ax.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal", xlabel="probability of the most probable option", ylabel="share that is right",
                title=f"Reliability: ECE {ece:.3f}, {total} questions")
-        ax.legend(frameon=False, loc="upper left", markerscale=0.5)
+        figure.legend(frameon=False, loc="outside lower center", ncols=2, markerscale=0.5)
 
-    draw(path, 1, 4.6, 4.4, fill)
+    draw(path, 1, 4.6, 4.6, fill)
 
 
 def changes(path, pairs):
-    """The paper's Figure 5: errors corrected (up) and introduced (down) by modality. `pairs`: [(title, comparison)]."""
-    names = sorted({name for _, result in pairs for name in result.get("modality", {})}) or ["all"]
-    cells = [[result.get("modality", {"all": result}).get(name, {"corrected": 0, "introduced": 0}) for name in names] for _, result in pairs]
-    most = max(max(c["corrected"], c["introduced"]) for row in cells for c in row) or 1
+    """The paper's Figure 5: errors corrected (up) and introduced (down) by modality. `pairs`: comparisons, {"from", "to", ...}, of the same items."""
+    names = list(pairs[0].get("modality", ["all"]))
+    cells = [list(result.get("modality", {"all": result}).values()) for result in pairs]
+    most = [max(c[field] for row in cells for c in row) for field in ("introduced", "corrected")]
+    room = 0.12 * max(1, *most)
 
     def fill(figure, axes):
-        for ax, (title, result), row in zip(axes, pairs, cells):
+        for ax, result, row in zip(axes, pairs, cells):
             for field, sign, color in (("corrected", 1, CORRECTED), ("introduced", -1, INTRODUCED)):
                 bars = ax.bar(names, [sign * c[field] for c in row], color=color, label=f"errors {field} ({result[field]})")
                 ax.bar_label(bars, [c[field] or "" for c in row], padding=2, fontsize=8)
             ax.axhline(0, color="black", lw=0.8)
-            ax.set(ylim=(-1.2 * most, 1.45 * most), title=title)
+            ax.set(ylim=(-most[0] - room, most[1] + 2.5 * room), title=f"{result['from']} → {result['to']}")
             ax.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
             ax.yaxis.set_major_formatter(lambda y, _: f"{abs(y):g}")
             ax.legend(frameon=False, loc="upper right", ncols=2)
@@ -96,7 +96,8 @@ def efficiency(path, curves, level):
         ax.set_xticks(ticks, [str(t) for t in ticks])
         ax.minorticks_off()
         seeds = max((len(p["seeds"]) for points in curves.values() for p in points), default=0)
-        ax.set(xlabel="training records k", ylabel="accuracy", title=f"mean of {seeds} seeds, band from the worst to the best" if seeds > 1 else "one seed")
+        title = f"mean of {seeds} seeds, band from the worst to the best" if seeds > 1 else "one seed"
+        ax.set(xlabel="training records k", ylabel="accuracy", title=title)
         ax.legend(frameon=False)
 
     draw(path, 1, 5.4, 3.8, fill)

@@ -5,6 +5,7 @@ its scorer and its denominator are named. A scorer of closed questions takes the
 the option that it reads there, or None. A scorer of open questions takes two texts and returns a number in [0, 1].
 """
 import difflib
+import os
 import re
 import string
 from collections import Counter
@@ -224,6 +225,8 @@ def read_predictions(path, fields):
         try:
             records.demand(isinstance(row, dict), "not an object: give one JSON object a row")
             ours, sure = adopt(row, number, fields)
+            if "image" in ours:  # like every record in memory
+                ours["image"] = os.path.abspath(os.path.join(os.path.dirname(path), ours["image"]))
         except records.RecordError as error:
             raise records.RecordError(f"{path}: row {number}: {error}") from None
         rows.append(ours)
