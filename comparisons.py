@@ -92,9 +92,9 @@ def matrix(named, by):
 
 
 def curve(points):
-    """{method: [{"k", "mean", "low", "high", "seeds"}]} by k, of [(method, k, accuracy)]; the band is from worst to best seed."""
-    curves = {}
+    """{method: [{"k", "mean", "low", "high", "seeds"}]}, k rising, of [(method, k, accuracy)]; low and high: worst and best seed."""
+    curves = {method: [] for method, _, _ in points}
     for method, k in sorted({(method, k) for method, k, _ in points}, key=lambda p: p[1]):
         seeds = [accuracy for m, n, accuracy in points if (m, n) == (method, k)]
-        curves.setdefault(method, []).append({"k": k, "mean": float(np.mean(seeds)), "low": min(seeds), "high": max(seeds), "seeds": seeds})
+        curves[method].append({"k": k, "mean": float(np.mean(seeds)), "low": min(seeds), "high": max(seeds), "seeds": seeds})
     return curves

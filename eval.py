@@ -356,7 +356,7 @@ def main(args):
     if args.batch < 1 or args.max_new_tokens < 1:
         raise runs.RunError("--batch and --max-new-tokens: give at least 1")
     if args.samples < 0 or args.temperature <= 0:
-        raise runs.RunError("--samples and --temperature: give at least 0, and more than 0")
+        raise runs.RunError("--samples: give at least 0; --temperature: more than 0")
     if args.compare and len(args.compare) < 2:
         raise runs.RunError("--compare: give at least two runs")
     {"predictions": score_file, "compare": compare, "transfer": transfer, "efficiency": efficiency}.get(*others or ["model"], evaluate)(args)

@@ -43,7 +43,7 @@ def changes(path, pairs):
                 bars = ax.bar(names, [sign * c[field] for c in row], color=color, label=f"errors {field} ({result[field]})")
                 ax.bar_label(bars, [c[field] or "" for c in row], padding=2, fontsize=8)
             ax.axhline(0, color="black", lw=0.8)
-            ax.set(ylim=(-most[0] - room, most[1] + 2.5 * room), title=f"{result['from']} → {result['to']}")
+            ax.set(ylim=(-most[0] - room, most[1] + 3.3 * room), title=f"{result['from']} → {result['to']}")
             ax.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
             ax.yaxis.set_major_formatter(lambda y, _: f"{abs(y):g}")
             ax.legend(frameon=False, loc="upper right", ncols=2)
@@ -58,7 +58,7 @@ def transfer(path, result):
         for ax, field, title in zip(axes, ("accuracy", "relative"), ("accuracy", "relative to the run of the column")):
             values = [[float("nan") if v is None else v for v in row] for row in result[field]]
             flat = [v for row in values for v in row if v == v]
-            spread = max(1e-9, *(abs(v - 1) for v in flat)) if field == "relative" and flat else None
+            spread = min(1, max([0.01, *(abs(v - 1) for v in flat)])) if field == "relative" else None  # colours end at 0 and 2
             limits = {"vmin": 1 - spread, "vmax": 1 + spread, "cmap": "RdBu"} if spread else {"vmin": 0, "vmax": 1, "cmap": "Blues"}
             image = ax.imshow(values, aspect="auto", **limits)
             for y, row in enumerate(values):

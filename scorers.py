@@ -30,7 +30,7 @@ def most_similar(text, options):
     """The option most like the text by difflib's ratio, the first of equals; none only where nothing is alike at all.
 
     OmniMedVQA's question-answering score (Hu et al., CVPR 2024; OpenGVLab/Multi-Modality-Arena, MedicalEval). It never says
-    that it cannot read an answer: `B` is read as the option that has the largest share of its letters in common with `B`.
+    that it cannot read an answer, and it minds the case: of MRI, CT and Ultrasound, `ct` is most like Ultrasound.
     """
     ratios = [difflib.SequenceMatcher(None, o, text).ratio() for o in options]
     return options[ratios.index(max(ratios))] if max(ratios) > 0 else None
