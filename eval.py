@@ -99,7 +99,7 @@ def predict(model, batches, max_new_tokens, scores=False, blind=False, samples=0
 def respond(vlm_, prompts, max_new_tokens, seeds=None, temperature=0, group=1):
     """[(response, whether it did not end by itself)] to each prompt, `group` of them; greedy ones need no seeds."""
     import vlm
-    ids, mask = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature=temperature, **({"group": group} if group > 1 else {}))  # (N, C)
+    ids, mask = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature=temperature, group=group)  # (N, C)
     ends = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0].tolist()  # (N,) the last token of each
     return [(text, end not in vlm_.stop_ids) for text, end in zip(vlm.decode(vlm_, ids, mask), ends)]
 
@@ -359,7 +359,8 @@ def main(args):
         raise runs.RunError("--samples: give at least 0; --temperature: more than 0")
     if args.compare and len(args.compare) < 2:
         raise runs.RunError("--compare: give at least two runs")
-    {"predictions": score_file, "compare": compare, "transfer": transfer, "efficiency": efficiency}.get(*others or ["model"], evaluate)(args)
+    calls = {"predictions": score_file, "compare": compare, "transfer": transfer, "efficiency": efficiency}
+    (calls[others[0]] if others else evaluate)(args)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,9 @@ def adopt(row, number, fields):
 
     `response` is their text as it stands, `prediction` what *letter or text* reads in it. Raises RecordError (reason).
     """
-    row = row | {ours: row.get(theirs) for ours, theirs in fields.items()}
+    for theirs in fields.values():
+        records.demand(theirs in row, f"no field `{theirs}`: correct --fields")
+    row = row | {ours: row[theirs] for ours, theirs in fields.items()}
     for field in ("prediction", "answer"):
         records.demand(field in row, f"no field `{field}`: say which one it is, --fields {field}=THEIRS")
     answer, text = records.clean(row["answer"]), records.clean(row.get("response") or row["prediction"])
