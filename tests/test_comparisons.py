@@ -106,3 +106,20 @@ def test_the_same_numbers_give_the_same_svg(tmp_path):
     for name in "ab":
         figures.reliability(tmp_path / name, bins, 0.1)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes() and is_figure(tmp_path / "a")
+
+
+def test_a_subset_is_k_records_of_the_kind_in_the_order_of_the_file_and_depends_on_the_seed(tmp_path):
+    rows = [{"id": str(i), "modality": "CT" if i % 2 else "MRI"} for i in range(60)]
+    records.write(tmp_path / "all.jsonl", rows)
+
+    def subset(*flags):
+        done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "subset.py"), str(tmp_path / "all.jsonl"), "--out", str(tmp_path / "some.jsonl"),
+                               *flags], capture_output=True, text=True)
+        return done, [int(r["id"]) for r in records.read(tmp_path / "some.jsonl")] if done.returncode == 0 else None
+
+    _, got = subset("--where", "modality=CT", "--k", "10")
+    assert len(got) == 10 and all(i % 2 for i in got) and got == sorted(got)
+    assert subset("--where", "modality=CT", "--k", "10")[1] == got != subset("--where", "modality=CT", "--k", "10", "--seed", "1")[1]
+    assert len(subset("--k", "60")[1]) == 60
+    done, _ = subset("--where", "modality=CT", "--k", "31")
+    assert done.returncode == 2 and "only 30 records with modality CT" in done.stderr and done.stderr.count("\n") == 1
