@@ -80,6 +80,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss  # noqa: E402
 
 import vlm  # noqa: E402
+from measures import auroc, ranks  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -343,19 +344,6 @@ def fit(model, groups, args, run):
 
 # ---------------------------------------------------------------------------------------------------------
 # The report on held-out images.
-
-def ranks(x):
-    """Ranks from 1, ties sharing their mean rank."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def auroc(scores, right):
-    """P(a right one scores above a wrong one), ties one half; None if either is missing."""
-    right = np.asarray(right, bool)
-    n, m = right.sum(), (~right).sum()
-    return float((ranks(scores)[right].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None
-
 
 def spearman(x, y):
     """Correlation of the ranks; None where either is constant."""

@@ -155,11 +155,14 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
-def table(rows, headers):
-    """Rows of cells as aligned text; floats with three digits, numbers to the right."""
+def table(rows, headers, markdown=False):
+    """Rows of cells as aligned text, or in Markdown; floats with three digits, numbers to the right."""
     cells = [[f"{c:.3f}" if isinstance(c, float) else "" if c is None else str(c) for c in row] for row in rows]
     widths = [max(len(str(h)), *(len(r[i]) for r in cells)) if cells else len(str(h)) for i, h in enumerate(headers)]
     right = [all(isinstance(r[i], (int, float, type(None))) for r in rows) for i in range(len(headers))]
+    if markdown:
+        rule = ["---:" if r else "---" for r in right]
+        return "\n".join(f"| {' | '.join(c.replace('|', '&#124;') for c in line)} |" for line in [[str(h) for h in headers], rule, *cells])
     lines = [[str(h) for h in headers], ["-" * w for w in widths], *cells]
     return "\n".join("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip()
                      for line in lines)

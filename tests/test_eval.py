@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import clinic
+import comparisons
 import eval as evaluation
 import records
 import runs
@@ -85,7 +86,7 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_cut(monkeyp
     fake = types.SimpleNamespace(
         load=lambda name, dtype: types.SimpleNamespace(stop_ids=[stop]), best_dtype=lambda: None,
         encode_prompts=lambda vlm_, images, texts: [text.split("\n")[0] for text in texts],
-        sample=lambda vlm_, prompts, seeds, n, temperature: (ids[:len(prompts)], mask[:len(prompts)]),
+        sample=lambda vlm_, prompts, seeds, n, temperature, group: (ids[:len(prompts)], mask[:len(prompts)]),
         decode=lambda vlm_, ids, mask: [f"{token}" for token in ids[:, 0].tolist()])
     monkeypatch.setitem(sys.modules, "vlm", fake)
     monkeypatch.setattr(records, "open_image", lambda path: opened.append(path))
@@ -126,9 +127,9 @@ def test_unparsed_is_wrong_and_stays_in_the_denominator():
 def test_the_table_has_a_line_for_all_and_for_each_group():
     rows = [row("1", "CT", modality="CT", task="T", image="a"), row("2", None, modality="OCT", task="T", image="b")]
     lines = evaluation.table(evaluation.metrics(rows, 0)).split("\n")
-    assert lines[0].split() == ["questions", "images", "accuracy", "low", "high", "majority", "position", "unparsed"]
+    assert lines[0].split() == ["questions", "images", "accuracy", "low", "high", "balanced", "f1", "majority", "position", "unparsed"]
     assert [line.split("  ")[0] for line in lines[2:]] == ["all", "modality: CT", "modality: OCT", "task: T"]
-    assert lines[2].split() == ["all", "2", "2", "0.500", "0.000", "1.000", "1.000", "1.000", "0.500"]
+    assert lines[2].split() == ["all", "2", "2", "0.500", "0.000", "1.000", "0.500", "0.667", "1.000", "1.000", "0.500"]
 
 
 # Baselines -----------------------------------------------------------------------------------------------
@@ -196,6 +197,78 @@ def test_one_image_has_no_interval():
     assert evaluation.interval(np.array([1.0, 0.0]), np.array(["a", "a"]), 0) == (None, None)
 
 
+# What is asked for beside the answers --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Seven rows of a real run with every flag: options of four, three and two, and an open question."""
+    home = tmp_path_factory.mktemp("asked")
+    rows = list(clinic.question_rows(str(home), "test", 3, 0, 2))
+    rows[2]["options"] = [rows[2]["answer"], next(o for o in rows[2]["options"] if o != rows[2]["answer"])]
+    rows.append({k: v for k, v in rows[0].items() if k != "options"} | {"id": "open"})
+    got, = evaluation.predict(str(POLICY), [rows], 64, scores=True, blind=True, samples=3, temperature=1.0, seed=0)
+    assert {len(r.get("options", ())) for r in got} == {0, 2, 3, 4}
+    return got
+
+
+def test_option_scores_equal_a_plain_forward_of_each_option_on_its_own(asked):
+    import torch
+
+    import vlm
+    vlm_ = vlm.load(str(POLICY), dtype=torch.float32, device="cpu")
+    for r in asked[:-1]:
+        prompt = vlm.encode_prompts(vlm_, [records.open_image(r["image"])], [records.policy_prompt(r)])
+        for option, logp, tokens in zip(r["options"], r["option_logps"], r["option_tokens"]):
+            ids = [vlm_.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("<think></think><answer>", option + "</answer>")]
+            whole = prompt | {"input_ids": torch.cat([prompt["input_ids"], torch.tensor([sum(ids, [])])], 1)}
+            whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+            with torch.no_grad():
+                logits = vlm_.model(**whole).logits[0].log_softmax(-1)  # (P + C, V)
+            last = logits[-len(ids[1]) - 1:-1]  # what precedes each token of the option and its closing tag
+            assert tokens == len(ids[1]) and logp == pytest.approx(sum(row[i].item() for row, i in zip(last, ids[1])), abs=1e-3)
+
+
+def test_an_open_question_has_no_option_scores_and_is_wrong_by_them(asked):
+    assert asked[-1]["option_logps"] is None and evaluation.marks(asked)["prefix"][-1] == 0
+    assert evaluation.calibrate(asked[-1:]) == {}
+
+
+def test_blind_answers_are_those_to_a_grey_image_of_the_same_size(asked, tmp_path):
+    from PIL import Image
+    grey = [r | {"id": r["id"] + "-grey", "image": str(tmp_path / f"{i}.png")} for i, r in enumerate(asked)]
+    for r, old in zip(grey, asked):
+        Image.new("RGB", Image.open(old["image"]).size, (128, 128, 128)).save(r["image"])
+    got, = evaluation.predict(str(POLICY), [grey], 64)
+    assert [r["prediction"] for r in got] == [r["blind"] for r in asked]
+    assert [r["blind"] for r in asked] != [r["prediction"] for r in asked]
+
+
+def test_samples_depend_on_the_seed_and_their_own_record_alone(asked):
+    again, = evaluation.predict(str(POLICY), [asked[3:5]], 64, samples=3, seed=0)
+    assert [r["samples"] for r in again] == [r["samples"] for r in asked[3:5]] and all(len(r["samples"]) == 3 for r in asked)
+    other = evaluation.predict(str(POLICY), [asked], 64, samples=3, seed=1)
+    assert [r["samples"] for r in next(other)] != [r["samples"] for r in asked]
+
+
+def test_flags_change_no_answer(asked):
+    got, = evaluation.predict(str(POLICY), [asked], 64)
+    assert [r["response"] for r in got] == [r["response"] for r in asked]
+
+
+def test_columns_of_scores_samples_and_blindness_equal_a_count_by_hand():
+    extra = {"option_logps": [-3.0, -2.0, -9.0], "option_tokens": [3, 1, 3], "samples": ["CT", "MRI", "CT", None], "blind": "MRI"}
+    rows = [row("1", "CT", image="a", **extra), row("2", "CT", image="b", **extra | {"option_logps": [-1.0, -4.0, -4.0], "blind": "CT"})]
+    got = evaluation.metrics(rows, 0)
+    assert (got["prefix"], got["vote"], got["blind"]) == (1, 1, 0.5)  # means of -1, -2, -3 and of -1/3, -4, -4/3
+    assert [got["pass@1"], got["pass@2"], got["pass@4"]] == pytest.approx([1 / 2, 1 - 1 / 6, 1])
+    p, q = [np.exp(x) / sum(np.exp(x)) for x in (np.array([-3.0, -2, -9]), np.array([-1.0, -4, -4]))]
+    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in (p[0], q[0]) for b in (p[1], p[2], q[1], q[2])]
+    assert got["auroc"] == pytest.approx(np.mean(pairs))
+    assert got["ece"] == pytest.approx(abs(p[1] - 0) / 2 + abs(q[0] - 1) / 2)  # in two bins
+    assert "prefix" not in evaluation.metrics([row("1", "CT")], 0)
+    json.dumps(got, allow_nan=False)
+
+
 # Comparing -----------------------------------------------------------------------------------------------
 
 def pair():
@@ -206,7 +279,7 @@ def pair():
 
 
 def test_corrected_and_introduced_equal_a_count_by_hand():
-    result = evaluation.comparison(*pair(), 0)
+    result = comparisons.comparison(*pair(), 0)
     pick = lambda r: [r[k] for k in ("questions", "images", "a", "b", "difference", "corrected", "introduced")]  # noqa: E731
     assert pick(result) == [4, 3, 0.25, 0.5, 0.25, 2, 1]
     assert pick(result["modality"]["CT"]) == [2, 1, 0.5, 0.5, 0, 1, 1]
@@ -215,7 +288,7 @@ def test_corrected_and_introduced_equal_a_count_by_hand():
 
 def test_swapping_the_runs_changes_the_sign_and_nothing_else():
     a, b = pair()
-    there, back = evaluation.comparison(a, b, 0), evaluation.comparison(b, a, 0)
+    there, back = comparisons.comparison(a, b, 0), comparisons.comparison(b, a, 0)
     assert back["difference"] == -there["difference"] != 0
     assert (back["low"], back["high"]) == pytest.approx((-there["high"], -there["low"]))
     assert (back["corrected"], back["introduced"]) == (there["introduced"], there["corrected"])
@@ -225,7 +298,7 @@ def test_paired_interval_is_narrower_than_the_unpaired_where_the_runs_agree_most
     rng = np.random.default_rng(3)
     a = [row(str(i), "CT" if right else None, image=str(i // 2)) for i, right in enumerate(rng.random(400) < 0.6)]
     b = [r | {"prediction": "CT"} if i % 20 == 0 else r for i, r in enumerate(a)]
-    result = evaluation.comparison(a, b, 0)
+    result = comparisons.comparison(a, b, 0)
     assert result["low"] <= result["difference"] <= result["high"]
     widths = [r["high"] - r["low"] for r in (evaluation.metrics(a, 0), evaluation.metrics(b, 0))]
     assert result["high"] - result["low"] < 0.5 * np.hypot(*widths)
@@ -246,14 +319,14 @@ def test_the_same_id_on_another_item_is_refused(tmp_path, field, value):
     records.write(tmp_path / "a.jsonl", a)
     records.write(tmp_path / "b.jsonl", [*b[:2], b[2] | {field: value}, b[3]])
     with pytest.raises(runs.RunError, match=f"item 3 has another `{field}`"):
-        evaluation.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+        comparisons.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 
 def test_the_second_run_may_hold_the_items_in_another_order(tmp_path):
     a, b = pair()
     records.write(tmp_path / "a.jsonl", a)
     records.write(tmp_path / "b.jsonl", b[::-1])
-    rows_a, rows_b = evaluation.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    rows_a, rows_b = comparisons.read_pair(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert [r["id"] for r in rows_a] == [r["id"] for r in rows_b] == ["1", "2", "3", "4"]
     assert [r["prediction"] for r in rows_b] == ["MRI", "CT", "CT", "OCT"]
 
@@ -271,9 +344,13 @@ def test_help_and_the_metrics_do_not_import_torch_and_help_takes_less_than_a_sec
 
 @pytest.mark.parametrize("arguments", [[], ["--model", "m"], ["--data", "d"], ["--compare", "a", "b", "--model", "m"],
                                        ["--compare", "a", "b", "--data", "d"], ["--model", "m", "--data", "d", "--batch", "0"],
-                                       ["--model", "m", "--data", "d", "--max-new-tokens", "0"]])
+                                       ["--model", "m", "--data", "d", "--max-new-tokens", "0"], ["--compare", "a"], ["--predictions", "p", "--compare", "a", "b"],
+                                       ["--transfer", "a", "--efficiency", "b"], ["--model", "m", "--data", "d", "--samples", "-1"],
+                                       ["--model", "m", "--data", "d", "--temperature", "0.0"]])
 def test_flags_that_do_not_go_together_are_refused(tmp_path, arguments):
-    words = "--model and --data, or --compare A B" if arguments[-1:] != ["0"] else "--batch and --max-new-tokens"
+    words = {"0": "--batch and --max-new-tokens", "-1": "--samples", "0.0": "--temperature"}.get(arguments[-1] if arguments else "",
+                                                                                       "--model and --data, or --compare A B")
+    words = "at least two runs" if arguments == ["--compare", "a"] else words
     assert_refused(command(*arguments, "--out", tmp_path / "out"), words)
     assert os.listdir(tmp_path) == []
 
@@ -284,6 +361,23 @@ def test_a_test_file_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_p
         records.write(tmp_path / "test.jsonl", [question | change])
         assert_refused(command("--model", POLICY, "--data", tmp_path / "test.jsonl", "--out", tmp_path / "out"), *words)
         assert sorted(os.listdir(tmp_path)) == ["a.png", "test.jsonl"]
+
+
+def test_anybodys_predictions_are_scored_with_their_own_names_of_fields(tmp_path):
+    theirs = [{"qid": f"Chest CT Scan_{i}", "said": said, "gt": "Yes", "question": "Well? Please choose one of the following: Yes. or No. "
+               "You must pick only one answer."} for i, said in enumerate(["yes", "No", "Maybe", "B"])]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in theirs))
+    done = command("--predictions", tmp_path / "p.jsonl", "--fields", "id=qid", "prediction=said", "answer=gt", "--out", tmp_path / "out", "--markdown")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (result["accuracy"], result["unparsed"], list(result["modality"])) == (0.25, 0.25, ["CT"])
+    closed = result["scorers"]["closed"]
+    assert {name: (closed[name]["right"], closed[name]["unread"]) for name in ("strict", "letter or text", "MedGR-Square", "unique mention")} == {
+        "strict": (1, 2), "letter or text": (1, 1), "MedGR-Square": (1, 2), "unique mention": (0, 2)}  # `Yes.` is not in `yes`
+    assert "| strict | 0.250 | 1 | 2 | 0.500 | 0.250 | 0 |" in done.stdout
+    assert_refused(command("--predictions", tmp_path / "p.jsonl", "--fields", "said", "--out", tmp_path / "x"), "--fields said", "OURS=THEIRS")
+    assert_refused(command("--predictions", tmp_path / "p.jsonl", "--fields", "prediction=sad", "--out", tmp_path / "x"), "row 1", "`sad`")
+    assert_refused(command("--predictions", tmp_path / "p.jsonl", "--out", tmp_path / "x"), "row 1", "`prediction`")
 
 
 def answer(home, out):
@@ -358,7 +452,7 @@ def test_compare_takes_a_folder_or_a_file_and_writes_what_it_prints(home):
     wanted = [r | {"prediction": r["answer"]} if r in wrong else r for r in changed]
     records.write(home / "changed.jsonl", wanted)
     done = command("--compare", home / "a", home / "changed.jsonl", "--out", home / "compare")
-    result = json.loads((home / "compare" / "metrics.json").read_text())
+    result, = json.loads((home / "compare" / "metrics.json").read_text())["pairs"]
     assert len(wrong) == 2 and (result["corrected"], result["introduced"]) == (2, 0)
     assert result["difference"] == pytest.approx(2 / 25)
-    assert evaluation.table(result) in done.stdout and "errors corrected 2, introduced 0" in done.stdout
+    assert evaluation.table({k: v for k, v in result.items() if k not in ("from", "to")}) in done.stdout and "errors corrected 2, introduced 0" in done.stdout

@@ -10,12 +10,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ["generate", "reward", "sft", "grpo", "eval"]
 ALLOWED = {"records": set(), "runs": set(), "triton_ops": set(), "vlm": {"triton_ops"},
+           "measures": set(), "figures": set(), "scorers": {"records"}, "comparisons": {"measures", "records", "runs"},
            "leakage": {"records", "runs"}, "report": {"records", "runs"},
-           **{stage: {"records", "runs", "vlm", "triton_ops", "leakage"} for stage in STAGES}, "toy": {"records", "vlm", "clinic"}}
+           **{stage: {"records", "runs", "vlm", "triton_ops", "measures", "leakage"} for stage in STAGES},
+           "toy": {"records", "vlm", "clinic", "measures"}}
 ALLOWED["grpo"] = ALLOWED["grpo"] | {"reward"}  # the only arrow between stages
-ALLOWED["eval"] = ALLOWED["eval"] | {"report"}
+ALLOWED["eval"] = ALLOWED["eval"] | {"scorers", "comparisons", "figures"}
 TOOLS = ["leakage", "report"]  # ground floor, with a command line of their own
-OURS = {"records", "runs", "vlm", "triton_ops", "clinic", *TOOLS, *STAGES}
+OURS = {*ALLOWED, "clinic"}
 FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "toy").glob("*.py"))
 
 

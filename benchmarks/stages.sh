@@ -1,0 +1,16 @@
+# Sourced by transfer.sh and efficiency.sh, from the repository's root, once OUT and the settings named in $@ have their values.
+# A stage's folder is final once it exists: a second call goes on where the first was stopped, or does nothing.
+. ./setup.sh requirements.txt
+
+settings=$(for v in "$@"; do echo "$v=${!v}"; done)
+mkdir -p "$OUT"
+[ -e "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
+if [ "$settings" != "$(cat "$OUT/settings")" ]; then
+  echo "$(basename "$0"): $OUT holds runs with other settings ($OUT/settings); choose another OUT or remove it" >&2
+  exit 2
+fi
+
+stage() {  # stage FOLDER SEED COMMAND...: run the command unless its folder is there
+  local folder=$1 seed=$2; shift 2
+  [ -e "$folder" ] || "$PYTHON" "$@" --out "$folder" --seed "$seed"
+}
