@@ -144,7 +144,8 @@ def _gradient_kernel(x_ptr, grad_ptr, targets_ptr, row_max_ptr, log_sum_ptr, ent
 def _launch(kernel, x, *args):
     n, V = x.shape
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
-        kernel[(n,)](x, *args, V, BLOCK=min(MAX_BLOCK, triton.next_power_of_2(V)), num_warps=8)
+        if n:  # a grid of no programs is an error
+            kernel[(n,)](x, *args, V, BLOCK=min(MAX_BLOCK, triton.next_power_of_2(V)), num_warps=8)
 
 
 def _statistics_triton(x, targets, temperature, softcap):
@@ -369,7 +370,7 @@ def linear_grpo_loss(objective, hidden, weight, targets, old_logps, ref_logps, a
     keep = mask.bool() & ((advantages != 0) | bool(kl))[:, None]  # (S, C)
     rows, words = hidden[keep], targets[keep]  # (N, D), (N,)
     chunk, options = _settle(rows, weight, words, bias, temperature, softcap, chunk, backend)
-    pieces, metrics = _pieces(keep.sum(1).tolist(), chunk), {}
+    pieces, metrics = _pieces(keep.sum(1).tolist(), chunk) or [(slice(0, 0), slice(0, 0))], {}  # of nothing, metrics are 0
 
     def loss_of(k, logps, entropy):
         part = pieces[k][0]
@@ -381,4 +382,4 @@ def linear_grpo_loss(objective, hidden, weight, targets, old_logps, ref_logps, a
         return loss
 
     loss, logps, _ = _LinearLoss.apply(rows, weight, bias, words, [p[1] for p in pieces], options, loss_of, _wanted(rows, weight, bias))
-    return loss, metrics | {"rows": len(rows)}, logps.new_zeros(keep.shape).masked_scatter(keep, logps)
+    return loss, metrics | {"rows": logps.new_tensor(len(rows))}, logps.new_zeros(keep.shape).masked_scatter(keep, logps)
