@@ -36,9 +36,11 @@ except ImportError:  # no wheel for macOS or Windows: the torch backend needs no
 # TRITON_INTERPRET counts when Triton itself is first imported, for its own tl.sum is such a kernel too.
 _jit = triton.jit if triton else lambda kernel: kernel
 
-# Bytes of the logits buffer. On CUDA 1766 fp32 rows at V = 152k: adding a chunk up in d weight moves 8 V D bytes and its
-# GEMM does 2 n V D FLOPs, so thousands of rows keep tensor cores busy. A CPU's rows are better off near its cache.
+# The logits buffer holds so many bytes and rows at most. CUDA: 1766 fp32 rows at V = 152k; adding a chunk up in d weight moves
+# 8 V D bytes while its GEMM does 2 n V D FLOPs, so thousands of rows keep tensor cores busy (not measured: no GPU at hand).
+# CPU: as measured, 262 rows at V = 32,000, and no more than 1024 of a small vocabulary: rows are best worked on in the cache.
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**25}
+CHUNK_ROWS = {"cuda": 2**15, "cpu": 2**10}
 MAX_BLOCK = 4096  # logits that a Triton program holds at a time: 16 a thread at 8 warps
 LOWEST = -1e4  # exp of this is 0 in any precision, and 0 times it is 0, where 0 * -inf would be NaN
 
@@ -288,7 +290,8 @@ def _settle(hidden, weight, targets, bias, temperature, softcap, chunk, backend)
     """Check the arguments -> rows a chunk, (temperature, softcap or 0, backend)."""
     _check(hidden, weight, targets, bias, temperature, softcap, chunk, backend)
     if chunk is None:
-        chunk = max(1, CHUNK_BYTES[hidden.device.type] // (len(weight) * _stats_dtype(hidden).itemsize))
+        device, row = hidden.device.type, len(weight) * _stats_dtype(hidden).itemsize
+        chunk = max(1, min(CHUNK_ROWS[device], CHUNK_BYTES[device] // row))
     if backend is None:
         backend = "triton" if hidden.is_cuda and triton and hidden.dtype != torch.float64 else "torch"
     return chunk, (float(temperature), float(softcap or 0), backend)
@@ -326,7 +329,7 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, softcap=
     inputs. Both are differentiable, once, with respect to hidden, weight and bias. Statistics are float32 whatever the
     inputs are; so are the logits of bf16 inputs on CUDA, while on the CPU these are rounded to bf16.
 
-    `chunk`: rows of logits in memory at a time, by default as many as CHUNK_BYTES hold. It changes rounding, no more.
+    `chunk`: rows of logits in memory at a time, by default as CHUNK_BYTES and CHUNK_ROWS allow. It changes rounding, no more.
     `backend`: "torch" or "triton"; by default triton on CUDA where it is installed (float64 excepted), else torch.
 
     Raises ValueError for shapes, dtypes and targets that do not fit, ImportError for a missing Triton. Targets are

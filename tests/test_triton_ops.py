@@ -283,8 +283,10 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(where):
 
 def test_default_chunk_fits_the_budget_and_has_at_least_one_row(where, monkeypatch):
     inputs = *make(10, 3, 25), 1.0, cotangents(10)
-    for budget, chunks in ((4 * 25 * 4 + 1, 3), (1, 10), (2**20, 1)):  # four fp32 rows and a byte; less than one; all
+    # four fp32 rows and a byte; less than one; all; all, but for the limit of rows
+    for budget, limit, chunks in ((4 * 25 * 4 + 1, 99, 3), (1, 99, 10), (2**20, 99, 1), (2**20, 6, 2)):
         monkeypatch.setitem(triton_ops.CHUNK_BYTES, where[0], budget)
+        monkeypatch.setitem(triton_ops.CHUNK_ROWS, where[0], limit)
         with Watch() as watch:
             ours(where, *inputs)
         assert watch.gemms == 4 * chunks  # a chunk: one GEMM forward, three backward
