@@ -75,6 +75,7 @@ from accelerate.utils import gather_object  # noqa: E402
 
 import vlm  # noqa: E402
 from reward import RewardModel  # noqa: E402
+from triton_ops import linear_grpo_loss  # noqa: E402
 
 REFILLS = 4  # how often a batch is refilled before a step makes do with fewer groups
 
@@ -223,22 +224,24 @@ def learn(policy, reference, groups, args, accelerator, old=None):
     sequences, tokens = accelerator.reduce(local, "sum").clamp(min=1).tolist()
     sums, before = {}, []
     for k, ((prompts, ids, mask, advantages), counted) in enumerate(zip(batches, masks)):
-        logps, entropy = vlm.token_logps(policy, prompts, ids, mask)  # (B·G, C)
-        before.append(logps.detach())
         ref_logps = None
         if reference is not None:
             with torch.no_grad():
                 ref_logps, _ = vlm.token_logps(reference, prompts, ids, mask)
-        loss, metrics = grpo_loss(logps, before[k] if old is None else old[k], ref_logps, advantages, counted,
-                                  (sequences, tokens, args.max_new_tokens), loss=args.loss, epsilon=args.epsilon,
-                                  epsilon_high=args.epsilon_high, kl=args.kl)
+        states, weight, head = vlm.lm_head(policy, vlm.hidden_states(policy, prompts, ids, mask)[:, :-1])  # (B·G, C, D), (V, D)
+        # grpo_loss of a few sequences at a time, from their logits to their gradient: the logits of all never exist
+        loss, metrics, logps = linear_grpo_loss(grpo_loss, states, weight, ids, None if old is None else old[k], ref_logps, advantages,
+                                                counted, (sequences, tokens, args.max_new_tokens), loss=args.loss,
+                                                epsilon=args.epsilon, epsilon_high=args.epsilon_high, kl=args.kl, **head)
         loss.backward()
-        for name, value in (metrics | {"entropy": (entropy.detach() * counted).sum()}).items():
+        before.append(logps)
+        for name, value in (metrics | {"loss": loss.detach() * tokens}).items():
             sums[name] = sums.get(name, 0) + value / tokens
-        sums["loss"] = sums.get("loss", 0) + loss.detach()
     names = sorted(sums)
     reduced = accelerator.reduce(torch.stack([sums[n].float() for n in names]), "sum")
-    return dict(zip(names, reduced.tolist())) | {"tokens": tokens}, before
+    means = dict(zip(names, reduced.tolist())) | {"tokens": tokens}
+    means["entropy"] /= means.pop("rows") or 1  # of the tokens that were computed: without a KL term not those of advantage 0
+    return means, before
 
 
 def rollout_metrics(groups):

@@ -50,6 +50,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
 import vlm  # noqa: E402
+from triton_ops import linear_cross_entropy  # noqa: E402
 
 
 def load_examples(files, weights, role):
@@ -90,8 +91,9 @@ def token_losses(vlm_, examples, micro_batch):
         images, prompts, responses = zip(*examples[i:i + micro_batch])
         ids, mask = vlm.encode_continuations(vlm_, responses)  # (B, C)
         inputs = vlm.encode_prompts(vlm_, [records.open_image(p) for p in images], prompts)
-        logps, _ = vlm.token_logps(vlm_, inputs, ids, mask)  # (B, C), zero at padding
-        yield -logps.sum(), int(mask.sum())
+        states, weight, head = vlm.lm_head(vlm_, vlm.hidden_states(vlm_, inputs, ids, mask)[:, :-1])  # (B, C, D), (V, D)
+        targets = ids.masked_fill(mask == 0, -100)  # (B, C), padding ignored
+        yield linear_cross_entropy(states.flatten(0, 1), weight, targets.flatten(), reduction="sum", **head), int(mask.sum())
 
 
 def count_tokens(vlm_, examples):

@@ -10,7 +10,7 @@ two meet: row i reads [pad pad prompt | continuation pad]. Rows of one prompt st
 import copy
 import os
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,7 @@ class VLM:
     end_id: int  # end of turn, which training teaches
     stop_ids: list  # every token that ends a turn when sampled
     banned_ids: list  # image placeholders, other special tokens, rows of the embedding that no token has
+    logit_rule: tuple = (1.0, None)  # (divisor, softcap): logits = softcap · tanh(head(state) / softcap) / divisor
 
     @property
     def tokenizer(self):
@@ -85,23 +86,49 @@ def load(name, device=None, dtype=torch.float32):
     except Exception as e:  # the library raises whatever it likes at a folder that is not what it expects
         reason = textwrap.shorten(str(e), 250, placeholder=" ...") or type(e).__name__
         raise ModelError(f"{name}: cannot load it as an image-text-to-text model: {reason}") from e
-    wrong = what_is_wrong(model, processor, report)
+    wrong = what_is_wrong(vlm, report)
     if wrong:
         raise ModelError(f"{name}: {wrong}")
     return vlm
 
 
-def what_is_wrong(model, processor, report):
+def what_is_wrong(vlm, report):
     """Why a model that loads would not compute what it claims to, or None. `report`: the library's own, of its loading."""
     unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unset:  # they would start from random values
         return f"weights do not fit config.json: {unset[0]} and {len(unset) - 1} more are missing or of another shape"
-    if not processor.chat_template:
+    if not vlm.processor.chat_template:
         return "no chat template (chat_template.jinja), so it cannot be asked anything; take the -Instruct or -it model"
+    if vlm.logit_rule is None:
+        return "its logits are neither capped nor scaled as config.json says, so token_logps and sample cannot compute them"
+
+
+@torch.no_grad()
+def find_logit_rule(model):
+    """(divisor, softcap) with which VLM.logit_rule gives the model's own logits, or None if there are none.
+
+    Of the classes whose config has such a number some use it, others do not, and one multiplies by what others divide by. So
+    the model is asked: one token, and in place of the head's output numbers whose fate we then see.
+    """
     text = model.config.get_text_config()
-    bent = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(text, k, None) not in (None, 1)]
-    if bent:
-        return f"its logits are more than weight times state ({bent[0]}), which token_logps and sample do not compute"
+    cap, *scales = (getattr(text, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    rules = [(1.0, None), *((1.0, cap) for _ in [0] if cap), *((d, None) for s in scales if s for d in (s, 1 / s))]
+    if len(rules) == 1:
+        return rules[0]
+    head = model.get_output_embeddings()
+    probe = torch.linspace(-50, 50, len(head.weight), device=head.weight.device)  # (V,)
+    hook = head.register_forward_hook(lambda module, inputs, output: probe.to(output.dtype).expand_as(output))
+    try:
+        seen = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=probe.device)).logits[0, -1].float()
+    finally:
+        hook.remove()
+    return next((r for r in rules if torch.allclose(seen, bent(probe, r), rtol=0.02, atol=0.02)), None)  # bf16 has 3 digits
+
+
+def bent(logits, rule):
+    """What the model makes of its head's output: (..., V) → (..., V)."""
+    divisor, softcap = rule
+    return (softcap * torch.tanh(logits / softcap) if softcap else logits) / divisor
 
 
 def wrap(model, processor):
@@ -115,7 +142,7 @@ def wrap(model, processor):
     special |= {v for k, v in vars(model.config).items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
     rows = set(range(model.get_output_embeddings().weight.shape[0]))
     banned = (rows & special | rows - set(tokenizer.get_vocab().values())) - stops
-    return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned))
+    return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned), find_logit_rule(model))
 
 
 def save(vlm, folder):
@@ -136,7 +163,7 @@ def freeze_vision(vlm):
 
 def frozen_copy(vlm):
     """The same model with weights of its own that no optimiser moves: GRPO's reference."""
-    return VLM(copy.deepcopy(vlm.model).eval().requires_grad_(False), vlm.processor, vlm.end_id, vlm.stop_ids, vlm.banned_ids)
+    return replace(vlm, model=copy.deepcopy(vlm.model).eval().requires_grad_(False))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -220,15 +247,24 @@ def hidden_states(vlm, prompts, ids, mask):
     return torch.cat([last[:, None], states], 1)
 
 
+def lm_head(vlm, states, temperature=1.0):
+    """What the ops of triton_ops.py ask for: (states, the head's weight, {temperature, bias, softcap}), in autocast's dtype."""
+    device, bias = states.device.type, getattr(vlm.head, "bias", None)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    divisor, softcap = vlm.logit_rule
+    return states.to(dtype), vlm.head.weight.to(dtype), {"temperature": temperature * divisor, "softcap": softcap,
+                                                         "bias": bias if bias is None else bias.to(dtype)}
+
+
 def token_logps(vlm, prompts, ids, mask, temperature=1.0, states=None):
     """Log-probability and entropy of every continuation token: (N, C) each, zero where `mask` is 0.
 
     Only positions under the mask reach the LM head: the N·C × V logits never exist (triton_ops.py).
     """
     states = hidden_states(vlm, prompts, ids, mask) if states is None else states
-    keep, device = mask.bool(), mask.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    logps, entropy = linear_logprob(states[:, :-1][keep].to(dtype), vlm.head.weight.to(dtype), ids[keep], temperature)
+    keep = mask.bool()
+    rows, weight, options = lm_head(vlm, states[:, :-1][keep], temperature)
+    logps, entropy = linear_logprob(rows, weight, ids[keep], **options)
     zeros = torch.zeros(mask.shape, dtype=logps.dtype, device=mask.device)
     return zeros.masked_scatter(keep, logps), zeros.masked_scatter(keep, entropy)
 
@@ -250,7 +286,7 @@ def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
     alive = torch.ones(rows, dtype=torch.bool, device=vlm.device)
     ids, kept = [], []
     for step in range(max_new_tokens):
-        logits = vlm.head(state).float()  # (N, V): one position, not C of them
+        logits = bent(vlm.head(state).float(), vlm.logit_rule)  # (N, V): one position, not C of them
         logits[:, vlm.banned_ids] = -torch.inf
         token = pick(logits, temperature, uniform[:, step])
         token = torch.where(alive, token, vlm.tokenizer.pad_token_id)

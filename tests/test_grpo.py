@@ -183,6 +183,40 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
     assert_same(want, {n: grads[n] for n in want}, 1e-4)
 
 
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, loss, kl):
+    """Off the policy that sampled, with and without a reference; two groups have no advantage."""
+    some = [copy.copy(g) for g in groups]
+    some[1].advantages = some[4].advantages = torch.zeros(4)
+    reference, (prompts, ids, mask, advantages) = vlm.frozen_copy(policy), grpo.collate(policy, some)
+    with torch.no_grad():
+        reference.model.get_output_embeddings().weight.mul_(1.1)
+        ref_logps, _ = vlm.token_logps(reference, prompts, ids, mask)
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.randn(mask.shape, generator=draw) + torch.randn((len(mask), 1), generator=draw)  # of tokens and of sequences
+        old = (vlm.token_logps(policy, prompts, ids, mask)[0] + 0.3 * noise) * mask
+    grads, metrics, before = gradient(policy, some, reference=reference if kl else None, old=[old], loss=loss, kl=kl)
+    policy.model.zero_grad()
+    logps, entropy = vlm.token_logps(policy, prompts, ids, mask)
+    want, sums = grpo.grpo_loss(logps, old, ref_logps, advantages, mask, (24, int(mask.sum()), 24), loss=loss, kl=kl)
+    want.backward()
+    assert_same({n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}, grads)
+    policy.model.zero_grad()
+    computed = mask.bool() & ((advantages != 0) | (kl > 0))[:, None]
+    assert metrics["loss"] == pytest.approx(want.item(), rel=1e-4, abs=1e-6)
+    assert metrics["entropy"] == pytest.approx(entropy[computed].mean().item(), rel=1e-4)
+    assert {k: metrics[k] for k in sums} == pytest.approx({k: v.item() / metrics["tokens"] for k, v in sums.items()}, rel=1e-4, abs=1e-6)
+    assert metrics["clip_low"] + metrics["clip_high"] > 0 and torch.allclose(before[0], logps.detach() * computed, atol=1e-5)
+
+
+def test_what_grpo_loss_says_is_what_is_learned(policy, groups, monkeypatch):
+    base, _, _ = gradient(policy, groups)
+    real = grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: tuple(x if isinstance(x, dict) else 2 * x for x in real(*a, **k)))
+    assert_same({n: 2 * g for n, g in base.items()}, gradient(policy, groups)[0])
+
+
 def test_at_the_reference_the_kl_is_zero_and_away_from_it_positive(policy, groups):
     reference = vlm.frozen_copy(policy)
     assert gradient(policy, groups, reference=reference, kl=0.1)[1]["kl"] == pytest.approx(0, abs=1e-6)

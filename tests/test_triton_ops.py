@@ -1,4 +1,4 @@
-"""Properties of triton_ops.linear_logprob.
+"""Properties of the ops of triton_ops: linear_logprob first, then the two losses that are formed in one pass.
 
 The reference shares no code with it: all logits at once in float64, torch.log_softmax, Categorical.entropy, autograd.
 `where` runs a property on the CPU with plain PyTorch, on the CPU with the Triton kernels interpreted, and on CUDA.
@@ -18,7 +18,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # counts only if nothing has imported Triton yet
 
 import triton_ops
-from triton_ops import linear_logprob
+from grpo import grpo_loss
+from triton_ops import linear_cross_entropy, linear_grpo_loss, linear_logprob
 
 ROOT = Path(triton_ops.__file__).parent
 TRITON = triton_ops.triton
@@ -282,8 +283,10 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(where):
 
 def test_default_chunk_fits_the_budget_and_has_at_least_one_row(where, monkeypatch):
     inputs = *make(10, 3, 25), 1.0, cotangents(10)
-    for budget, chunks in ((4 * 25 * 4 + 1, 3), (1, 10), (2**20, 1)):  # four fp32 rows and a byte; less than one; all
-        monkeypatch.setattr(triton_ops, "CHUNK_BYTES", budget)
+    # four fp32 rows and a byte; less than one; all; all, but for the limit of rows
+    for budget, limit, chunks in ((4 * 25 * 4 + 1, 99, 3), (1, 99, 10), (2**20, 99, 1), (2**20, 6, 2)):
+        monkeypatch.setitem(triton_ops.CHUNK_BYTES, where[0], budget)
+        monkeypatch.setitem(triton_ops.CHUNK_ROWS, where[0], limit)
         with Watch() as watch:
             ours(where, *inputs)
         assert watch.gemms == 4 * chunks  # a chunk: one GEMM forward, three backward
@@ -303,6 +306,249 @@ def test_a_frozen_input_gets_no_gradient_and_costs_no_gemm(where, frozen, backwa
         (logps + entropy).sum().backward()
     assert watch.gemms == 3 * backward_gemms
     assert all((leaf.grad is None) == (name in frozen) for name, leaf in leaves.items())
+
+
+# ---- bias and softcap, and the losses in one pass
+
+
+def full_logits(hidden, weight, bias, softcap, temperature):
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    return (softcap * torch.tanh(logits / softcap) if softcap else logits) / temperature
+
+
+def leaves(where, *tensors):
+    """On the device, each a leaf with a gradient of its own."""
+    return [x if x is None else x.detach().to(where[0]).requires_grad_() for x in tensors]
+
+
+def exact(*tensors):
+    return [x if x is None else x.detach().cpu().double().requires_grad_() for x in tensors]
+
+
+def assert_gradients(ours, theirs, tolerance=2e-5):
+    for name, a, b in zip(("d hidden", "d weight", "d bias"), ours, theirs):
+        if a is not None:
+            torch.testing.assert_close(a.grad.cpu().double(), b.grad, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_bias_and_softcap_give_the_float64_values_and_gradients(where, with_bias, softcap):
+    hidden, weight, targets = make(7, 4, 13)
+    bias, grads = (make(1, 13, 1)[0][0] if with_bias else None), cotangents(7)
+    theirs = exact(hidden, weight, bias)
+    logits = full_logits(*theirs, softcap, 0.7)
+    want = logits.log_softmax(-1)[torch.arange(7), targets], torch.distributions.Categorical(logits=logits).entropy()
+    torch.autograd.backward(want, tuple(grads))
+    mine = leaves(where, hidden, weight, bias)
+    got = linear_logprob(*mine[:2], targets.to(where[0]), 0.7, mine[2], softcap, chunk=3, backend=where[1])
+    torch.autograd.backward(got, tuple(grads.float().to(where[0])))
+    assert_equal([x.detach().cpu() for x in got], [x.detach() for x in want])
+    assert_gradients(mine, theirs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("with_bias, softcap", [(False, None), (True, None), (False, 2.0), (True, 2.0)])
+def test_cross_entropy_equals_pytorch_s_through_full_float64_logits(where, reduction, with_bias, softcap):
+    hidden, weight, targets = make(9, 4, 13)
+    targets[[0, 4, 5]] = -7
+    bias = make(1, 13, 1)[0][0] if with_bias else None
+    theirs, mine = exact(hidden, weight, bias), leaves(where, hidden, weight, bias)
+    want = torch.nn.functional.cross_entropy(full_logits(*theirs, softcap, 0.7), targets, ignore_index=-7, reduction=reduction)
+    got = linear_cross_entropy(*mine[:2], targets.to(where[0]), -7, reduction=reduction, temperature=0.7, bias=mine[2], softcap=softcap,
+                               chunk=4, backend=where[1])  # fmt: skip
+    (3 * want).backward()
+    (3 * got).backward()  # what comes after the loss scales its gradient
+    torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=1e-5, atol=1e-5)
+    assert_gradients(mine, theirs)
+
+
+def rollout(S=6, C=5, D=4, V=17):
+    """Sequences of all lengths, one of none, two without advantage; ratios inside the clip and outside on both sides."""
+    hidden, weight, targets = make(S * C, D, V)
+    g = torch.Generator().manual_seed(5)
+    mask = (torch.arange(C)[None] < torch.tensor([5, 1, 0, 3, 5, 2])[:, None]).long()
+    now = (hidden @ weight.T).log_softmax(-1)[torch.arange(S * C), targets].reshape(S, C)
+    old, ref = (now + 0.4 * torch.randn(S, C, generator=g) for _ in range(2))
+    advantages = torch.tensor([0.9, -1.3, 0.4, 0.0, -0.6, 0.0])
+    return (hidden.reshape(S, C, D), weight, targets.reshape(S, C), old * mask, ref * mask, advantages, mask), (5, 16, 8)
+
+
+def plain_grpo(inputs, counts, **variant):
+    """The same loss through full float64 logits and autograd."""
+    hidden, weight, targets, old, ref, advantages, mask = inputs
+    hidden, weight = exact(hidden, weight)
+    logps = (hidden @ weight.T / 0.8).log_softmax(-1).gather(-1, targets[..., None])[..., 0] * mask
+    old = logps.detach() if old is None else old.double()
+    loss, metrics = grpo_loss(logps, old, ref.double(), advantages.double(), mask, counts, **variant)
+    loss.backward()
+    return loss.item(), metrics, logps.detach(), (hidden, weight)
+
+
+def fused_grpo(where, inputs, counts, chunk=4, **variant):
+    moved = [x if x is None else x.to(where[0]) for x in inputs]
+    mine = leaves(where, *moved[:2])
+    loss, metrics, logps = linear_grpo_loss(grpo_loss, *mine, *moved[2:], counts, temperature=0.8, chunk=chunk, backend=where[1], **variant)
+    loss.backward()
+    return loss.item(), metrics, logps.cpu(), mine
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_the_grpo_loss_in_one_pass_equals_the_plain_one_through_full_logits(where, loss, kl, on_policy):
+    inputs, counts = rollout()
+    inputs = *inputs[:3], None if on_policy else inputs[3], *inputs[4:]
+    variant = {"loss": loss, "kl": kl, "epsilon": 0.1, "epsilon_high": 0.15}
+    want, sums, logps, theirs = plain_grpo(inputs, counts, **variant)
+    for chunk in (1, 6, 100):  # less than a sequence, several sequences, all
+        got, metrics, mine_logps, mine = fused_grpo(where, inputs, counts, chunk, **variant)
+        assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
+        assert_gradients(mine, theirs)
+        assert {k: float(metrics[k]) for k in sums} == pytest.approx({k: float(v) for k, v in sums.items()}, rel=1e-4, abs=1e-5)
+        computed = inputs[6].bool() if kl else inputs[6].bool() & (inputs[5] != 0)[:, None]
+        torch.testing.assert_close(mine_logps.double(), logps * computed, rtol=1e-5, atol=1e-5)
+        assert metrics["rows"] == int(computed.sum())
+    if not on_policy:
+        assert sums["clip_low"] + sums["clip_high"] > 0  # or the branch would not have been tested
+
+
+def test_the_entropy_in_the_metrics_is_the_sum_over_the_tokens_computed(where):
+    inputs, counts = rollout()
+    _, metrics, _, _ = fused_grpo(where, inputs, counts, kl=0.3)
+    hidden, weight, mask = inputs[0].double(), inputs[1].double(), inputs[6]
+    want = (torch.distributions.Categorical(logits=hidden @ weight.T / 0.8).entropy() * mask).sum()
+    torch.testing.assert_close(metrics["entropy"].cpu().double(), want, rtol=1e-5, atol=1e-5)
+
+
+class Rows(TorchDispatchMode):
+    """Counts the GEMMs, and adds up their FLOPs / 2 V: rows times D each."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.rows, self.gemms = V, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = args[-2:]
+            m, k, n = *a.shape, b.shape[1]
+            self.gemms += 1
+            self.rows += m * k * n // self.V
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen, gemms", [((), 3), (("weight",), 2), (("hidden", "weight"), 1)])
+def test_three_gemms_a_chunk_two_with_a_frozen_head_and_rows_without_gradient_in_none(where, frozen, gemms):
+    (hidden, weight, targets, old, ref, advantages, mask), counts = rollout()
+    kept = mask.bool() & (advantages != 0)[:, None]
+    hidden = hidden.masked_fill(~kept[..., None], float("nan"))  # it would spread if it were read
+    moved = [x.to(where[0]) for x in (hidden, weight, targets, old, ref, advantages, mask)]
+    for name, leaf in zip(("hidden", "weight"), moved):
+        leaf.requires_grad_(name not in frozen)
+    with Rows(17) as watch:
+        loss, metrics, _ = linear_grpo_loss(grpo_loss, *moved, counts, chunk=100, backend=where[1])
+        if gemms > 1:
+            loss.backward()
+    assert loss.isfinite() and watch.gemms == gemms and watch.rows == gemms * int(kept.sum()) * hidden.shape[-1]
+    assert all((leaf.grad is None) == (name in frozen) for name, leaf in zip(("hidden", "weight"), moved))
+    if "hidden" not in frozen:
+        assert torch.equal(moved[0].grad.cpu()[~kept], torch.zeros(int((~kept).sum()), 4)) and moved[0].grad.isfinite().all()
+
+
+def test_cross_entropy_reads_no_ignored_row_and_without_gradient_needs_one_gemm(where):
+    hidden, weight, targets = make(6, 4, 17)
+    targets[2] = -100
+    hidden[2] = float("nan")
+    mine = leaves(where, hidden, weight)
+    with torch.no_grad(), Rows(17) as watch:
+        assert linear_cross_entropy(*mine, targets.to(where[0]), backend=where[1]).isfinite()
+    assert watch.gemms == 1 and watch.rows == 5 * 4
+
+
+def test_a_batch_all_masked_has_loss_zero_and_gradient_zero(where):
+    inputs, counts = rollout()
+    loss, metrics, logps, mine = fused_grpo(where, (*inputs[:6], torch.zeros_like(inputs[6])), counts, kl=0.1)
+    assert loss == 0 and metrics["rows"] == 0 and not logps.any() and not any(x.grad.any() for x in mine)
+    hidden, weight, targets = make(3, 4, 5)
+    mine = leaves(where, hidden, weight)
+    loss = linear_cross_entropy(*mine, torch.full_like(targets, -100).to(where[0]), backend=where[1])
+    loss.backward()
+    assert loss == 0 and not any(x.grad.any() for x in mine)
+
+
+def test_one_token_and_one_word_lose_nothing(where):
+    mine = leaves(where, torch.ones(1, 3), torch.ones(1, 3))
+    loss = linear_cross_entropy(*mine, torch.zeros(1, dtype=torch.int64, device=where[0]), backend=where[1])
+    loss.backward()
+    assert loss == 0 and not any(x.grad.any() for x in mine)
+
+
+def test_a_second_backward_pass_through_a_loss_is_refused_in_one_line(where):
+    hidden, weight, targets = make(3, 4, 5)
+    loss = linear_cross_entropy(*leaves(where, hidden, weight), targets.to(where[0]), backend=where[1])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="^the gradient of this loss has been handed out already: compute the loss again$"):
+        loss.backward()
+
+
+def test_two_runs_of_the_losses_agree_bit_for_bit_and_leave_their_inputs_alone(where):
+    inputs, counts = rollout()
+    before = [x.clone() for x in inputs]
+    runs = [fused_grpo(where, inputs, counts, loss="gspo", kl=0.3) for _ in range(2)]
+    assert runs[0][0] == runs[1][0] and all(torch.equal(a.grad, b.grad) for a, b in zip(runs[0][3], runs[1][3]))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+class Afresh(torch.autograd.Function):
+    """function(*leaves), computed again for every backward pass: gradcheck asks for several of one forward pass."""
+
+    @staticmethod
+    def forward(ctx, function, *leaves):
+        ctx.function, ctx.leaves = function, leaves
+        return function(*leaves)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            copies = [x.detach().requires_grad_() for x in ctx.leaves]
+            return None, *torch.autograd.grad(ctx.function(*copies), copies, grad)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_passes_in_float64_for_the_losses(softcap):
+    inputs, counts = rollout(V=7)
+    hidden, weight, targets, old, ref, advantages, mask = (x.double() if x.is_floating_point() else x for x in inputs)
+    bias = make(1, 7, 1, torch.float64)[0][0]
+    hidden, weight, bias = (x.requires_grad_() for x in (hidden, weight, bias))
+
+    def cross_entropy(h, w, b):
+        return linear_cross_entropy(h[0], w, targets[0], bias=b, softcap=softcap, chunk=2)
+
+    def grpo(h, w, b):
+        return linear_grpo_loss(grpo_loss, h, w, targets, old, ref, advantages, mask, counts, bias=b, softcap=softcap, chunk=6, kl=0.3)[0]
+
+    for function in (cross_entropy, grpo):
+        assert torch.autograd.gradcheck(lambda *x, f=function: Afresh.apply(f, *x), (hidden, weight, bias))
+
+
+def test_bf16_error_of_the_cross_entropy_is_not_above_that_of_plain_bf16_logits(where):
+    hidden, weight, targets = make(64, 32, 200, torch.bfloat16)
+    plain, mine, theirs = leaves(("cpu",), hidden, weight), leaves(where, hidden, weight), exact(hidden, weight)
+    losses = [torch.nn.functional.cross_entropy((plain[0] @ plain[1].T).float(), targets),
+              linear_cross_entropy(*mine, targets.to(where[0]), chunk=16, backend=where[1]),
+              torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].T, targets)]  # fmt: skip
+    for loss in losses:
+        loss.backward()
+    for a, b, c in zip(mine, plain, theirs):
+        assert (a.grad.cpu().double() - c.grad).norm() <= 1.1 * (b.grad.double() - c.grad).norm()
+
+
+def test_the_losses_hold_no_tensor_larger_than_a_chunk_of_logits_or_the_weight(where):
+    hidden, weight, targets = make(64, 4, 256)
+    mine = leaves(where, hidden, weight)
+    with Watch() as watch:
+        linear_cross_entropy(*mine, targets.to(where[0]), chunk=8, backend=where[1]).backward()
+    assert watch.largest == 4 * 8 * 256
 
 
 # ---- errors and backends
@@ -327,6 +573,9 @@ H, W, Y = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4])
         ((H, W, Y, 0.0), {}, "temperature is 0.0"),
         ((H, W, Y, float("nan")), {}, "temperature is nan"),
         ((H, W, Y), {"chunk": 0}, "chunk 0"),
+        ((H, W, Y), {"softcap": -1.0}, "softcap -1.0"),
+        ((H, W, Y), {"bias": W[:, 0].double()}, "bias is torch.float64 (5,): it must be torch.float32 (5,)"),
+        ((H, W, Y), {"bias": W[0]}, "bias is torch.float32 (3,)"),
         ((H, W, Y), {"backend": "cuda"}, "backend is 'cuda'"),
         pytest.param(
             (H.double(), W.double(), Y),
@@ -354,12 +603,12 @@ def test_a_target_outside_the_vocabulary_is_nan_in_the_kernel_and_touches_no_oth
     if backend == "torch":
         pytest.skip("PyTorch's gather raises")
     logits = torch.zeros(3, 4, device=device)
-    logps, entropy, *_ = triton_ops._forward_rows_triton(logits, 1.0, torch.tensor([1, 4, -1], device=device))
+    (logps, entropy), _ = triton_ops._statistics_triton(logits, torch.tensor([1, 4, -1], device=device), 1.0, 0.0)
     assert logps.isnan().tolist() == [False, True, True] and not entropy.isnan().any()
 
 
 def test_the_cpu_default_is_plain_pytorch(monkeypatch):
-    monkeypatch.delitem(triton_ops._FORWARD_ROWS, "triton")
+    monkeypatch.delitem(triton_ops._STATISTICS, "triton")
     logps, _ = linear_logprob(H, W, Y)
     torch.testing.assert_close(logps, torch.full((2,), 0.2).log())
 
@@ -390,9 +639,9 @@ import triton_ops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-for kernel in (triton_ops._forward_kernel, triton_ops._backward_kernel):
+for kernel in (triton_ops._statistics_kernel, triton_ops._gradient_kernel):
     assert [p.name for p in kernel.params if p.is_constexpr] == ["BLOCK"]
-    types = {"targets_ptr": "*i64", "temperature": "fp32", "V": "i32", "BLOCK": "constexpr"}
+    types = {"targets_ptr": "*i64", "grad_ptr": "*bf16", "temperature": "fp32", "softcap": "fp32", "V": "i32", "BLOCK": "constexpr"}
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     for arch in (80, 90):
         for constants in ({"BLOCK": triton_ops.MAX_BLOCK}, {"BLOCK": 1, "V": 1}):  # Triton makes a V of 1 a constant

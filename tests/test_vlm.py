@@ -648,8 +648,7 @@ def spoilt(folder, name):
         config = json.loads(config)
         config["text_config"] |= {"a width in words": {"hidden_size": "large"},
                                   "one more layer": {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
-                                  "another width": {"intermediate_size": 64},
-                                  "capped logits": {"final_logit_softcapping": 30.0}}[name]
+                                  "another width": {"intermediate_size": 64}}[name]
         config = json.dumps(config)
     (folder / "config.json").write_text(config[:-9] if name == "broken config.json" else config)
 
@@ -660,14 +659,78 @@ def spoilt(folder, name):
     ("no chat_template.jinja", "no chat template"), ("half its weights", "deserializing"),
     ("broken config.json", "not a valid JSON"), ("a width in words", "hidden_size"),
     ("one more layer", r"layers\.2\..* and 11 more are missing"),
-    ("another width", r"mlp.* and 5 more are missing or of another shape"),
-    ("capped logits", "final_logit_softcapping")])
+    ("another width", r"mlp.* and 5 more are missing or of another shape")])
 def test_a_spoilt_folder_is_refused_in_one_line_that_names_it(name, why, built, tmp_path):
-    folder = shutil.copytree(built("gemma3" if name == "capped logits" else "llava"), tmp_path / "spoilt")
+    folder = shutil.copytree(built("llava"), tmp_path / "spoilt")
     spoilt(folder, name)
     with pytest.raises(vlm.ModelError, match=why) as refused:
         vlm.load(str(folder), "cpu")
     assert str(refused.value).startswith(f"{folder}: ") and "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Logits that are more than weight times state.
+
+@pytest.mark.parametrize("family, number, rule", [
+    ("Gemma2", {"final_logit_softcapping": 30.0}, (1.0, 30.0)), ("Granite", {"logits_scaling": 8.0}, (8.0, None)),
+    ("Cohere", {"logit_scale": 0.0625}, (16.0, None)), ("HyperCLOVAX", {"logits_scaling": 0.125}, (8.0, None)),
+    ("Qwen2", {"final_logit_softcapping": 30.0}, (1.0, None)),  # its class knows nothing of such a number
+    ("Qwen2", {}, (1.0, None))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_asked_what_it_makes_of_its_head_s_output(family, number, rule, dtype):
+    import transformers
+    config = getattr(transformers, f"{family}Config")(**SIZES, num_key_value_heads=1, vocab_size=50, head_dim=16, pad_token_id=0,
+                                                      bos_token_id=1, eos_token_id=2, **number)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().to(dtype)
+    before = model(input_ids=torch.tensor([[3]])).logits
+    assert vlm.find_logit_rule(model) == rule
+    assert torch.equal(model(input_ids=torch.tensor([[3]])).logits, before)  # and is left as it was
+
+
+@pytest.mark.parametrize("ways, loads", [({"final_logit_softcapping": 30.0}, True), ({"logit_scale": 3.0}, False)])
+def test_a_number_that_the_class_ignores_does_no_harm_and_one_it_uses_in_another_way_is_refused(ways, loads, built, tmp_path, monkeypatch):
+    from transformers import LlavaForConditionalGeneration
+    folder = shutil.copytree(built("llava"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= ways
+    (folder / "config.json").write_text(json.dumps(config))
+    real = LlavaForConditionalGeneration.forward
+
+    def forward(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        out.logits = out.logits + 3
+        return out
+    if loads:
+        assert vlm.load(str(folder), "cpu").logit_rule == (1.0, None)
+        return
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", forward)
+    with pytest.raises(vlm.ModelError, match="neither capped nor scaled as config.json says") as refused:
+        vlm.load(str(folder), "cpu")
+    assert "\n" not in str(refused.value)
+
+
+def test_capped_and_scaled_logits_and_a_bias_reach_the_log_probabilities(llava):
+    llava = replace(llava, logit_rule=(0.5, 3.0))
+    llava.head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(llava.head.weight)))
+    prompts, ids, mask = encoded(llava, 1)
+    with torch.no_grad():
+        logps, entropy = vlm.token_logps(llava, prompts, ids, mask, 0.7)
+        for n, row in enumerate(ids):
+            row = row[:mask[n].sum()]
+            logits = 3 * torch.tanh(plain_logits(llava, IMAGES[n], TEXTS[n], row)[:-1] / 3) / 0.5 / 0.7
+            log_p = logits.log_softmax(-1)
+            assert largest(logps[n, :len(row)] - log_p[range(len(row)), row]) < 1e-5
+            assert largest(entropy[n, :len(row)] + (log_p.exp() * log_p).sum(-1)) < 1e-5
+
+
+def test_capped_and_scaled_logits_are_what_is_sampled_from(llava):
+    prompts, seeds = vlm.encode_prompts(llava, IMAGES, TEXTS), list(range(12))
+    draw = lambda vlm_, temperature: vlm.sample(vlm_, prompts, seeds, 6, temperature, 4)[0].tolist()  # noqa: E731
+    plain = draw(llava, 1.0)
+    assert draw(replace(llava, logit_rule=(3.0, None)), 1.0) == draw(llava, 3.0) != plain
+    capped = draw(replace(llava, logit_rule=(1.0, 1.5)), 1.0)
+    llava.head.register_forward_hook(lambda module, inputs, output: 1.5 * torch.tanh(output / 1.5))
+    assert capped == draw(llava, 1.0) != plain
 
 
 def test_a_model_of_text_alone_is_refused_in_one_line_that_names_it(tmp_path):
