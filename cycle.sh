@@ -36,9 +36,9 @@ launch() {  # the same for a stage that trains: on all GPUs with LAUNCH
   local folder=$1; shift
   [ -e "$folder" ] || ${LAUNCH:-"$PYTHON"} "$@" --out "$folder" --seed "$SEED"
 }
-sft() {  # sft FOLDER DATA...: the policy, from its base, and its evaluation
+sft() {  # sft FOLDER DATA...: the policy, from its base, and its evaluation; --test: refuses data that holds test images
   local folder=$1; shift
-  launch "$folder" "$SFT" --model "$POLICY" --data "$@" $SFT_FLAGS
+  launch "$folder" "$SFT" --model "$POLICY" --data "$@" --test "$TEST" $SFT_FLAGS
   evaluate "$folder"
 }
 evaluate() {  # evaluate MODEL [FOLDER]: beside the model, eval_ before its name
@@ -84,7 +84,7 @@ for c in $(seq "$CYCLES"); do
   sft "$d/sft" "${accepted[@]}"
   sft "$d/sft_both" "${accepted[@]}" "$EXPERT"  # GRPO practises on both: this row tells what the expert data does there by SFT
   # this cycle's accepted alone: among all of them the expert questions, whose answers are sure, would weigh less each cycle
-  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/accepted.jsonl" "$EXPERT" --val "$VAL" $GRPO_FLAGS
+  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/accepted.jsonl" "$EXPERT" --val "$VAL" --test "$TEST" $GRPO_FLAGS
   evaluate "$d/grpo"
   rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json" "cycle $c: SFT on accepted=$d/eval_sft/metrics.json"
          "cycle $c: SFT on accepted + expert=$d/eval_sft_both/metrics.json" "cycle $c: + GRPO=$d/eval_grpo/metrics.json")

@@ -35,6 +35,7 @@ Departs from the paper: the authors leave answers outside the options out of the
 """
 import argparse
 import os
+import sys
 from collections import Counter
 
 import numpy as np
@@ -50,18 +51,19 @@ from measures import GROUPS, by_group, interval
 ADDED = ("response", "prediction", "reason", "correct", "image_hash")  # the fields that this stage writes
 ASKED = ("blind", "option_logps", "option_tokens", "samples")  # and those that it writes where it is asked to
 GREY = (128, 128, 128)
+FREE = ("markdown",)  # flags on which no file depends
 
 
 def parse_args():
     p = runs.Parser(description=__doc__)
     p.add_argument("--model", help="folder or hub name of the model to evaluate")
     p.add_argument("--data", help="question records to answer")
-    p.add_argument("--batch", type=int, default=64, help="questions at a time")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="longest response; one that is cut has no answer")
+    p.add_argument("--batch", type=runs.number(int, 1), default=64, help="questions at a time")
+    p.add_argument("--max-new-tokens", type=runs.number(int, 1), default=128, help="longest response; one that is cut has no answer")
     p.add_argument("--scores", action=argparse.BooleanOptionalAction, default=False, help="also the options' log-probabilities")
     p.add_argument("--blind", action=argparse.BooleanOptionalAction, default=False, help="also ask without the image")
-    p.add_argument("--samples", type=int, default=0, metavar="K", help="also draw K responses a question: majority vote, pass@k")
-    p.add_argument("--temperature", type=float, default=1.0, help="of --samples")
+    p.add_argument("--samples", type=runs.number(int, 0), default=0, metavar="K", help="also draw K responses a question: majority vote, pass@k")
+    p.add_argument("--temperature", type=runs.number(float, 1e-3), default=1.0, help="of --samples")
     p.add_argument("--predictions", metavar="FILE", help="instead of a model: anybody's predictions (JSON or JSONL) to score")
     p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="names of its fields, as prediction=model_answer")
     p.add_argument("--compare", nargs="+", metavar="[NAME=]RUN", help="instead of a model: folders of two or more runs, or their "
@@ -281,7 +283,7 @@ def summarise(run, rows, args):
 
 def evaluate(args):
     rows = read_questions(args.data)
-    run = runs.start(args, [args.model, args.data])
+    run = runs.start(args, [args.model, args.data], free=FREE)
     first, last = run.state.get("step", 0), -(-len(rows) // args.batch)
     batches = (rows[i * args.batch:(i + 1) * args.batch] for i in range(first, last))  # never cut anew: same bytes
     answered = predict(args.model, batches, args.max_new_tokens, args.scores, args.blind, args.samples, args.temperature, args.seed)
@@ -296,7 +298,7 @@ def score_file(args):
     if wrong:
         raise runs.RunError(f"--fields {wrong[0]}: give OURS=THEIRS, as prediction=model_answer")
     rows, unsure = scorers.read_predictions(args.predictions, dict(f.split("=", 1) for f in args.fields))
-    run = runs.start(args, [args.predictions])
+    run = runs.start(args, [args.predictions], free=FREE)
     run.append("predictions.jsonl", [records.relative(row, run.folder) for row in rows])
     if unsure:
         print(f"{unsure} rows: options that hold ` or ` may have been cut there")
@@ -306,7 +308,7 @@ def score_file(args):
 def compare(args):
     (first, base), *others = comparisons.named_paths(args.compare)
     pairs = [comparisons.read_pair(base, path) for _, path in others]
-    run, results = runs.start(args, [base, *(path for _, path in others)]), []
+    run, results = runs.start(args, [base, *(path for _, path in others)], free=FREE), []
     for (rows_a, rows_b), (name, path) in zip(pairs, others):
         result = comparisons.comparison(rows_a, rows_b, args.seed)
         print(f"a: {base}\nb: {path}\n{table(result, args.markdown)}\n")
@@ -324,7 +326,7 @@ def transfer(args):
     if len(rows) < len(named) or not set(rows) & set(result["columns"]):
         raise runs.RunError(f"--transfer: {', '.join(name for name, _ in named)}: name each run once, NAME=RUN, as the {args.by} that it was "
                             f"trained on ({', '.join(result['columns'])})")
-    run = runs.start(args, [path for _, path in named])
+    run = runs.start(args, [path for _, path in named], free=FREE)
     for field, title in (("accuracy", "accuracy"), ("relative", "relative to the column's own run")):
         lines = [[name, *values] for name, values in zip(result["rows"], result[field])]
         print(f"{title}\n{runs.table(lines, [f'trained on {args.by}', *result['columns']], args.markdown)}\n")
@@ -341,7 +343,7 @@ def efficiency(args):
             raise runs.RunError(f"--efficiency {name}: give METHOD:K=RUN, as random:100=runs/a/eval")
         rows = records.read(path, (*records.QUESTION, "prediction"))
         points.append((method, int(k), float(np.mean([is_correct(r, r["prediction"]) for r in rows]))))
-    run, curves = runs.start(args, [path for _, path in named]), comparisons.curve(points)
+    run, curves = runs.start(args, [path for _, path in named], free=FREE), comparisons.curve(points)
     lines = [[method, p["k"], p["mean"], p["low"], p["high"], len(p["seeds"])] for method, ps in curves.items() for p in ps]
     print(runs.table(lines, ["method", "k", "mean", "worst", "best", "seeds"], args.markdown))
     level = {method: ps[0] for method, ps in curves.items() if [p["k"] for p in ps] == [0]}
@@ -353,10 +355,6 @@ def main(args):
     others = [flag for flag in ("predictions", "compare", "transfer", "efficiency") if getattr(args, flag)]
     if len(others) + bool(args.model or args.data) != 1 or bool(args.model) != bool(args.data):
         raise runs.RunError("give --model and --data, or --compare A B, or one of --predictions, --transfer, --efficiency")
-    if args.batch < 1 or args.max_new_tokens < 1:
-        raise runs.RunError("--batch and --max-new-tokens: give at least 1")
-    if args.samples < 0 or args.temperature <= 0:
-        raise runs.RunError("--samples: give at least 0; --temperature: more than 0")
     if args.compare and len(args.compare) < 2:
         raise runs.RunError("--compare: give at least two runs")
     calls = {"predictions": score_file, "compare": compare, "transfer": transfer, "efficiency": efficiency}
@@ -364,4 +362,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["audit"]:  # what the test files share with the training files
+        import leakage
+        sys.exit(runs.cli(leakage.main, leakage.parse_args(sys.argv[2:])))
     runs.cli(main, parse_args())

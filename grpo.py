@@ -28,6 +28,7 @@ import argparse
 import random
 import time
 
+import leakage
 import records
 import runs
 
@@ -61,6 +62,8 @@ def parse_args():
     p.add_argument("--micro-batch", type=runs.number(int, 1), default=8, help="groups at a time: less memory, same result")
     p.add_argument("--watch-every", type=runs.number(int, 1), default=10, help="steps between looks at the truth on --val")
     p.add_argument("--watch-items", type=runs.number(int, 1), default=200, help="records of --val to look at")
+    p.add_argument("--test", help="the test file: refuse to train on what it holds (leakage.py)")
+    p.add_argument("--allow-leakage", action=argparse.BooleanOptionalAction, default=False, help="train on it all the same")
     p.add_argument("--save-every", type=runs.number(int, 1), default=25, help="steps between checkpoints")
     runs.add_arguments(p)
     return p.parse_args()
@@ -281,7 +284,9 @@ def hacking(first, now, n):
 
 def main(args):
     accelerator = Accelerator(mixed_precision="bf16" if vlm.best_dtype() == torch.bfloat16 else "no")
-    run = runs.start(args, [args.model, args.reward, *args.data, args.val], accelerator.is_main_process)
+    if args.test:
+        leakage.refuse(args.data, args.test, args.allow_leakage, args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process)
+    run = runs.start(args, [args.model, args.reward, *args.data, args.val, args.test], accelerator.is_main_process)
     examples = [r for file in args.data for r in records.read(file, require=("image", "question", "answer"))]
     watched = list(records.read(args.val, require=("image", "question", "answer"))) if args.val else []
     watched = random.Random(runs.seed_of(args.seed, "watch")).sample(watched, min(len(watched), args.watch_items))

@@ -16,6 +16,7 @@ Departs from the paper: its SFT settings are not published; here AdamW, cosine s
 import argparse
 import math
 
+import leakage
 import records
 import runs
 
@@ -38,6 +39,8 @@ def parse_args():
     p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
     p.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="recompute activations: less memory, more time")
+    p.add_argument("--test", help="the test file: refuse to train on what it holds (leakage.py)")
+    p.add_argument("--allow-leakage", action=argparse.BooleanOptionalAction, default=False, help="train on it all the same")
     p.add_argument("--save-every", type=runs.number(int, 1), default=200, help="steps between checkpoints")
     runs.add_arguments(p)
     return p.parse_args()
@@ -121,7 +124,9 @@ def mean_loss(vlm_, examples, micro_batch):
 
 def main(args):
     accelerator = Accelerator(mixed_precision="bf16" if vlm.best_dtype() == torch.bfloat16 else "no")
-    run = runs.start(args, [args.model, *args.data, args.val], accelerator.is_main_process)
+    if args.test:
+        leakage.refuse(args.data, args.test, args.allow_leakage, args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process)
+    run = runs.start(args, [args.model, *args.data, args.val, args.test], accelerator.is_main_process)
     weights = args.weights or [1.0] * len(args.data)
     if len(weights) != len(args.data):
         raise runs.RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")

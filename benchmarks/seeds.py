@@ -17,7 +17,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import eval as evaluation  # noqa: E402
+import measures  # noqa: E402
 import records  # noqa: E402
 import runs  # noqa: E402
 
@@ -44,7 +44,7 @@ def paired(folders, a, b):
         rows = [list(records.read(os.path.join(folder, STAGES[s], "predictions.jsonl"))) for s in (a, b)]
         change = [int(y["correct"]) - int(x["correct"]) for x, y in zip(*rows)]
         values, images, by_seed = values + change, images + [r["image_hash"] for r in rows[0]], by_seed + [sum(change) / len(change)]
-    low, high = evaluation.interval(np.array(values, float), np.array(images), 0)
+    low, high = measures.interval(np.array(values, float), np.array(images), 0)
     return {"from": a, "to": b, "difference": sum(values) / len(values), "low": low, "high": high, "by_seed": by_seed}
 
 

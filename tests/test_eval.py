@@ -348,7 +348,7 @@ def test_help_and_the_metrics_do_not_import_torch_and_help_takes_less_than_a_sec
                                        ["--transfer", "a", "--efficiency", "b"], ["--model", "m", "--data", "d", "--samples", "-1"],
                                        ["--model", "m", "--data", "d", "--temperature", "0.0"]])
 def test_flags_that_do_not_go_together_are_refused(tmp_path, arguments):
-    words = {"0": "--batch and --max-new-tokens", "-1": "--samples", "0.0": "--temperature"}.get(arguments[-1] if arguments else "",
+    words = {"0": "0 is not at least 1", "-1": "--samples", "0.0": "--temperature"}.get(arguments[-1] if arguments else "",
                                                                                        "--model and --data, or --compare A B")
     words = "at least two runs" if arguments == ["--compare", "a"] else words
     assert_refused(command(*arguments, "--out", tmp_path / "out"), words)

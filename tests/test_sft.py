@@ -140,6 +140,14 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+def test_training_on_test_images_is_refused_unless_allowed(monkeypatch, data, tmp_path):
+    with pytest.raises(runs.RunError, match="leak from the training files.*--allow-leakage"):
+        run_sft(monkeypatch, data, tmp_path / "run", "--test", str(data / "expert.jsonl"))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "run.part").exists() and (tmp_path / "run.leaks.jsonl").exists()
+    run_sft(monkeypatch, data, tmp_path / "run", "--epochs", "0", "--test", str(data / "expert.jsonl"), "--allow-leakage")
+    assert (tmp_path / "run").exists()
+
+
 def test_freezing_vision_leaves_the_tower_alone_and_moves_the_rest(monkeypatch, data, tmp_path):
     run_sft(monkeypatch, data, tmp_path / "frozen", "--freeze", "vision")
     old, new = (vlm.load(str(f)).model.state_dict() for f in (ROOT / "toy/policy", tmp_path / "frozen"))

@@ -12,6 +12,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import clinic  # noqa: E402
+import measures  # noqa: E402
 import records  # noqa: E402
 
 TASK_OF = {text: task for task, texts in clinic.QUESTIONS.items() for text in texts}
@@ -23,14 +24,6 @@ def is_right(candidate, facts):
     return records.is_match(candidate["answer"], clinic.truth(facts, task)[0])
 
 
-def auroc(scores, right):
-    """P(right above wrong) over all pairs, ties one half; None where there are no pairs."""
-    import numpy as np
-    scores, right = np.array(scores), np.array(right, bool)
-    a, b = scores[right][:, None], scores[~right][None]
-    return float((a > b).mean() + 0.5 * (a == b).mean()) if a.size and b.size else None
-
-
 def mark(scored, facts):
     """Marks of one folder of scored candidates; `facts` by image id."""
     rows = {name: list(records.read(os.path.join(scored, f"{name}.jsonl"), require=("parent", "answer")))
@@ -38,7 +31,7 @@ def mark(scored, facts):
     right = {r["id"]: is_right(r, facts[r["parent"]]) for r in rows["scored"]}
     share = lambda part: sum(right[r["id"]] for r in part) / len(part) if part else None  # noqa: E731
     found = {f"right_{name}": share(part) for name, part in rows.items()}
-    found["auroc"] = auroc([r["reward"]["overall"] for r in rows["scored"]], [right[r["id"]] for r in rows["scored"]])
+    found["auroc"] = measures.auroc([r["reward"]["overall"] for r in rows["scored"]], [right[r["id"]] for r in rows["scored"]])
     found["candidates"] = len(rows["scored"])
     for paradigm in records.PARADIGMS:
         found[f"right_{paradigm}"] = share([r for r in rows["scored"] if r["paradigm"] == paradigm])
