@@ -134,12 +134,12 @@ def union(dicts):
 
 
 def groups(values, name=""):
-    """{name: group} of a metrics.json: what it has by modality, by level, ...; of groups in a group, `outer: inner`."""
+    """{name: group} of a metrics.json: what it has by modality, by level, ...; of groups in a group, `outer: inner`, no deeper."""
     found = {}
     for field, group in values.items():
         if isinstance(group, dict):
             inner = {k: v for k, v in group.items() if isinstance(v, dict) and any(isinstance(x, dict) for x in v.values())}
-            found |= {name + field: group} | groups(inner, f"{name}{field}: ")
+            found |= {name + field: group} | ({} if name else groups(inner, f"{field}: "))
     return found
 
 

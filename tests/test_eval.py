@@ -333,10 +333,9 @@ def test_the_second_run_may_hold_the_items_in_another_order(tmp_path):
 
 # The command ---------------------------------------------------------------------------------------------
 
-def test_help_and_the_metrics_do_not_import_torch_and_help_takes_less_than_a_second():
-    started = time.perf_counter()
+def test_help_and_the_metrics_do_not_import_torch():
     done = command("--help")
-    assert time.perf_counter() - started < 1 and done.returncode == 0 and "--compare" in done.stdout
+    assert done.returncode == 0 and "--compare" in done.stdout
     code = "import sys, runpy\ntry: runpy.run_path('eval.py', run_name='__main__')\nexcept SystemExit: pass\n" \
            "import eval; assert eval.metrics and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -4,7 +4,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 import warnings
 
 import pytest
@@ -635,14 +634,9 @@ def test_real_predictions_of_the_paper_match_as_often_as_the_paper_says():
 
 # The commands --------------------------------------------------------------------------------------------
 
-def test_help_is_instant_and_imports_only_the_standard_library():
-    seconds = []
-    for _ in range(3):  # the best of three, since another process may hold the core
-        start = time.perf_counter()
-        shown = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "records.py"), "--help"],
-                               capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1 and shown.returncode == 0 and "split" in shown.stdout
+def test_help_imports_only_the_standard_library():
+    shown = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "records.py"), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "split" in shown.stdout
     imported = {line.split("|")[-1].strip().split(".")[0] for line in shown.stderr.splitlines()}
     assert "argparse" in imported and not imported & {"torch", "PIL", "numpy", "transformers"}
 
