@@ -290,7 +290,7 @@ def _settle(hidden, weight, targets, bias, temperature, softcap, chunk, backend)
     """Check the arguments -> rows a chunk, (temperature, softcap or 0, backend)."""
     _check(hidden, weight, targets, bias, temperature, softcap, chunk, backend)
     if chunk is None:
-        device, row = hidden.device.type, len(weight) * _stats_dtype(hidden).itemsize
+        device, row = "cuda" if hidden.is_cuda else "cpu", len(weight) * _stats_dtype(hidden).itemsize
         chunk = max(1, min(CHUNK_ROWS[device], CHUNK_BYTES[device] // row))
     if backend is None:
         backend = "triton" if hidden.is_cuda and triton and hidden.dtype != torch.float64 else "torch"
