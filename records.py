@@ -267,7 +267,7 @@ def read(path, require=("id",)):
                 if "image" in record:
                     record["image"] = os.path.abspath(os.path.join(folder, record["image"]))
                 yield record
-        demand(lines, "no records: the file is empty")
+        demand(lines, "no records: the file is empty, give another")
         return
     except RecordError as error:
         problem = str(error)

@@ -79,6 +79,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss  # noqa: E402
 
@@ -281,9 +282,12 @@ class RewardModel:
                 config = json.load(f)
             heads = Heads(config["features"], config["hidden"])
             heads.load_state_dict(load_file(os.path.join(folder, "heads.safetensors")))
-        except (OSError, ValueError, KeyError, RuntimeError) as e:
-            raise vlm.ModelError(f"{folder}: not a reward model (reward.py train makes one): {str(e).splitlines()[0]}") from e
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as e:
+            raise vlm.ModelError(f"{folder}: not a reward model (reward.py train makes one): {vlm.in_one_line(e)}") from e
         backbone = vlm.load(os.path.join(folder, "backbone"), dtype=vlm.best_dtype())
+        width = backbone.head.weight.shape[1] + (30 if config["likelihood"] else 0)
+        if width != config["features"]:
+            raise vlm.ModelError(f"{folder}: not a reward model: its heads read {config['features']} features, its backbone has {width}; train it again")
         return cls(backbone, heads.to(backbone.device), config["likelihood"])
 
 
