@@ -3,7 +3,8 @@
     (question, options, rationale, answer) ~ G(· | image, prompt of paradigm and task), at temperature 1
 
 The prompts of the three paradigms, and the parser of what comes back, are one contract and stand in records.py. Every
-reply is kept: those that hold a question in candidates.jsonl, the others, with the reason, in rejected.jsonl.
+reply is kept: those that hold a question in candidates.jsonl, the others, with the reason, in rejected.jsonl. There too, with
+--on-error skip, what was not asked because its image is unreadable (text: why).
 
 Reads   image records (JSONL): id, image, perhaps modality; whatever else a record holds is not shown to the generator
 Writes  OUT/candidates.jsonl, OUT/rejected.jsonl (and reason, text), metrics.json (asked = kept + rejected, by paradigm)
@@ -52,6 +53,8 @@ def parse_args():
     p.add_argument("--temperature", type=runs.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=runs.number(int, 1), default=160, help="longer replies are rejected as truncated")
     p.add_argument("--batch", type=runs.number(int, 1), default=16, help="images at a time, and between commits")
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable image: skip puts it into rejected.jsonl")
+    p.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1, help="with skip: stop where more than this share is unreadable")
     p.add_argument("--cycle", type=runs.number(int, 0), default=1, help="number of the cycle, for provenance; another one, other samples")
     runs.add_arguments(p)
     args = p.parse_args()
@@ -73,14 +76,14 @@ import vlm  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------
 # What to ask.
 
-def read_images(path):
-    """One record an image (of a question file, the first about each), all of whose files exist. Raises RecordError.
+def read_images(path, skip=False):
+    """One record an image (of a question file, the first about each), all of whose files exist unless `skip`. Raises RecordError.
 
     Better found missing now than after hours.
     """
     images = {}
     for record in records.read(path, require=("image",)):
-        records.demand(os.path.isfile(record["image"]),
+        records.demand(skip or os.path.isfile(record["image"]),
                        f"{path}: record {record['id']}: no image {record['image']}: correct the record's `image`")
         images.setdefault(record["image"], record)
     return list(images.values())
@@ -238,7 +241,9 @@ def report(counts, total):
 
 
 def main(args):
-    images = read_images(args.images)
+    skip = args.on_error == "skip"
+    images = read_images(args.images, skip)
+    unreadable = records.unreadable(images, args.max_rejected) if skip else {}
     run = runs.start(args, [args.images, args.model], free=("concurrency", "retries", "timeout"))
     if args.endpoint:
         client = connect(args.endpoint, os.environ.get(args.endpoint_key_env), args.timeout)
@@ -256,7 +261,9 @@ def main(args):
     for step in run.progress(range(run.state.get("step", 0), len(plan), args.batch), "generate"):
         drafts = [d for record, turn in plan[step:step + args.batch] for d in draft(record, turn)]
         start = time.time()
-        candidates, rejected = judge(drafts, ask(drafts), seen)
+        good = [d for d in drafts if d["image"] not in unreadable]
+        candidates, rejected = judge(good, ask(good) if good else [], seen)
+        rejected += [d | {"reason": "unreadable image", "text": unreadable[d["image"]]} for d in drafts if d["image"] in unreadable]
         seen |= {identity(candidate) for candidate in candidates}
         for name, rows in (("candidates.jsonl", candidates), ("rejected.jsonl", rejected)):
             run.append(name, [records.relative(row, run.part) for row in rows])

@@ -20,6 +20,7 @@ import pathlib
 import re
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from string import ascii_uppercase as LETTERS
 from typing import NamedTuple
@@ -183,6 +184,8 @@ FIELDS = {"id": str, "image": str, "question": str, "answer": str, "options": li
           "report": str, "modality": str, "task": str, "source": str, "paradigm": str, "cycle": int,
           "parent": str, "reward": dict}
 FILLED = ("id", "image", "question", "answer", "report")  # never empty where they are
+MOST_LINE = 16 << 20  # bytes of a line
+MOST_BYTES, MOST_PIXELS, MOST_OBLONG = 256 << 20, 64 << 20, 200  # of an image: its file, width x height, longer / shorter side
 QUESTION = ("id", "image", "question", "answer")  # what a question record must have: read(path, QUESTION)
 
 
@@ -190,6 +193,17 @@ def demand(holds, message):
     """Raise RecordError(message) unless `holds`. A message is `what is wrong: what to do`."""
     if not holds:
         raise RecordError(message)
+
+
+def demand_file(path):
+    """Raise RecordError where `path` is a FIFO, a socket or a device: to open it could wait for ever."""
+    demand(os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path), f"{path}: not a regular file: give one")
+
+
+def finite(text):
+    """JSON's number as a float. Raises RecordError for 1e999, which Python would take for infinity."""
+    demand(math.isfinite(float(text)), f"{text[:20]} is too large a number: write another, or leave the field out")
+    return float(text)
 
 
 def kind(record):
@@ -208,6 +222,7 @@ def validate(record, require=("id",)):
         demand(type(record[field]) is FIELDS[field],  # `is`: True is no cycle number
                f"`{field}` is not of type {FIELDS[field].__name__}: correct it or leave it out")
         demand(field not in FILLED or normalise(record[field]), f"`{field}` is empty: fill it or leave it out")
+    demand("\0" not in record.get("image", ""), "`image` holds a zero byte: correct it")
     if "options" in record:
         validate_options(record["options"], record.get("answer"))
     texts = [record.get(field, "") for field in ("question", "answer", "rationale")] + record.get("options", [])
@@ -235,21 +250,24 @@ def read(path, require=("id",)):
     valid, or repeats an `id`; and where the file is missing, a folder, or has no record. Blank lines are skipped.
     """
     folder, lines, number = os.path.dirname(os.path.abspath(path)), {}, 0
+    demand_file(path)
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), 1):
+                demand(len(line) <= MOST_LINE, f"a line of more than {MOST_LINE >> 20} MiB: write one record a line")
                 if not line.strip():
                     continue
-                record = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: demand(
+                record = json.loads(line.decode("utf-8-sig"), parse_float=finite, parse_constant=lambda name: demand(
                     False, f"{name} is not JSON: write a number, or leave the field out"))
                 demand(isinstance(record, dict), "not an object: write one JSON object a line")
+                demand(b"\\ud" not in line.lower() or is_text(record), "half a surrogate pair (\\ud800 to \\udfff): remove it")
                 validate(record, require)
                 first = lines.setdefault(record["id"], number)
                 demand(first == number, f"`id` is already on line {first}: make it unique")
                 if "image" in record:
                     record["image"] = os.path.abspath(os.path.join(folder, record["image"]))
                 yield record
-        demand(lines, "no records: the file is empty")
+        demand(lines, "no records: the file is empty, give another")
         return
     except RecordError as error:
         problem = str(error)
@@ -260,6 +278,14 @@ def read(path, require=("id",)):
     except (ValueError, RecursionError) as error:
         problem = f"not JSON ({error}): correct or remove the line"
     raise RecordError(f"{path}:{number or 1}: {problem}")
+
+
+def is_text(record):
+    """Can the record be written as UTF-8? Not with half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        return bool(json.dumps(record, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def relative(record, folder):
@@ -306,11 +332,19 @@ def open_image(path):
 
     Turned upright by its EXIF tag. 16- and 32-bit grey values are scaled from the image's own range to 0..255:
     CT and MRI use 12 of 16 bits; clipped they would be white, divided by 256 black. Transparent parts show
-    white. Of an animation, the first frame.
+    white. Of an animation, the first frame. One that is larger than MOST_BYTES or MOST_PIXELS, or narrower than
+    1 : MOST_OBLONG (more than a processor takes), is refused before it is decoded.
     """
     from PIL import Image, ImageOps
     try:
+        demand_file(path)
+        demand(os.path.getsize(path) <= MOST_BYTES, f"{path}: more than {MOST_BYTES >> 20} MiB: make it smaller")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # the library's own limit: more than ours
         with Image.open(path) as file:
+            demand(file.width * file.height <= MOST_PIXELS,
+                   f"{path}: {file.width} x {file.height} pixels, more than {MOST_PIXELS >> 20} Mi: make it smaller")
+            demand(max(file.size) <= MOST_OBLONG * min(file.size),
+                   f"{path}: {file.width} x {file.height} pixels, a strip: no model reads it, replace it")
             image = ImageOps.exif_transpose(file)
         if image.mode[0] in "IF":  # I;16, I, F
             import numpy
@@ -322,6 +356,8 @@ def open_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+    except RecordError:
+        raise
     except FileNotFoundError:
         raise RecordError(f"{path}: no such image: correct the record's `image`, or --images at import") from None
     except Exception as error:  # a decoder raises whatever it likes at a broken file
@@ -329,8 +365,26 @@ def open_image(path):
         raise RecordError(f"{path}: not a readable image ({what}): replace it or remove its records") from None
 
 
+def unreadable(records, limit):
+    """{image: why} of the records whose image cannot be read. Raises RecordError where these are more than `limit`, or all.
+
+    `limit` is a share of the records. What --on-error skip sets aside, found before the first hour is spent.
+    """
+    whys = {}
+    for path in {record["image"]: None for record in records}:
+        try:
+            open_image(path)
+        except RecordError as error:
+            whys[path] = str(error)
+    bad = [whys[record["image"]] for record in records if record["image"] in whys]
+    demand(len(bad) <= limit * len(records) and len(bad) < max(len(records), 1), bad and
+           f"{bad[0]} (and {len(bad) - 1} more of {len(records)}: above --max-rejected {limit})")
+    return whys
+
+
 def image_hash(path):
     """SHA-256 of the file's bytes, in hex: two names of one image are one image. Raises RecordError."""
+    demand_file(path)
     try:
         return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
     except OSError as error:
@@ -486,6 +540,7 @@ def import_records(src, format=None, images=None):
 
 def load_rows(path):
     """The rows of a JSON array or JSON Lines file. Raises RecordError (`file:line: what: what to do`)."""
+    demand_file(path)
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

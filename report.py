@@ -81,11 +81,12 @@ def gather(args):
 
 def load(path, lines=False):
     """The JSON of a file, or of each of its lines; NaN and infinities, which a page cannot hold, as None. Raises RunError."""
+    records.demand_file(path)
     try:
         with open(path, encoding="utf-8") as file:
             texts = [line for line in file if line.strip()] if lines else [file.read()]
         values = [json.loads(text, parse_constant=lambda name: None) for text in texts]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise runs.RunError(f"{path}: {error}; give a file that a stage wrote") from None
     if not all(isinstance(value, dict) for value in values):
         raise runs.RunError(f"{path}: not a JSON object; give a file that a stage wrote")

@@ -14,7 +14,8 @@ four levels of responses to each question, drawn anew `--resamples` times:
     loss = mean (R̂ - R̄)² + mean BCE of the three probabilities,     R̄ = (R + 6) / 16
 
 Reads   train: question and report records; rollouts of the policy on expert questions    score: candidates
-Writes  train: OUT/backbone/, OUT/heads.safetensors, metrics.json    score: scored.jsonl, accepted.jsonl, random.jsonl
+Writes  train: OUT/backbone/, OUT/heads.safetensors, metrics.json    score: scored.jsonl, accepted.jsonl, random.jsonl;
+        with --on-error skip rejected.jsonl, whose images are unreadable
 
 Departs from the paper: the heads read likelihoods beside the hidden state (`--no-likelihood`: the paper's plain head),
 the backbone is frozen unless `--freeze nothing`, and there are three heads more than `overall`.
@@ -62,6 +63,8 @@ def parse_args():
     keep.add_argument("--threshold", type=runs.number(float, -6, 10), help="τ: accept what scores at least this")
     keep.add_argument("--top-k", type=runs.number(int, 1), help="accept the k best")
     keep.add_argument("--keep", type=runs.number(float, 0, 1), help="accept this share, the best")
+    s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable image: skip puts its candidates into rejected.jsonl")
+    s.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1, help="with skip: stop where more than this share is unreadable")
     s.add_argument("--per", nargs="*", choices=("task", "modality"), default=["task", "modality"],
                    help="share --top-k or --keep out over these cells by their size, so that none starves")
     for command in (t, s):
@@ -76,6 +79,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss  # noqa: E402
 
@@ -279,9 +283,12 @@ class RewardModel:
                 config = json.load(f)
             heads = Heads(config["features"], config["hidden"])
             heads.load_state_dict(load_file(os.path.join(folder, "heads.safetensors")))
-        except (OSError, ValueError, KeyError, RuntimeError) as e:
-            raise vlm.ModelError(f"{folder}: not a reward model (reward.py train makes one): {str(e).splitlines()[0]}") from e
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as e:
+            raise vlm.ModelError(f"{folder}: not a reward model (reward.py train makes one): {vlm.in_one_line(e)}") from e
         backbone = vlm.load(os.path.join(folder, "backbone"), dtype=vlm.best_dtype())
+        width = backbone.head.weight.shape[1] + (30 if config["likelihood"] else 0)
+        if width != config["features"]:
+            raise vlm.ModelError(f"{folder}: not a reward model: its heads read {config['features']} features, its backbone has {width}; train it again")
         return cls(backbone, heads.to(backbone.device), config["likelihood"])
 
 
@@ -446,8 +453,13 @@ def print_summary(rows, accepted):
 def score(args):
     run = runs.start(args, [args.model, args.data])
     rows = list(records.read(args.data, require=("image", "question", "answer")))
+    unreadable = records.unreadable(rows, args.max_rejected) if args.on_error == "skip" else {}
+    rejected = [r | {"reason": "unreadable image", "text": unreadable[r["image"]]} for r in rows if r["image"] in unreadable]
+    rows = [r for r in rows if r["image"] not in unreadable]
     model = RewardModel.load(args.model)
     here = lambda rows: (records.relative(r, run.folder) for r in rows)  # noqa: E731
+    if rejected and not run.state:
+        run.append("rejected.jsonl", here(rejected))
     for i in run.progress(range(run.state.get("step", 0), len(rows), args.batch), "score"):
         part = rows[i:i + args.batch]
         rewards = model([records.open_image(r["image"]) for r in part], [prompt_of(r) for r in part],
@@ -460,8 +472,9 @@ def score(args):
     records.write(run.path("random.jsonl"), (rows[i] for i in drawn))
     print_summary(rows, accepted)
     mean = lambda index: float(np.mean([rows[i]["reward"]["overall"] for i in index])) if index else None  # noqa: E731
-    run.finish({"scored": len(rows), "accepted": len(accepted), "mean": mean(range(len(rows))), "mean_accepted": mean(accepted)},
-               f"accepted {len(accepted)} of {len(rows)}")
+    run.finish({"scored": len(rows), "accepted": len(accepted), "rejected": len(rejected), "mean": mean(range(len(rows))),
+                "mean_accepted": mean(accepted)},
+               f"accepted {len(accepted)} of {len(rows)}" + (f", {len(rejected)} with an unreadable image set aside" if rejected else ""))
 
 
 def main(args):

@@ -9,10 +9,12 @@ two meet: row i reads [pad pad prompt | continuation pad]. Rows of one prompt st
 """
 import copy
 import os
+import re
 import textwrap
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 
 from triton_ops import linear_logprob
 
@@ -29,6 +31,7 @@ class VLM:
     end_id: int  # end of turn, which training teaches
     stop_ids: list  # every token that ends a turn when sampled
     banned_ids: list  # image placeholders, other special tokens, rows of the embedding that no token has
+    special: re.Pattern  # finds the names of special tokens in a text
     logit_rule: tuple = (1.0, None)  # (divisor, softcap): logits = softcap · tanh(head(state) / softcap) / divisor
 
     @property
@@ -51,10 +54,10 @@ def load_processor(name):
     """The model's processor, without its video part: that alone would demand torchvision."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)  # left open, it asks on the terminal
     cls = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type) or "", None)
     if cls is None or "video_processor" not in cls.get_attributes():
-        return transformers.AutoProcessor.from_pretrained(name, backend="pil")
+        return transformers.AutoProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     attributes = [a for a in cls.get_attributes() if a != "video_processor"]
     still = type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: attributes)})
     return still.from_pretrained(name, backend="pil")
@@ -81,22 +84,26 @@ def load(name, device=None, dtype=torch.float32):
     try:
         processor = load_processor(name)
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
         vlm = wrap(model.to(device or best_device()).eval(), processor)
     except Exception as e:  # the library raises whatever it likes at a folder that is not what it expects
-        reason = textwrap.shorten(str(e), 250, placeholder=" ...") or type(e).__name__
-        raise ModelError(f"{name}: cannot load it as an image-text-to-text model: {reason}") from e
-    wrong = what_is_wrong(vlm, report)
+        raise ModelError(f"{name}: cannot load it as an image-text-to-text model: {in_one_line(e)}; "
+                         "give one saved by save_pretrained, in safetensors, that needs no code of its own") from e
+    wrong = what_is_wrong(vlm, report) or what_does_not_fit(vlm)
     if wrong:
         raise ModelError(f"{name}: {wrong}")
     return vlm
+
+
+def in_one_line(error):
+    return textwrap.shorten(str(error), 250, placeholder=" ...") or type(error).__name__
 
 
 def what_is_wrong(vlm, report):
     """Why a model that loads would not compute what it claims to, or None. `report`: the library's own, of its loading."""
     unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unset:  # they would start from random values
-        return f"weights do not fit config.json: {unset[0]} and {len(unset) - 1} more are missing or of another shape"
+        return f"weights do not fit config.json: {unset[0]} and {len(unset) - 1} more are missing or of another shape; save or download it again"
     if not vlm.processor.chat_template:
         return "no chat template (chat_template.jinja), so it cannot be asked anything; take the -Instruct or -it model"
     if vlm.logit_rule is None:
@@ -131,6 +138,18 @@ def bent(logits, rule):
     return (softcap * torch.tanh(logits / softcap) if softcap else logits) / divisor
 
 
+def what_does_not_fit(vlm):
+    """Why the model cannot take what its processor gives, or None: tried with one blank image and a word."""
+    last, rows = max(vlm.tokenizer.get_vocab().values()), vlm.model.get_input_embeddings().weight.shape[0]
+    if last >= rows:
+        return f"its vocabulary does not fit: token {last} of the tokenizer, {rows} rows of the embedding; give it its own tokenizer"
+    try:
+        with torch.no_grad():
+            read(vlm, encode_prompts(vlm, [Image.new("RGB", (64, 64))], ["?"]))
+    except Exception as e:  # raised wherever the two disagree
+        return f"its processor does not fit the model: {in_one_line(e)}; give it its own processor's files"
+
+
 def wrap(model, processor):
     """A VLM of a model and its processor: finds out which tokens end a turn and which must never be sampled."""
     tokenizer = processor.tokenizer
@@ -142,7 +161,11 @@ def wrap(model, processor):
     special |= {v for k, v in vars(model.config).items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
     rows = set(range(model.get_output_embeddings().weight.shape[0]))
     banned = (rows & special | rows - set(tokenizer.get_vocab().values())) - stops
-    return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned), find_logit_rule(model))
+    names = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    names |= {v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)}  # its image placeholder
+    names = sorted((n for n in names if len(n) > 1), key=lambda n: (-len(n), n))
+    names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned), names, find_logit_rule(model))
 
 
 def save(vlm, folder):
@@ -170,7 +193,11 @@ def frozen_copy(vlm):
 # Encoding.
 
 def encode_prompts(vlm, images, texts):
-    """Images (PIL, RGB) and user texts, one of each a prompt → the model's inputs, left-padded to (B, P)."""
+    """Images (PIL, RGB) and user texts, one of each a prompt → the model's inputs, left-padded to (B, P).
+
+    A special token's name in a text is plain text: a space after its first character tells it from the token.
+    """
+    texts = [vlm.special.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text) for text in texts]
     chats = [vlm.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
         add_generation_prompt=True, tokenize=False) for text in texts]

@@ -364,6 +364,18 @@ def test_the_name_of_a_special_token_in_an_answer_is_plain_text(vlm_):
     test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vlm_)  # special tokens are special again
 
 
+def test_the_name_of_a_special_token_in_a_prompt_is_plain_text(vlm_):
+    names = vlm_.tokenizer.convert_ids_to_tokens(sorted({*vlm_.stop_ids, *vlm_.banned_ids} & set(range(12))))
+    text = f"see {''.join(names)} {names[-1][:3]}{names[0]}{names[-1][3:]} {{{{ 7*7 }}}} {{% for x in y %}}"
+    special = torch.tensor(vlm_.tokenizer.convert_tokens_to_ids(names))
+    prompts, plain = (vlm.encode_prompts(vlm_, IMAGES[:1], [t]) for t in (text, "see"))
+    found, expected = (p["input_ids"][torch.isin(p["input_ids"], special)] for p in (prompts, plain))
+    assert len(names) >= 5 and found.equal(expected), "the template's own special tokens and no other"
+    said = vlm_.tokenizer.decode(prompts["input_ids"][0])
+    assert "{{ 7*7 }} {% for x in y %}" in said and all(f"{n[0]} {n[1:]}" in said for n in names)
+    vlm.read(vlm_, prompts)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Sampling.
 
