@@ -23,25 +23,38 @@ VAL=${VAL:-}                  # expert questions for the watch
 TEST=${TEST:-}                # expert questions for the table
 TRUTH=                        # the drawn facts of the toy's images
 GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py} GRPO=${GRPO:-grpo.py} EVAL=${EVAL:-eval.py}
+# flags for the stages' scripts, split at spaces
 GENERATE_FLAGS=${GENERATE_FLAGS:-} REWARD_FLAGS=${REWARD_FLAGS:-} SCORE_FLAGS=${SCORE_FLAGS:---keep 0.5}
 SFT_FLAGS=${SFT_FLAGS:-} GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:-}
-LAUNCH=${LAUNCH:-$PYTHON}     # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
+LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
-stage() {  # stage FOLDER COMMAND...: run the command unless its folder is there
+stage() {  # stage FOLDER SCRIPT FLAGS...: run the script unless its folder is there
   local folder=$1; shift
-  [ -e "$folder" ] || "$@" --out "$folder" --seed "$SEED"
+  [ -e "$folder" ] || "$PYTHON" "$@" --out "$folder" --seed "$SEED"
 }
-evaluate() {  # evaluate MODEL FOLDER
-  stage "$2" "$PYTHON" "$EVAL" --model "$1" --data "$TEST" $EVAL_FLAGS
+launch() {  # the same for a stage that trains: on all GPUs with LAUNCH
+  local folder=$1; shift
+  [ -e "$folder" ] || ${LAUNCH:-"$PYTHON"} "$@" --out "$folder" --seed "$SEED"
+}
+sft() {  # sft FOLDER DATA...: the policy, from its base, and its evaluation
+  local folder=$1; shift
+  launch "$folder" "$SFT" --model "$POLICY" --data "$@" $SFT_FLAGS
+  evaluate "$folder"
+}
+evaluate() {  # evaluate MODEL [FOLDER]: beside the model, eval_ before its name
+  stage "${2:-$(dirname "$1")/eval_$(basename "$1")}" "$EVAL" --model "$1" --data "$TEST" $EVAL_FLAGS
 }
 
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
-  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 7 minutes on 2 CPU cores."
+  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 8 minutes on 2 CPU cores."
   "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CLINIC_FLAGS:-}
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
 fi
+for v in IMAGES VAL TEST; do
+  [ -n "${!v}" ] || { echo "cycle.sh: EXPERT is given and $v is not; give $v too" >&2; exit 2; }
+done
 
 # stages whose folders are there are skipped, so a folder must hold one cycle alone
 settings=$(for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST GENERATE REWARD SFT GRPO EVAL \
@@ -54,32 +67,31 @@ if [ "$settings" != "$(cat "$OUT/settings")" ]; then
 fi
 
 evaluate "$POLICY" "$OUT/eval_base"
+sft "$OUT/sft_expert" "$EXPERT"
 rows=("base=$OUT/eval_base/metrics.json" "SFT on expert data=$OUT/eval_sft_expert/metrics.json")
-stage "$OUT/sft_expert" $LAUNCH "$SFT" --model "$POLICY" --data "$EXPERT" $SFT_FLAGS
-evaluate "$OUT/sft_expert" "$OUT/eval_sft_expert"
 
-generator=$GENERATOR accepted= random= rollouts=
+generator=$GENERATOR accepted=() random=() rollouts=()
 for c in $(seq "$CYCLES"); do
   d=$OUT/cycle$c
-  stage "$d/reward" "$PYTHON" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" $REPORTS ${rollouts:+--rollouts $rollouts} $REWARD_FLAGS
-  stage "$d/candidates" "$PYTHON" "$GENERATE" --model "$generator" --images "$IMAGES" --cycle "$c" $GENERATE_FLAGS
-  stage "$d/scored" "$PYTHON" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
+  stage "$d/reward" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" ${REPORTS:+"$REPORTS"} --rollouts "${rollouts[@]}" $REWARD_FLAGS
+  stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --cycle "$c" $GENERATE_FLAGS
+  stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
   [ -z "$TRUTH" ] || [ -e "$d/marks.json" ] || "$PYTHON" toy/mark.py --scored "$d/scored" --truth "$TRUTH" --out "$d/marks.json"
   # each cycle trains the policy from its base on all that was accepted so far: gone on from, a policy that has become better
   # than the generator is pulled back by SFT on the generator's data
-  accepted="$accepted $d/scored/accepted.jsonl" random="$random $d/scored/random.jsonl"
-  stage "$d/sft_random" $LAUNCH "$SFT" --model "$POLICY" --data $random $SFT_FLAGS
-  evaluate "$d/sft_random" "$d/eval_sft_random"
-  stage "$d/sft" $LAUNCH "$SFT" --model "$POLICY" --data $accepted $SFT_FLAGS
-  evaluate "$d/sft" "$d/eval_sft"
-  stage "$d/grpo" $LAUNCH "$GRPO" --model "$d/sft" --reward "$d/reward" --data $accepted "$EXPERT" --val "$VAL" $GRPO_FLAGS
-  evaluate "$d/grpo" "$d/eval_grpo"
-  judged=$d/reward/metrics.json${TRUTH:++$d/marks.json}
-  rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json" "cycle $c: SFT on accepted=$d/eval_sft/metrics.json+$judged"
-         "cycle $c: + GRPO=$d/eval_grpo/metrics.json+$judged")
-  rollouts="$rollouts $d/grpo/rollouts.jsonl"
+  accepted+=("$d/scored/accepted.jsonl") random+=("$d/scored/random.jsonl")
+  sft "$d/sft_random" "${random[@]}"
+  sft "$d/sft" "${accepted[@]}"
+  sft "$d/sft_both" "${accepted[@]}" "$EXPERT"  # GRPO practises on both: this row tells what the expert data does there by SFT
+  # this cycle's accepted alone: among all of them the expert questions, whose answers are sure, would weigh less each cycle
+  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/accepted.jsonl" "$EXPERT" --val "$VAL" $GRPO_FLAGS
+  evaluate "$d/grpo"
+  rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json" "cycle $c: SFT on accepted=$d/eval_sft/metrics.json"
+         "cycle $c: SFT on accepted + expert=$d/eval_sft_both/metrics.json" "cycle $c: + GRPO=$d/eval_grpo/metrics.json")
+  rows+=("cycle $c: + GRPO=$d/reward/metrics.json" ${TRUTH:+"cycle $c: + GRPO=$d/marks.json"})
+  rollouts+=("$d/grpo/rollouts.jsonl")
   if [ "$c" -lt "$CYCLES" ]; then  # the next cycle's generator learns from what this one accepted
-    stage "$d/generator" $LAUNCH "$SFT" --role generator --model "$generator" --data "$d/scored/accepted.jsonl" $GENERATOR_FLAGS
+    launch "$d/generator" "$SFT" --role generator --model "$generator" --data "$d/scored/accepted.jsonl" $GENERATOR_FLAGS
     generator=$d/generator
   fi
 done
@@ -87,4 +99,5 @@ done
 # accuracy on TEST with its 95% interval; auroc: of the reward model, right against wrong, on the toy's marked candidates, else on
 # held-out expert items; then the share of right candidates, known on the toy alone
 "$PYTHON" runs.py "${rows[@]}" --fields accuracy low high auroc ${TRUTH:+right_scored right_accepted} | tee "$OUT/table.txt"
+"$PYTHON" report.py --run "$OUT" --out "$OUT/report.html"
 echo "all in $OUT; this call took $(((SECONDS - started + 30) / 60)) minutes"

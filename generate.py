@@ -33,16 +33,6 @@ FIRST_WAIT = 1.0  # seconds before the first retry; each further one waits twice
 URL = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^/@:\[\]\s]+)(:\d+)?(/\S*)?")  # no secret: --endpoint stands in args.json
 
 
-def number(kind, least):
-    """An argparse type: a number of this kind, and not below `least`."""
-    def parse(text):
-        if not kind(text) >= least:  # so that nan is refused too
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
-        return kind(text)
-    parse.__name__ = kind.__name__  # argparse: invalid int value
-    return parse
-
-
 def parse_args():
     p = runs.Parser(description=__doc__)
     p.add_argument("--images", required=True, help="image records (JSONL)")
@@ -52,17 +42,17 @@ def parse_args():
     p.add_argument("--endpoint-model", metavar="NAME", help="the generator's name on that server")
     p.add_argument("--endpoint-key-env", default="OPENAI_API_KEY", metavar="VARIABLE",
                    help="environment variable that holds the server's API key, if it wants one")
-    p.add_argument("--concurrency", type=number(int, 1), default=8, help="requests at a time")
-    p.add_argument("--retries", type=number(int, 0), default=6, help="of a request that met no server, a 429 or a 5xx")
-    p.add_argument("--timeout", type=number(float, 1), default=300, help="seconds to wait for a reply")
+    p.add_argument("--concurrency", type=runs.number(int, 1), default=8, help="requests at a time")
+    p.add_argument("--retries", type=runs.number(int, 0), default=6, help="of a request that met no server, a 429 or a 5xx")
+    p.add_argument("--timeout", type=runs.number(float, 1), default=300, help="seconds to wait for a reply")
     p.add_argument("--paradigms", nargs="+", choices=records.PARADIGMS, default=list(records.PARADIGMS),
                    help="how the generator is asked to reason")
     p.add_argument("--tasks", nargs="+", default=list(records.TASKS), help="kinds of question to ask for, in turn")
-    p.add_argument("--per-image", type=number(int, 1), default=1, help="candidates an image and paradigm")
-    p.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 is greedy")
-    p.add_argument("--max-new-tokens", type=number(int, 1), default=160, help="longer replies are rejected as truncated")
-    p.add_argument("--batch", type=number(int, 1), default=16, help="images at a time, and between commits")
-    p.add_argument("--cycle", type=int, default=1, help="number of the cycle, for provenance; another one, other samples")
+    p.add_argument("--per-image", type=runs.number(int, 1), default=1, help="candidates an image and paradigm")
+    p.add_argument("--temperature", type=runs.number(float, 0), default=1.0, help="0 is greedy")
+    p.add_argument("--max-new-tokens", type=runs.number(int, 1), default=160, help="longer replies are rejected as truncated")
+    p.add_argument("--batch", type=runs.number(int, 1), default=16, help="images at a time, and between commits")
+    p.add_argument("--cycle", type=runs.number(int, 0), default=1, help="number of the cycle, for provenance; another one, other samples")
     runs.add_arguments(p)
     args = p.parse_args()
     if bool(args.endpoint) != bool(args.endpoint_model):
@@ -249,7 +239,7 @@ def report(counts, total):
 
 def main(args):
     images = read_images(args.images)
-    run = runs.start(args, [args.images, args.model])
+    run = runs.start(args, [args.images, args.model], free=("concurrency", "retries", "timeout"))
     if args.endpoint:
         client = connect(args.endpoint, os.environ.get(args.endpoint_key_env), args.timeout)
         ask = functools.partial(ask_server, client=client, concurrency=args.concurrency, retries=args.retries,

@@ -2,7 +2,7 @@
 
 For each of P questions the policy samples G responses at temperature 1; each gets the hybrid reward of the paper
 
-    r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],      R̄ = (R + 6) / 16,      malformed: r_i = 0
+    r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],      R̄ = (R + 6) / 16,      malformed: the least, 0
 
 and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group r. The policy then climbs
 
@@ -25,6 +25,7 @@ is 1.5% of the spread); a watch compares the reward with the truth on expert ite
     python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --data accepted.jsonl --val val.jsonl --out grpo
 """
 import argparse
+import random
 import time
 
 import records
@@ -37,30 +38,30 @@ def parse_args():
     p.add_argument("--reward", required=True, help="folder of a reward model")
     p.add_argument("--data", required=True, nargs="+", help="question record files to practise on")
     p.add_argument("--val", help="expert question records for the watch")
-    p.add_argument("--steps", type=int, default=40, help="batches of rollouts")
-    p.add_argument("--prompts", type=int, default=16, help="P, questions a step")
-    p.add_argument("--group", type=int, default=8, help="G, responses to each")
-    p.add_argument("--iterations", type=int, default=1, help="updates on each batch of rollouts")
-    p.add_argument("--max-new-tokens", type=int, default=96, help="longest response")
+    p.add_argument("--steps", type=runs.number(int, 1), default=40, help="batches of rollouts")
+    p.add_argument("--prompts", type=runs.number(int, 1), default=16, help="P, questions a step")
+    p.add_argument("--group", type=runs.number(int, 2), default=8, help="G, responses to each")
+    p.add_argument("--iterations", type=runs.number(int, 1), default=1, help="updates on each batch of rollouts")
+    p.add_argument("--max-new-tokens", type=runs.number(int, 1), default=96, help="longest response")
     p.add_argument("--loss", choices=("grpo", "dr_grpo", "dapo", "gspo"), default="grpo", help="see above")
-    p.add_argument("--epsilon", type=float, default=0.2, help="the ratio is clipped below at 1 - this")
-    p.add_argument("--epsilon-high", type=float, help="and above at 1 + this (--epsilon)")
-    p.add_argument("--kl", type=float, default=0.02, help="weight of the KL term; 0 loads no reference")
-    p.add_argument("--alpha", type=float, default=0.8, help="weight of the reward model")
-    p.add_argument("--beta", type=float, default=0.2, help="weight of the answer match")
+    p.add_argument("--epsilon", type=runs.number(float, 0, 1), default=0.2, help="the ratio is clipped below at 1 - this")
+    p.add_argument("--epsilon-high", type=runs.number(float, 0), help="and above at 1 + this (--epsilon)")
+    p.add_argument("--kl", type=runs.number(float, 0), default=0.02, help="weight of the KL term; 0 loads no reference")
+    p.add_argument("--alpha", type=runs.number(float, 0), default=0.8, help="weight of the reward model")
+    p.add_argument("--beta", type=runs.number(float, 0), default=0.2, help="weight of the answer match")
     p.add_argument("--reward-scale", choices=("unit", "raw"), default="unit", help="R in [0, 1], or in [-6, 10]")
     p.add_argument("--scale-rewards", choices=("group", "batch", "none"), default="group", help="whose standard deviation divides")
     p.add_argument("--mask-truncated", action=argparse.BooleanOptionalAction, default=False,
                    help="a response cut at --max-new-tokens teaches nothing")
     p.add_argument("--drop-zero-variance", action=argparse.BooleanOptionalAction, default=False,
                    help="skip groups all right or all wrong, and refill the batch with other questions")
-    p.add_argument("--lr", type=float, default=1e-4, help="learning rate (the toy's; about 1e-6 for a 7B model)")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    p.add_argument("--lr", type=runs.number(float, 0), default=1e-4, help="learning rate (the toy's; about 1e-6 for a 7B model)")
+    p.add_argument("--clip", type=runs.number(float, 0), default=1.0, help="largest gradient norm")
     p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
-    p.add_argument("--micro-batch", type=int, default=8, help="groups at a time: less memory, same result")
-    p.add_argument("--watch-every", type=int, default=10, help="steps between looks at the truth on --val")
-    p.add_argument("--watch-items", type=int, default=200, help="records of --val to look at")
-    p.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
+    p.add_argument("--micro-batch", type=runs.number(int, 1), default=8, help="groups at a time: less memory, same result")
+    p.add_argument("--watch-every", type=runs.number(int, 1), default=10, help="steps between looks at the truth on --val")
+    p.add_argument("--watch-items", type=runs.number(int, 1), default=200, help="records of --val to look at")
+    p.add_argument("--save-every", type=runs.number(int, 1), default=25, help="steps between checkpoints")
     runs.add_arguments(p)
     return p.parse_args()
 
@@ -161,12 +162,12 @@ def judge(reward_model, groups, alpha, beta, scale):
     for b, g in enumerate(groups):
         g.scores = {head: values[b * size:(b + 1) * size] for head, values in scores.items()}
         r = torch.tensor(g.scores["overall"])
-        formed = torch.tensor([float(p.well_formed) for p in g.parsed])
-        part = r if scale == "raw" else (r + 6) / 16
-        g.rewards = (alpha * part + beta * torch.tensor(g.match, dtype=torch.float32)) * formed  # malformed: 0
+        formed = torch.tensor([p.well_formed for p in g.parsed])
+        part, least = (r, -6) if scale == "raw" else ((r + 6) / 16, 0)
+        g.rewards = torch.where(formed, alpha * part + beta * torch.tensor(g.match, dtype=torch.float32), alpha * least)
 
 
-def roll_out(policy, reward_model, examples, cursor, args, step, accelerator):
+def roll_out(policy, reward_model, examples, cursor, args, accelerator):
     """One batch of P judged groups (this process's share) → groups, share of groups without spread, cursor."""
     share = range(accelerator.process_index, args.prompts, accelerator.num_processes)
     groups, seen, spread = [], 0, 0
@@ -174,7 +175,8 @@ def roll_out(policy, reward_model, examples, cursor, args, step, accelerator):
         index = runs.batch_at(cursor, args.prompts, len(examples), args.seed)
         cursor += 1
         rows = [examples[index[i]] for i in share]
-        fresh = sample_groups(policy, rows, args.group, args.max_new_tokens, args.seed, cursor)
+        with accelerator.autocast():
+            fresh = sample_groups(policy, rows, args.group, args.max_new_tokens, args.seed, cursor)
         seen, spread = seen + len(fresh), spread + sum(g.has_spread for g in fresh)
         groups += [g for g in fresh if g.has_spread or not args.drop_zero_variance]
         missing = accelerator.reduce(torch.tensor(len(share) - len(groups), device=policy.device).clamp(min=0), "sum")
@@ -256,13 +258,14 @@ def rollout_metrics(groups):
 # ---------------------------------------------------------------------------------------------------------
 # The watch.
 
-def watch(policy, reward_model, rows, max_new_tokens, batch=64):
-    """True accuracy and mean reward-model score of the policy's greedy answers to expert items."""
+def watch(policy, reward_model, rows, max_new_tokens, batch, accelerator):
+    """True accuracy and mean reward-model score of the policy's greedy answers to expert items, `batch` at a time."""
     right, scores = 0, []
     for i in range(0, len(rows), batch):
         part = rows[i:i + batch]
         images, texts = [records.open_image(r["image"]) for r in part], [records.policy_prompt(r) for r in part]
-        ids, mask = vlm.sample(policy, vlm.encode_prompts(policy, images, texts), None, max_new_tokens, temperature=0)
+        with accelerator.autocast():
+            ids, mask = vlm.sample(policy, vlm.encode_prompts(policy, images, texts), None, max_new_tokens, temperature=0)
         responses = vlm.decode(policy, ids, mask)
         right += sum(records.is_match(records.parse_response(t, r.get("options")).prediction, r["answer"])
                      for t, r in zip(responses, part))
@@ -280,7 +283,10 @@ def main(args):
     accelerator = Accelerator(mixed_precision="bf16" if vlm.best_dtype() == torch.bfloat16 else "no")
     run = runs.start(args, [args.model, args.reward, *args.data, args.val], accelerator.is_main_process)
     examples = [r for file in args.data for r in records.read(file, require=("image", "question", "answer"))]
-    watched = list(records.read(args.val, require=("image", "question", "answer")))[:args.watch_items] if args.val else []
+    watched = list(records.read(args.val, require=("image", "question", "answer"))) if args.val else []
+    watched = random.Random(runs.seed_of(args.seed, "watch")).sample(watched, min(len(watched), args.watch_items))
+    if args.prompts < accelerator.num_processes:
+        raise runs.RunError(f"--prompts {args.prompts}: {accelerator.num_processes} processes need at least one each")
     policy, reward_model = vlm.load(args.model, accelerator.device), RewardModel.load(args.reward)
     reference = vlm.frozen_copy(policy) if args.kl else None
     if args.freeze == "vision":
@@ -291,16 +297,17 @@ def main(args):
         policy.model.load_state_dict(run.state["model"], strict=False)
         optimizer.load_state_dict(run.state["optimizer"])
     cursor, first, seen = run.state.get("cursor", 0), run.state.get("first"), run.state.get("seen", {})
+    look = lambda: watch(policy, reward_model, watched, args.max_new_tokens, args.micro_batch * args.group, accelerator)  # noqa: E731
 
     for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
         if watched and step % args.watch_every == 0:
-            seen = watch(policy, reward_model, watched, args.max_new_tokens)
+            seen = look()
             first = first or seen
             if run.main and hacking(first, seen, len(watched)):
                 print(f"step {step}: reward hacking? reward {first['watch_reward']:.2f} → {seen['watch_reward']:.2f}, "
                       f"true accuracy {first['watch_accuracy']:.3f} → {seen['watch_accuracy']:.3f}", flush=True)
         start = time.perf_counter()
-        groups, flat, cursor = roll_out(policy, reward_model, examples, cursor, args, step, accelerator)
+        groups, flat, cursor = roll_out(policy, reward_model, examples, cursor, args, accelerator)
         std = torch.tensor(gather_object(torch.cat([g.rewards for g in groups]).tolist())).std()  # of the whole batch
         for g in groups:
             g.advantages = advantages_of(g.rewards[None], args.scale_rewards, std)[0]
@@ -319,11 +326,11 @@ def main(args):
                 sample_seconds=sampled - start, learn_seconds=learned - sampled,
                 sample_tokens_per_s=metrics["tokens"] / (sampled - start), learn_tokens_per_s=metrics["tokens"] / (learned - sampled),
                 **(seen if step % args.watch_every == 0 else {}))
-        if (step + 1) % args.save_every == 0:
+        if run.due(step + 1, args.save_every):
             run.commit(step=step + 1, cursor=cursor, first=first, seen=seen, optimizer=optimizer.state_dict(),
                        model={n: p.detach() for n, p in parameters.items()})
 
-    result = {"steps": args.steps, "first": first, "last": watch(policy, reward_model, watched, args.max_new_tokens) if watched else None}
+    result = {"steps": args.steps, "first": first, "last": look() if watched else None}
     if run.main:
         vlm.save(policy, run.part)
     run.finish(result, f"accuracy on the watch {first['watch_accuracy']:.3f} → {result['last']['watch_accuracy']:.3f}, "

@@ -254,7 +254,7 @@ def read(path, require=("id",)):
     except RecordError as error:
         problem = str(error)
     except OSError as error:
-        problem = f"{error.strerror}: give a JSONL file of records"
+        raise RecordError(f"{path}: {error.strerror}: give a JSONL file of records") from None
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.start}): save the file as UTF-8"
     except (ValueError, RecursionError) as error:

@@ -7,8 +7,8 @@ response*: its token log-probabilities, with the image and with a blank one in i
 four levels of responses to each question, drawn anew `--resamples` times:
 
     original    10   as the expert wrote it
-    perturbed    6   one finding, site, side or degree replaced by another that occurs in the data
-    incoherent   0   contradicts itself: the answer against the rationale, or clauses of two records
+    perturbed    6   one finding, site, side or degree replaced by another that occurs in the data, the rest right
+    incoherent   0   contradicts itself: the answer against the rationale, or a clause of another report
     irrelevant  -6   belongs to another image, and its answer is wrong for this one
 
     loss = mean (R̂ - R̄)² + mean BCE of the three probabilities,     R̄ = (R + 6) / 16
@@ -47,25 +47,25 @@ def parse_args():
     t.add_argument("--model", required=True, help="backbone: folder or hub name of a VLM")
     t.add_argument("--data", required=True, nargs="+", help="expert record files: questions, reports")
     t.add_argument("--rollouts", nargs="*", default=[], help="rollouts.jsonl of the policy; those on expert questions are used")
-    t.add_argument("--holdout", type=float, default=0.2, help="share of the images kept for the report")
+    t.add_argument("--holdout", type=runs.number(float, 0, 1), default=0.2, help="share of the images kept for the report")
     t.add_argument("--freeze", choices=("backbone", "nothing"), default="backbone", help="what does not learn")
     t.add_argument("--likelihood", action=argparse.BooleanOptionalAction, default=True,
                    help="heads read token log-probabilities beside the hidden state")
-    t.add_argument("--resamples", type=int, default=3, help="times that the levels are drawn from each record")
-    t.add_argument("--hidden", type=int, default=64, help="width of the heads' shared layer")
-    t.add_argument("--steps", type=int, default=800, help="steps of training")
-    t.add_argument("--lr", type=float, default=2e-3, help="learning rate (about 1e-5 with --freeze nothing)")
+    t.add_argument("--resamples", type=runs.number(int, 1), default=3, help="times that the levels are drawn from each record")
+    t.add_argument("--hidden", type=runs.number(int, 1), default=64, help="width of the heads' shared layer")
+    t.add_argument("--steps", type=runs.number(int, 1), default=800, help="steps of training")
+    t.add_argument("--lr", type=runs.number(float, 0), default=2e-3, help="learning rate (about 1e-5 with --freeze nothing)")
     s = commands.add_parser("score", help="score candidates and keep the best")
     s.add_argument("--model", required=True, help="folder of a trained reward model")
     s.add_argument("--data", required=True, help="candidates.jsonl")
     keep = s.add_mutually_exclusive_group(required=True)
-    keep.add_argument("--threshold", type=float, help="τ: accept what scores at least this")
-    keep.add_argument("--top-k", type=int, help="accept the k best")
-    keep.add_argument("--keep", type=float, help="accept this share, the best")
+    keep.add_argument("--threshold", type=runs.number(float, -6, 10), help="τ: accept what scores at least this")
+    keep.add_argument("--top-k", type=runs.number(int, 1), help="accept the k best")
+    keep.add_argument("--keep", type=runs.number(float, 0, 1), help="accept this share, the best")
     s.add_argument("--per", nargs="*", choices=("task", "modality"), default=["task", "modality"],
                    help="share --top-k or --keep out over these cells by their size, so that none starves")
     for command in (t, s):
-        command.add_argument("--batch", type=int, default=32, help="questions at a time")
+        command.add_argument("--batch", type=runs.number(int, 1), default=32, help="questions at a time")
         runs.add_arguments(command)
     return p.parse_args()
 
@@ -83,63 +83,76 @@ import vlm  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The four levels. Each function: (record, other records, alternatives, rng) → a response, or None if there is none.
+# The four levels. Each function: (record, other records, terms, rng) → a response, or None if there is none.
 
-def find_alternatives(rows):
-    """{term: terms that may stand in its place}: what stands side by side among options, and a few pairs of our own."""
-    groups = [tuple(map(str.lower, r["options"])) for r in rows if "options" in r] + list(ALTERNATIVES)
+def find_terms(rows):
+    """(pattern, {term: alternatives}): terms that stand side by side among options, and a few pairs of our own.
+
+    The pattern finds them in a text in any case, the longest first. Keys are lower-case; alternatives are as written.
+    """
     found = {}
-    for group in groups:
+    for group in [r["options"] for r in rows if "options" in r] + list(ALTERNATIVES):
         for term in group:
-            found.setdefault(term, set()).update(t for t in group if t != term)
-    return {term: sorted(others) for term, others in found.items()}
+            found.setdefault(term.lower(), set()).update(t for t in group if t.lower() != term.lower())
+    any_term = "|".join(map(re.escape, sorted(found, key=lambda t: (-len(t), t))))
+    return re.compile(rf"(?<!\w)(?:{any_term})(?!\w)", re.IGNORECASE), {t: sorted(others) for t, others in found.items() if others}
 
 
-def swap_term(text, alternatives, rng, avoid=()):
+def in_the_case_of(word, like):
+    """`word` with its first letter in the case of `like`'s, so that a swap cannot be told by it; acronyms stay as they are."""
+    if any(w[1:] != w[1:].lower() for w in (word, like)):
+        return word
+    return (word[:1].upper() if like[:1].isupper() else word[:1].lower()) + word[1:]
+
+
+def swap_term(text, terms, rng, avoid=""):
     """`text` with one of its terms, everywhere that it occurs, replaced by an alternative; None if it has none."""
-    terms = [t for t in alternatives if t not in avoid and re.search(rf"\b{re.escape(t)}\b", text, re.IGNORECASE)]
-    if not terms:
+    pattern, alternatives = terms
+    met = sorted({m.lower() for m in pattern.findall(text)} & alternatives.keys() - {avoid.lower()})
+    if not met:
         return None
-    term = rng.choice(terms)
+    term = rng.choice(met)
     other = rng.choice(alternatives[term])
-    return re.sub(rf"\b{re.escape(term)}\b", lambda _: other, text, flags=re.IGNORECASE)
+    return pattern.sub(lambda m: in_the_case_of(other, m[0]) if m[0].lower() == term else m[0], text)
 
 
-def original(record, others, alternatives, rng):
+def original(record, others, terms, rng):
     return records.response_of(record)
 
 
-def perturbed(record, others, alternatives, rng):
-    """A detail of the report or rationale replaced; where there is none, another option as the answer."""
+def perturbed(record, others, terms, rng):
+    """A detail replaced and the rest left right: of the report, of the rationale beside the answer, of a longer answer."""
     if "report" in record:
-        return swap_term(record["report"], alternatives, rng)
-    rationale = swap_term(record.get("rationale", ""), alternatives, rng, avoid=(record["answer"].lower(),))
-    if rationale is not None:
-        return records.format_response(rationale, record["answer"])
-    answer = wrong_answer(record, alternatives, rng)
-    return answer and records.format_response(record.get("rationale"), answer)
+        return swap_term(record["report"], terms, rng)
+    if record.get("rationale"):
+        rationale = swap_term(record["rationale"], terms, rng, avoid=record["answer"])
+        return rationale and records.format_response(rationale, record["answer"])
+    answer = swap_term(record["answer"], terms, rng, avoid=record["answer"])  # all of it replaced is wrong, not perturbed
+    return answer and records.format_response(None, answer)
 
 
-def wrong_answer(record, alternatives, rng):
+def wrong_answer(record, terms, rng):
     """Another option; for an open question the answer with a term replaced."""
     wrong = [o for o in record.get("options", ()) if not records.is_match(o, record["answer"])]
-    return rng.choice(wrong) if wrong else swap_term(record["answer"], alternatives, rng)
+    return rng.choice(wrong) if wrong else swap_term(record["answer"], terms, rng)
 
 
-def incoherent(record, others, alternatives, rng):
-    """The answer against the rationale; without a rationale, two answers at once; of reports, clauses of two."""
+def incoherent(record, others, terms, rng):
+    """The answer against the rationale; without a rationale, two answers at once; a clause of another report."""
     if "report" in record:
-        clauses = [r["report"].split(". ") for r in others if "report" in r and r["report"] != record["report"]]
-        own = record["report"].split(". ")
-        return ". ".join([*own, rng.choice(rng.choice(clauses))]) if clauses else None
-    answer = wrong_answer(record, alternatives, rng)
+        clauses = lambda r: re.split(r"(?<=[.;])\s+", r["report"])  # noqa: E731
+        own = clauses(record)
+        strange = [c for r in others if "report" in r for c in clauses(r) if c not in own]
+        place = rng.randint(0, len(own))
+        return " ".join([*own[:place], rng.choice(strange), *own[place:]]) if strange else None
+    answer = wrong_answer(record, terms, rng)
     if answer is None:
         return None
     both = answer if record.get("rationale") else f"{record['answer']}, {answer}"
     return records.format_response(record.get("rationale"), both)
 
 
-def irrelevant(record, others, alternatives, rng):
+def irrelevant(record, others, terms, rng):
     """The response to the same question about another image, where the answer differs: an option here, and a wrong one."""
     if "report" in record:
         donors = [r for r in others if "report" in r and r["report"] != record["report"]]
@@ -154,15 +167,14 @@ def irrelevant(record, others, alternatives, rng):
 
 def build_levels(rows, resamples, seed):
     """[(record, [(level, response)])], for each record its levels `resamples` times over, no response twice."""
-    alternatives, levels = find_alternatives(rows), []
-    for i, record in enumerate(rows):
+    terms, levels = find_terms(rows), []
+    for record in rows:
         rng = random.Random(runs.seed_of(seed, record["id"]))
         others = rng.sample(rows, min(len(rows), 200))  # enough to find a donor among, and no more
-        drawn = {("original", original(record, others, alternatives, rng))}
-        for _ in range(resamples):
-            for make in (perturbed, incoherent, irrelevant):
-                drawn.add((make.__name__, make(record, others, alternatives, rng)))
-        levels.append((record, sorted(d for d in drawn if d[1] is not None)))
+        drawn = {}
+        for make in (perturbed, incoherent, irrelevant, original):  # a text that two of them make has one level: the last's
+            drawn |= {make(record, others, terms, rng): make.__name__ for _ in range(resamples)}
+        levels.append((record, sorted((level, text) for text, level in drawn.items() if text is not None)))
     return levels
 
 
@@ -268,7 +280,7 @@ class RewardModel:
             heads.load_state_dict(load_file(os.path.join(folder, "heads.safetensors")))
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise vlm.ModelError(f"{folder}: not a reward model (reward.py train makes one): {str(e).splitlines()[0]}") from e
-        backbone = vlm.load(os.path.join(folder, "backbone"))
+        backbone = vlm.load(os.path.join(folder, "backbone"), dtype=vlm.best_dtype())
         return cls(backbone, heads.to(backbone.device), config["likelihood"])
 
 
@@ -394,7 +406,8 @@ def train(args):
         (held if record["image"] in held_images else groups).append((record, drawn))
     if not groups or not held:
         raise records.RecordError(f"{args.data[0]}: too few records to train on and hold out; more data, or another --holdout")
-    backbone = vlm.load(args.model)
+    # frozen, it computes in what it will score with; trained, its weights stay fp32
+    backbone = vlm.load(args.model, dtype=vlm.best_dtype() if args.freeze == "backbone" else torch.float32)
     width = backbone.head.weight.shape[1] + (30 if args.likelihood else 0)
     model = RewardModel(backbone, Heads(width, args.hidden).to(backbone.device), args.likelihood)
     fit(model, groups, args, run)

@@ -6,25 +6,34 @@ same command again either finds it complete, or goes on where the last `commit` 
     args.json       arguments, seeds, versions, git commit, hardware, SHA-256 of inputs, start and end
     metrics.jsonl   one line a step
     metrics.json    the result
-    state.pt        while unfinished: the last commit (position, optimiser, sizes of the files so far)
+    lock, state/    while unfinished: who is writing; the last two commits (position, optimiser, sizes of the files so far)
 
     run = runs.start(args, inputs=[args.data])
     for step in run.progress(range(run.state.get("step", 0), steps), "training"):
         run.append("rollouts.jsonl", rows)
         run.log(step=step, loss=loss)
-        run.commit(step=step + 1)
+        if run.due(step + 1, every=100):
+            run.commit(step=step + 1)
     run.finish({"loss": loss})
+
+SIGTERM (a scheduler's grace period) ends a run after its next commit, SIGKILL at once: the same command goes on from there.
 """
 import argparse
 import datetime
+import errno
 import hashlib
 import json
 import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
+
+
+# the disk is full or over quota, read-only, not ours, or the path leads through a file
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 class RunError(ValueError):
@@ -46,15 +55,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help explains every flag\n")
 
 
+def number(kind, least, most=None):
+    """An argparse type: a number of this kind, from `least` to `most`; inf and nan are none."""
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= (most if most is not None else value) and abs(value) < float("inf")):
+            raise argparse.ArgumentTypeError(f"{text} is not " + (f"at least {least}" if most is None else f"from {least} to {most}"))
+        return value
+    parse.__name__ = kind.__name__  # argparse: invalid int value
+    return parse
+
+
 def cli(main, args):
     """Run a stage's `main`. A user's mistake is one line on stderr and exit status 2; a bug keeps its traceback."""
     try:
         main(args)
     except Exception as e:
-        if not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
+        line = str(e)
+        if isinstance(e, OSError) and e.errno in UNWRITABLE:
+            line = f"{e.filename or args.out}: {e.strerror}; make room or choose another --out, the same command goes on from here"
+        elif not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
             raise
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
-        sys.exit(e.exit_status)
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+        sys.exit(getattr(e, "exit_status", 2))
 
 
 def add_arguments(parser):
@@ -142,12 +165,30 @@ def table(rows, headers):
                      for line in lines)
 
 
+class Hashed:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data):
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
 class Run:
     """An output folder in the making. Only the main process writes; the others' calls do nothing."""
 
-    def __init__(self, folder, part, main, meta, state):
-        self.folder, self.part, self.main, self.meta, self.state = folder, part, main, meta, state
-        self.files = {}
+    def __init__(self, folder, part, main, meta, state, lock=None):
+        self.folder, self.part, self.main, self.meta, self.state, self.lock = folder, part, main, meta, state, lock
+        self.files, self.commits, self.stopping = {}, state.get("commits", 0), False
+        self.handler = signal.signal(signal.SIGTERM, self.stop) if main else None
+
+    def stop(self, *_):
+        self.stopping = True
 
     def path(self, name):
         """Where a file of this run is written (inside `OUT.part`)."""
@@ -166,8 +207,15 @@ class Run:
         """One line of metrics.jsonl; floats are rounded to six significant digits."""
         self.append("metrics.jsonl", [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}])
 
+    def due(self, step, every):
+        """Is it time to commit? Every so many steps, and when SIGTERM has asked to stop."""
+        return step % every == 0 or self.stopping
+
     def commit(self, **state):
-        """All that was appended so far is safe; `state` (numbers, strings, tensors, dicts of them) is where to go on."""
+        """All that was appended so far is safe; `state` (numbers, strings, tensors, dicts of them) is where to go on.
+
+        After SIGTERM the run ends here, with status 143.
+        """
         if not self.main:
             return
         import torch
@@ -176,14 +224,30 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
             sizes[name] = file.tell()
-        self.state = {**state, "sizes": sizes}
-        torch.save(self.state, self.path("state.pt.tmp"))
-        os.replace(self.path("state.pt.tmp"), self.path("state.pt"))
+        self.commits += 1
+        self.state = {**state, "sizes": sizes, "commits": self.commits}
+        os.makedirs(self.path("state"), exist_ok=True)
+        with open(self.path("state/new"), "wb") as file:
+            hashed = Hashed(file)
+            torch.save(self.state, hashed)
+            os.fsync(file.fileno())
+        # the checksum is in the name: a file is whole and has it, or is not there
+        os.replace(self.path("state/new"), self.path(f"state/{self.commits:08}-{hashed.digest.hexdigest()[:16]}.pt"))
+        for old in sorted(os.listdir(self.path("state")))[:-2]:
+            os.remove(self.path(f"state/{old}"))
+        self.leave_if_stopping()
+
+    def leave_if_stopping(self):
+        if self.stopping:
+            print(f"{self.part}: stopped by SIGTERM at step {self.state.get('step', 0)}; the same command goes on from here", flush=True)
+            sys.exit(128 + signal.SIGTERM)
 
     def progress(self, items, what):
         """A progress bar on a terminal, nothing elsewhere."""
         from tqdm import tqdm
-        return tqdm(items, desc=what, disable=None if self.main else True, leave=False)
+        for item in tqdm(items, desc=what, disable=None if self.main else True, leave=False):
+            yield item
+            self.leave_if_stopping()  # a loop that commits nothing
 
     def finish(self, metrics, line=""):
         """Write metrics.json and args.json, rename `OUT.part` to `OUT`, print one line."""
@@ -194,9 +258,11 @@ class Run:
         self.meta["ended"] = now()
         write_json(self.path("metrics.json"), metrics)
         write_json(self.path("args.json"), self.meta)
-        if os.path.exists(self.path("state.pt")):
-            os.remove(self.path("state.pt"))
+        shutil.rmtree(self.path("state"), ignore_errors=True)
         os.replace(self.part, self.folder)
+        os.remove(os.path.join(self.folder, "lock"))
+        self.lock.close()
+        signal.signal(signal.SIGTERM, self.handler)
         print(f"{self.folder}: {line}" if line else f"{self.folder}: done", flush=True)
 
 
@@ -204,10 +270,11 @@ def now():
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def start(args, inputs=(), main=True):
+def start(args, inputs=(), main=True, free=()):
     """Open the run of these arguments: new, or resumed; leaves with status 0 if it is complete already.
 
     `inputs`: files, folders or hub names that the run reads; their hashes are kept and must not change before a resume.
+    `free`: arguments that may, because nothing in the output depends on them.
     Raises RunError where `args.out` holds another run.
     """
     import torch
@@ -218,34 +285,54 @@ def start(args, inputs=(), main=True):
     given = {k: v for k, v in vars(args).items() if k != "resume"}
     meta = {"script": os.path.basename(sys.argv[0]), "args": json.loads(json.dumps(given)),
             "inputs": {p: sha256(p) for p in inputs if p}, "started": now(), "ended": None, **provenance()}
+    lock = take_lock(part) if main and not os.path.exists(folder) else None
     if os.path.exists(folder):
-        same_run(folder, meta)
+        if lock:  # it was finished this very moment
+            shutil.rmtree(part)
+        same_run(folder, meta, free)
         if main:
             print(f"{folder}: complete already")
         sys.exit(0)
     state = {}
-    if args.resume and os.path.exists(os.path.join(part, "state.pt")):
-        same_run(part, meta)
+    if args.resume and os.path.isdir(os.path.join(part, "state")):
+        same_run(part, meta, free)
         state = restore(part, main)
-    elif main:  # nothing was committed: nothing is lost
-        shutil.rmtree(part, ignore_errors=True)
-    if main:
-        os.makedirs(part, exist_ok=True)
+    if main and not state:  # nothing was committed: nothing is lost
+        for name in os.listdir(part):
+            remove = shutil.rmtree if os.path.isdir(os.path.join(part, name)) else os.remove
+            name == "lock" or remove(os.path.join(part, name))
         write_json(os.path.join(part, "args.json"), meta)
-    return Run(folder, part, main, meta, state)
+    return Run(folder, part, main, meta, state, lock)
 
 
-def same_run(folder, meta):
-    """Raise RunError unless the run in `folder` had the same script, arguments and inputs."""
+def take_lock(part):
+    """Make the folder and lock it for this process; the lock goes when the process does. Raises RunError where it is taken."""
+    import fcntl
+    os.makedirs(part, exist_ok=True)
+    lock = open(os.path.join(part, "lock"), "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise RunError(f"{part}: {lock.read().strip() or 'another process'} is writing there; wait for it, or choose another --out") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
+
+
+def same_run(folder, meta, free=()):
+    """Raise RunError unless the run in `folder` had the same script, arguments (but for those in `free`) and inputs."""
     try:
         with open(os.path.join(folder, "args.json"), encoding="utf-8") as f:
             old = json.load(f)
-    except (OSError, ValueError):
+        old["script"], old["args"].items(), old["inputs"].items()
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         raise RunError(f"{folder}: holds something else than a run (no args.json); choose another --out") from None
     where = f"{folder}: holds another run"
-    if old.get("script") != meta["script"]:
-        raise RunError(f"{where} (of {old.get('script')}); choose another --out or remove it")
-    keys = sorted({*old["args"], *meta["args"]})
+    if old["script"] != meta["script"]:
+        raise RunError(f"{where} (of {old['script']}); choose another --out or remove it")
+    keys = sorted({*old["args"], *meta["args"]} - {*free})
     other = [k for k in keys if old["args"].get(k) != meta["args"].get(k)]
     if other:
         flags = ", ".join(f"--{k.replace('_', '-')} {old['args'].get(k)} there, {meta['args'].get(k)} here" for k in other[:3])
@@ -256,17 +343,23 @@ def same_run(folder, meta):
 
 
 def restore(part, main):
-    """The last commit's state; what was written after it is cut off and said."""
+    """The newest commit whose checksum holds; what was written after it is cut off and said. {} if there is none."""
     import torch
-    path = os.path.join(part, "state.pt")
-    state = torch.load(path, weights_only=True) if os.path.exists(path) else {}
+    state = {}
+    for name in sorted(os.listdir(os.path.join(part, "state")), reverse=True):
+        path = os.path.join(part, "state", name)
+        if not state and sha256(path).startswith(name.partition("-")[2].removesuffix(".pt") or "none"):
+            state = torch.load(path, weights_only=True)
+        elif not state and main and name.endswith(".pt"):
+            print(f"{path}: damaged, set aside; taking the commit before it")
+            os.replace(path, os.path.join(part, name + ".damaged"))
     sizes = state.get("sizes", {})
-    for name in sorted(os.listdir(part)) if main else []:
+    for name in sorted(os.listdir(part)) if main and state else []:
         extra = os.path.getsize(os.path.join(part, name)) - sizes.get(name, 0) if name.endswith(".jsonl") else 0
         if extra:
             os.truncate(os.path.join(part, name), sizes.get(name, 0))
             print(f"{os.path.join(part, name)}: dropped {extra} bytes written after the last commit")
-    if main:
+    if main and state:
         print(f"{part}: going on from step {state.get('step', 0)}")
     return state
 
@@ -275,27 +368,24 @@ def restore(part, main):
 # python runs.py: what finished runs came to, side by side.
 
 def show(rows, fields):
-    """A table of fields of JSON files; `rows`: LABEL=FILE, or LABEL=FILE+FILE where one row draws on several.
+    """A table of fields of JSON files; `rows`: LABEL=FILE, several with one label where a row draws on several files.
 
     Raises RunError where a file cannot be read. A field that a row's files lack is left empty.
     """
-    lines = []
+    found = {}
     for row in rows:
-        label, _, files = row.partition("=")
-        found = {}
-        for file in files.split("+"):
-            try:
-                with open(file, encoding="utf-8") as f:
-                    found |= json.load(f)
-            except (OSError, ValueError, TypeError) as e:
-                raise RunError(f"{row}: {e}; give LABEL=FILE, with the metrics.json of a finished run") from None
-        lines.append([label, *(found.get(field) for field in fields)])
-    return table(lines, ["", *fields])
+        label, _, file = row.partition("=")
+        try:
+            with open(file, encoding="utf-8") as f:
+                found[label] = found.get(label, {}) | json.load(f)
+        except (OSError, ValueError, TypeError) as e:
+            raise RunError(f"{row}: {e}; give LABEL=FILE, with the metrics.json of a finished run") from None
+    return table([[label, *(values.get(field) for field in fields)] for label, values in found.items()], ["", *fields])
 
 
 def parse_args():
     p = Parser(description="What finished runs came to, side by side.")
-    p.add_argument("rows", nargs="+", metavar="LABEL=FILE[+FILE]", help="a row and the JSON files that its fields are read from")
+    p.add_argument("rows", nargs="+", metavar="LABEL=FILE", help="a row and a JSON file that its fields are read from")
     p.add_argument("--fields", nargs="+", required=True, help="columns: fields of the files")
     return p.parse_args()
 

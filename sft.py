@@ -24,21 +24,21 @@ def parse_args():
     p = runs.Parser(description=__doc__)
     p.add_argument("--model", required=True, help="folder or hub name of the model to start from")
     p.add_argument("--data", required=True, nargs="+", help="record files to learn from")
-    p.add_argument("--weights", type=float, nargs="+", help="how often an epoch goes through each file of --data (1)")
+    p.add_argument("--weights", type=runs.number(float, 0), nargs="+", help="how often an epoch goes through each file of --data (1)")
     p.add_argument("--val", help="record file to measure the loss on")
     p.add_argument("--role", choices=("policy", "generator"), default="policy",
                    help="policy: learn the response given image and question; generator: question, options and response given the image")
-    p.add_argument("--epochs", type=float, default=6, help="times through the data")
-    p.add_argument("--batch", type=int, default=32, help="examples a step")
-    p.add_argument("--micro-batch", type=int, default=32, help="examples at a time: less memory, same result")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (the toy's; about 1e-5 for a 7B model)")
-    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
-    p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    p.add_argument("--epochs", type=runs.number(float, 0), default=6, help="times through the data")
+    p.add_argument("--batch", type=runs.number(int, 1), default=32, help="examples a step")
+    p.add_argument("--micro-batch", type=runs.number(int, 1), default=32, help="examples at a time: less memory, same result")
+    p.add_argument("--lr", type=runs.number(float, 0), default=1e-3, help="peak learning rate (the toy's; about 1e-5 for a 7B model)")
+    p.add_argument("--warmup", type=runs.number(float, 0, 1), default=0.05, help="share of the steps in which the rate rises")
+    p.add_argument("--weight-decay", type=runs.number(float, 0), default=0.01, help="AdamW's")
+    p.add_argument("--clip", type=runs.number(float, 0), default=1.0, help="largest gradient norm")
     p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
     p.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
                    help="recompute activations: less memory, more time")
-    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    p.add_argument("--save-every", type=runs.number(int, 1), default=200, help="steps between checkpoints")
     runs.add_arguments(p)
     return p.parse_args()
 
@@ -57,16 +57,19 @@ def load_examples(files, weights, role):
     """[(image path, prompt, response)], each file's as often as its weight says (its last round a prefix)."""
     examples = []
     for file, weight in zip(files, weights):
-        rows = [example(r, role) for r in records.read(file, require=("image",))]
+        rows = [example(r, role, file) for r in records.read(file, require=("image",))]
         whole, rest = divmod(round(weight * len(rows)), len(rows))
         examples += rows * whole + rows[:rest]
+    records.demand(examples, f"{files[0]}: nothing to learn from; give another file, or a larger --weights")
     return examples
 
 
-def example(record, role):
-    """What a role learns from a record: (image path, prompt, response)."""
+def example(record, role, file):
+    """What a role learns from a record: (image path, prompt, response). Raises RecordError where it has nothing to teach."""
     if "report" in record:
         return record["image"], records.report_prompt(), records.response_of(record)
+    records.demand("question" in record and "answer" in record,
+                   f"{file}: record {record['id']} has neither question and answer nor a report; leave it out")
     if role == "policy":
         return record["image"], records.policy_prompt(record), records.response_of(record)
     prompt = records.generator_prompt(record.get("paradigm", "stepwise"), record.get("task"))
@@ -145,7 +148,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         run.log(step=step, loss=loss, grad_norm=norm, lr=group["lr"], tokens=tokens)
-        if (step + 1) % args.save_every == 0:
+        if run.due(step + 1, args.save_every):
             run.commit(step=step + 1, loss=loss, model={n: p.detach() for n, p in parameters.items()}, optimizer=optimizer.state_dict())
 
     result = {"steps": steps, "examples": len(examples), "train_loss": loss}

@@ -24,9 +24,11 @@ import runs  # noqa: E402
 RESULT = os.path.join(ROOT, "benchmarks", "results", "toy_cycle.json")
 STAGES = {"base": "eval_base", "SFT on expert data": "eval_sft_expert",
           **{f"cycle {c}: {label}": f"cycle{c}/{folder}" for c in (1, 2) for label, folder in
-             (("SFT on random", "eval_sft_random"), ("SFT on accepted", "eval_sft"), ("+ GRPO", "eval_grpo"))}}
-PAIRS = [("base", "cycle 2: + GRPO"), ("SFT on expert data", "cycle 1: SFT on accepted"), ("cycle 1: + GRPO", "cycle 2: + GRPO"), *((f"cycle {c}: {a}", f"cycle {c}: {b}") for c in (1, 2) for a, b in
-         (("SFT on random", "SFT on accepted"), ("SFT on accepted", "+ GRPO")))]
+             (("SFT on random", "eval_sft_random"), ("SFT on accepted", "eval_sft"), ("SFT on accepted + expert", "eval_sft_both"),
+              ("+ GRPO", "eval_grpo"))}}
+PAIRS = [("base", "cycle 2: + GRPO"), ("SFT on expert data", "cycle 1: SFT on accepted"), ("cycle 1: + GRPO", "cycle 2: + GRPO"),
+         *((f"cycle {c}: {a}", f"cycle {c}: {b}") for c in (1, 2) for a, b in
+           (("SFT on random", "SFT on accepted"), ("SFT on accepted", "+ GRPO"), ("SFT on accepted + expert", "+ GRPO")))]
 
 
 def read_json(*path):
@@ -109,6 +111,9 @@ def main(args):
         old = read_json(RESULT)
         runs.write_json(RESULT, collect(args.seeds, old["seconds"]) | {k: old[k] for k in ("git", "versions", "hardware")})
     elif not args.readme:
+        there = [f"runs/seed{s}" for s in args.seeds if os.path.exists(os.path.join(ROOT, "runs", f"seed{s}"))]
+        if there:  # their stages would be skipped, and whatever made them be taken for this commit's
+            sys.exit(f"seeds.py: {', '.join(there)} there already; remove them, or read them with --collect")
         seconds = []
         for seed in args.seeds:
             start = time.time()

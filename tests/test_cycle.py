@@ -1,6 +1,7 @@
 """The whole cycle, by subprocess, on a very small clinic: it finishes, it ends with its table, and again does nothing."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def cycle(out, **more):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("cycle") / "run"
+    out = tmp_path_factory.mktemp("cycle") / "my run"
     return out, cycle(out)
 
 
@@ -29,7 +30,7 @@ def test_the_cycle_finishes_and_ends_with_its_table(finished):
     assert done.returncode == 0, done.stderr[-2000:]
     table = (out / "table.txt").read_text()
     assert table in done.stdout
-    for label in ("base", "SFT on expert data", "cycle 1: SFT on random", "cycle 1: SFT on accepted", "cycle 1: + GRPO"):
+    for label in ("base", "SFT on expert data", "cycle 1: SFT on random", "cycle 1: SFT on accepted", "cycle 1: SFT on accepted + expert", "cycle 1: + GRPO"):
         assert label in table
     accuracy = json.load(open(out / "eval_base" / "metrics.json"))["accuracy"]
     assert f"{accuracy:.3f}" in next(line for line in table.splitlines() if line.startswith("base"))
@@ -46,11 +47,23 @@ def test_every_record_file_of_the_cycle_is_valid_and_traces_to_its_image(finishe
     assert len(rollouts) == 2 * 4 and all(os.path.exists(r["image"]) for r in rollouts)
 
 
+def test_the_report_holds_every_evaluated_question_every_candidate_and_every_stages_curves(finished):
+    out, done = finished
+    data = json.loads(re.search('<script id="data"[^>]*>(.*?)</script>', (out / "report.html").read_text(), re.DOTALL)[1])
+    asked, scored = ([r["id"] for r in records.read(out / name)] for name in ("data/test.jsonl", "cycle1/scored/scored.jsonl"))
+    assert [item["id"] for item in data["items"]] == asked + scored and f"{len(asked + scored)} items" in done.stdout
+    assert {len(item["responses"]) for item in data["items"][:len(asked)]} == {5} and all(i["image"] is not None for i in data["items"])
+    assert {curve["title"] for curve in data["curves"]} == {"sft.py"}  # GRPO and reward model logged one step each: no curve
+    assert data["tables"][0]["rows"][0][1][0] == f"{json.load(open(out / 'eval_base' / 'metrics.json'))['accuracy']:.3f}"
+
+
 def test_the_second_call_does_nothing_again(finished):
+    def times():
+        return {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name not in ("table.txt", "report.html")}
+
     out, _ = finished
-    before = {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name != "table.txt"}
-    again = cycle(out)
-    assert again.returncode == 0 and before == {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and f.name != "table.txt"}
+    before = times()
+    assert cycle(out).returncode == 0 and before == times()
 
 
 def test_a_stage_whose_folder_is_gone_is_run_again_and_gives_the_same_records(finished):
@@ -66,6 +79,11 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
     out, _ = finished
     done = cycle(out, GRPO_FLAGS="--steps 2")
     assert done.returncode == 2 and "other settings" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_expert_data_without_a_test_file_is_refused(tmp_path):
+    done = cycle(tmp_path / "run", EXPERT="expert.jsonl", IMAGES="images.jsonl", VAL="val.jsonl")
+    assert done.returncode == 2 and "TEST is not" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):

@@ -372,7 +372,7 @@ def test_after_kill_9_the_same_command_gives_the_same_files(serve, stage, tmp_pa
     part = tmp_path / "out.part"
     process = subprocess.Popen([sys.executable, str(ROOT / "generate.py"), *map(str, flags), "--out", str(tmp_path / "out")],
                                env=os.environ | {"HF_HUB_OFFLINE": "0"})
-    while not (part / "state.pt").exists() and process.poll() is None:
+    while not list(part.glob("state/*.pt")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -480,7 +480,7 @@ SERVER = ("--endpoint", "http://127.0.0.1:9", "--endpoint-model", "m", "--retrie
     ((*SERVER, "--temperature", "nan"), "nan is not at least 0"),
     ((*SERVER, "--batch", "two"), "invalid int value: 'two'"),
     (("--model", "/nowhere/at/all"), "/nowhere/at/all"),
-    ((*SERVER, "--images", "FOLDER/none.jsonl"), "none.jsonl:1: No such file"),
+    ((*SERVER, "--images", "FOLDER/none.jsonl"), "none.jsonl: No such file"),
     ((*SERVER, "--images", "FOLDER/gone.jsonl"), "gone.jsonl: record g: no image"),
     ((*SERVER, "--images", "FOLDER/broken.jsonl"), "broken.png: not a readable image"),
     ((*SERVER, "--images", "FOLDER/bare.jsonl"), "bare.jsonl:1: no field `image`"),

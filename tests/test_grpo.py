@@ -244,7 +244,7 @@ def test_learning_leaves_the_groups_as_they_were(policy, groups):
     assert all(torch.equal(a, b) for g, old in zip(groups, before) for a, b in zip((g.ids, g.mask, g.advantages), old))
 
 
-def test_the_hybrid_reward_by_hand_and_malformed_gets_nothing(groups):
+def test_the_hybrid_reward_by_hand_and_malformed_gets_the_least_there_is(groups):
     g = copy.copy(groups[0])
     formed = records.parse_response("<think>x</think><answer>a</answer>", ["a", "b"])
     g.parsed = [formed, formed, formed._replace(well_formed=False), formed]
@@ -253,7 +253,7 @@ def test_the_hybrid_reward_by_hand_and_malformed_gets_nothing(groups):
     grpo.judge(model, [g], 0.8, 0.2, "unit")
     assert g.rewards.tolist() == pytest.approx([1.0, 0.4, 0.0, 0.0])
     grpo.judge(model, [g], 0.8, 0.2, "raw")
-    assert g.rewards.tolist() == pytest.approx([8.2, 1.6, 0.0, -4.8])
+    assert g.rewards.tolist() == pytest.approx([8.2, 1.6, -4.8, -4.8])
 
 
 def test_spread_is_of_outcomes_not_of_the_continuous_reward(groups):

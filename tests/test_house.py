@@ -10,9 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ["generate", "reward", "sft", "grpo", "eval"]
 ALLOWED = {"records": set(), "runs": set(), "triton_ops": set(), "vlm": {"triton_ops"},
-           **{stage: {"records", "runs", "vlm", "triton_ops"} for stage in STAGES}, "toy": {"records", "vlm", "clinic"}}
+           "leakage": {"records", "runs"}, "report": {"records", "runs"},
+           **{stage: {"records", "runs", "vlm", "triton_ops", "leakage"} for stage in STAGES}, "toy": {"records", "vlm", "clinic"}}
 ALLOWED["grpo"] = ALLOWED["grpo"] | {"reward"}  # the only arrow between stages
-OURS = {"records", "runs", "vlm", "triton_ops", "clinic", *STAGES}
+ALLOWED["eval"] = ALLOWED["eval"] | {"report"}
+TOOLS = ["leakage", "report"]  # ground floor, with a command line of their own
+OURS = {"records", "runs", "vlm", "triton_ops", "clinic", *TOOLS, *STAGES}
 FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "toy").glob("*.py"))
 
 
@@ -42,7 +45,7 @@ def test_functions_are_short_and_nothing_is_forbidden(file):
         assert not (isinstance(node, ast.keyword) and node.arg == "type" and getattr(node.value, "id", "") == "bool"), "type=bool"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES + TOOLS)
 def test_help_answers_without_torch(stage):
     code = ("import sys, runpy\nsys.argv = ['x', '--help']\n"
             f"try: runpy.run_path('{stage}.py', run_name='__main__')\n"
@@ -52,24 +55,36 @@ def test_help_answers_without_torch(stage):
     assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES + TOOLS)
 def test_a_stage_can_be_imported_and_does_nothing(stage, tmp_path):
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; import {stage}"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "" and not os.listdir(tmp_path), done.stderr
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES + TOOLS)
 def test_every_flag_has_its_help(stage):
     tree = ast.parse((ROOT / f"{stage}.py").read_text())
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
     assert calls and all(any(k.arg == "help" for k in call.keywords) for call in calls)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES + TOOLS)
 def test_a_mistaken_or_abbreviated_flag_is_one_line_and_status_2(stage):
     flags = ["train"] if stage == "reward" else []
     for wrong in ("--no-such-flag", "--mod"):
         done = subprocess.run([sys.executable, f"{stage}.py", *flags, "--out", "x", "--model", "m", "--data", "d", "--images", "i", wrong, "1"],
                               cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{stage}.py" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("command", [
+    "grpo.py --model m --reward r --data d --out o --group 1", "grpo.py --model m --reward r --data d --out o --micro-batch 0",
+    "grpo.py --model m --reward r --data d --out o --lr nan", "grpo.py --model m --reward r --data d --out o --epsilon 1.5",
+    "sft.py --model m --data d --out o --batch 0", "sft.py --model m --data d --out o --save-every 0", "sft.py --model m --data d --out o --clip inf",
+    "reward.py score --model m --data d --out o --keep 50", "reward.py score --model m --data d --out o --top-k 0",
+    "reward.py train --model m --data d --out o --holdout -0.2", "eval.py --model m --data d --out o --batch 0",
+    "generate.py --images i --model m --out o --per-image two"])
+def test_a_number_that_makes_no_sense_is_one_line_that_names_its_flag(command):
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and command.split()[-2] in done.stderr, done.stderr

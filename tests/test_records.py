@@ -683,7 +683,7 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_nothing(tmp_path):
     for arguments, what in [
             (("check", tmp_path / "bad image.jsonl"), "record q2"),
             (("check", tmp_path / "bad answer.jsonl"), "bad answer.jsonl:1: `answer` is not one of"),
-            (("check", tmp_path / "none.jsonl"), "none.jsonl:1: No such file"), (("check", tmp_path), "directory"),
+            (("check", tmp_path / "none.jsonl"), "none.jsonl: No such file"), (("check", tmp_path), "directory"),
             (("import", tmp_path / "x.json", *out), "image file not found"),
             (("import", tmp_path / "x.json", "--out", tmp_path / "x.json"), "--out is SRC"),
             (("import", tmp_path / "good.jsonl", *out, "--format", "csv"), "invalid choice"),

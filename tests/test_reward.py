@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import vlm
 
 ROOT = Path(__file__).parent.parent
 
-ALTERNATIVES = {"ct": ["mri"], "mri": ["ct"], "mass": ["cyst"], "cyst": ["mass"], "left": ["right"], "right": ["left"]}
+TERMS = (re.compile(r"(?<!\w)(?:right|left|mass|cyst|mri|ct)(?!\w)", re.IGNORECASE),
+         {"ct": ["MRI"], "mri": ["CT"], "mass": ["cyst"], "cyst": ["mass"], "left": ["right"], "right": ["left"]})
 REASONED = {"id": "a", "image": "/1.png", "question": "Which finding?", "options": ["mass", "cyst"], "answer": "mass",
             "rationale": "CT shows a mass on the left side."}
 PLAIN = {"id": "b", "image": "/2.png", "question": "Which finding?", "options": ["mass", "cyst"], "answer": "cyst"}
@@ -30,7 +32,7 @@ ALL = [REASONED, PLAIN, OPEN, OPEN2, REPORT, REPORT2]
 
 
 def draws(make, record, n=40):
-    return {make(record, ALL, ALTERNATIVES, random.Random(k)) for k in range(n)}
+    return {make(record, ALL, TERMS, random.Random(k)) for k in range(n)}
 
 
 # ---- the four levels
@@ -41,30 +43,48 @@ def test_original_is_the_record_as_written():
 
 
 def test_perturbed_changes_one_detail_of_the_rationale_and_keeps_the_answer():
-    assert draws(reward.perturbed, REASONED) == {"<think>mri shows a mass on the left side.</think><answer>mass</answer>",
+    assert draws(reward.perturbed, REASONED) == {"<think>MRI shows a mass on the left side.</think><answer>mass</answer>",
                                                  "<think>CT shows a mass on the right side.</think><answer>mass</answer>"}
 
 
-def test_perturbed_without_a_rationale_is_another_option_and_of_a_report_one_term():
-    assert draws(reward.perturbed, PLAIN) == {"<think></think><answer>mass</answer>"}
+def test_perturbed_of_a_longer_answer_leaves_the_rest_right_and_of_a_report_one_term():
     assert draws(reward.perturbed, OPEN) == {"<think></think><answer>right lung</answer>"}
-    assert draws(reward.perturbed, REPORT) == {"mri of the chest. A mass on the left.", "CT of the chest. A cyst on the left.",
+    assert draws(reward.perturbed, REPORT) == {"MRI of the chest. A mass on the left.", "CT of the chest. A cyst on the left.",
                                                "CT of the chest. A mass on the right."}
 
 
+def test_an_answer_with_nothing_left_right_is_not_perturbed_but_wrong():
+    assert draws(reward.perturbed, PLAIN) == {None}
+    bare = REASONED | {"rationale": "A mass."}  # nothing in it but the answer: to swap it would be incoherent
+    assert draws(reward.perturbed, bare) == {None}
+
+
+def test_a_replaced_term_keeps_the_case_of_its_place():
+    swap = lambda text, *terms: reward.swap_term(text, reward.find_terms([{"options": list(terms)}]), random.Random(0))  # noqa: E731
+    assert swap("Mass in the lung. The mass is round.", "Mass", "Cyst") == "Cyst in the lung. The cyst is round."
+    assert swap("a CT image", "CT", "MRI") == "a MRI image" and swap("a CT image", "CT", "Ultrasound") == "a Ultrasound image"
+
+
+def test_of_terms_that_overlap_the_longest_is_swapped():
+    terms = reward.find_terms([{"options": ["opacity", "nodule"]}, {"options": ["ground-glass opacity", "effusion"]}])
+    assert {reward.swap_term("A ground-glass opacity.", terms, random.Random(k)) for k in range(9)} == {"A effusion."}
+
+
 def test_a_record_in_which_nothing_can_be_perturbed_gives_none():
-    assert reward.perturbed(OPEN2, ALL, ALTERNATIVES, random.Random(0)) is None
+    assert reward.perturbed(OPEN2, ALL, TERMS, random.Random(0)) is None
 
 
 def test_a_term_inside_a_word_is_not_a_term():
-    assert reward.swap_term("massive leftovers", ALTERNATIVES, random.Random(0)) is None
+    assert reward.swap_term("massive leftovers", TERMS, random.Random(0)) is None
 
 
 def test_incoherent_sets_the_answer_against_the_rationale():
     assert draws(reward.incoherent, REASONED) == {"<think>CT shows a mass on the left side.</think><answer>cyst</answer>"}
     assert draws(reward.incoherent, PLAIN) == {"<think></think><answer>cyst, mass</answer>"}
-    assert draws(reward.incoherent, REPORT) == {"CT of the chest. A mass on the left.. MRI of the knee",
-                                                "CT of the chest. A mass on the left.. No finding."}
+    assert draws(reward.incoherent, REPORT) == {
+        text for strange in ("MRI of the knee.", "No finding.") for text in (
+            f"{strange} CT of the chest. A mass on the left.", f"CT of the chest. {strange} A mass on the left.",
+            f"CT of the chest. A mass on the left. {strange}")}
 
 
 def test_irrelevant_is_of_another_image_and_its_answer_wrong_here():
@@ -72,9 +92,9 @@ def test_irrelevant_is_of_another_image_and_its_answer_wrong_here():
     assert draws(reward.irrelevant, OPEN) == {records.response_of(OPEN2)}
     assert draws(reward.irrelevant, REPORT) == {REPORT2["report"]}
     same = REASONED | {"id": "z", "image": "/9.png"}  # another image with the same answer is no donor
-    assert reward.irrelevant(REASONED, [same, REASONED], ALTERNATIVES, random.Random(0)) is None
+    assert reward.irrelevant(REASONED, [same, REASONED], TERMS, random.Random(0)) is None
     twin = PLAIN | {"image": REASONED["image"]}  # the same image is no donor either
-    assert reward.irrelevant(REASONED, [twin], ALTERNATIVES, random.Random(0)) is None
+    assert reward.irrelevant(REASONED, [twin], TERMS, random.Random(0)) is None
 
 
 def test_levels_are_drawn_anew_and_no_response_of_a_level_stands_twice():
@@ -90,9 +110,20 @@ def test_levels_do_not_mutate_records():
     assert before == ALL
 
 
-def test_alternatives_stand_side_by_side_among_options():
-    found = reward.find_alternatives([{"options": ["CT", "MRI", "OCT"]}])
-    assert found["ct"] == ["mri", "oct"] and found["left"] == ["right"] and "ct" not in found["ct"]
+def test_no_text_has_two_levels_and_the_original_keeps_its_own():
+    lobes = ["left lobe", "right lobe"]  # open questions: `perturbed` swaps the side, and that is `irrelevant`'s answer too
+    rows = [{"id": str(k), "image": f"/{k}.png", "question": "Where?", "answer": lobes[k % 2]} for k in range(4)]
+    for row, drawn in reward.build_levels(rows, 4, 0):
+        texts = [text for _, text in drawn]
+        assert len(texts) == len(set(texts)) and ("original", records.response_of(row)) in drawn
+        wrong = records.format_response(None, next(o for o in lobes if o != row["answer"]))
+        assert reward.perturbed(row, rows, reward.find_terms(rows), random.Random(0)) == wrong  # the case in question
+        assert ("irrelevant", wrong) in drawn
+
+
+def test_terms_are_what_stands_side_by_side_among_options():
+    pattern, found = reward.find_terms([{"options": ["CT", "MRI", "OCT"]}])
+    assert found["ct"] == ["MRI", "OCT"] and found["left"] == ["right"] and pattern.findall("OCT, ct; mri2") == ["OCT", "ct"]
 
 
 def test_rollouts_count_only_on_expert_questions_and_are_marked_by_the_truth(tmp_path):

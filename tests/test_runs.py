@@ -2,11 +2,37 @@
 import argparse
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import runs
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("kind, least, most, text, value", [
+    (int, 1, None, "1", 1), (int, 1, None, "0", None), (int, 1, None, "1.5", None), (float, 0, 1, "1", 1.0), (float, 0, 1, "1.01", None),
+    (float, 0, None, "nan", None), (float, 0, None, "inf", None), (float, -6, 10, "-6", -6.0), (float, -6, 10, "-inf", None)])
+def test_a_number_keeps_to_its_bounds(kind, least, most, text, value):
+    parse = runs.number(kind, least, most)
+    if value is None:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            parse(text)
+    else:
+        assert parse(text) == value and type(parse(text)) is kind
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """Runs of this process set a handler for SIGTERM; put the old one back."""
+    old = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, old)
 
 
 def args_of(tmp_path, **extra):
@@ -23,7 +49,7 @@ def test_a_finished_run_is_renamed_and_the_same_command_again_leaves_with_status
     run.finish({"loss": 1})
     assert lines(tmp_path / "out" / "metrics.jsonl") == [{"step": 0, "loss": 0.123457}]
     assert json.load(open(tmp_path / "out" / "metrics.json")) == {"loss": 1}
-    assert not (tmp_path / "out.part").exists() and not (tmp_path / "out" / "state.pt").exists()
+    assert not (tmp_path / "out.part").exists() and sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.json", "metrics.jsonl"]
     with pytest.raises(SystemExit) as left:
         runs.start(args_of(tmp_path, lr=1.0))
     assert left.value.code == 0
@@ -51,6 +77,98 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     os.makedirs(tmp_path / "out")
     with pytest.raises(runs.RunError, match="something else than a run"):
         runs.start(args_of(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"script": "x.py"}', '{"script": "x.py", "args": [], "inputs": {}}'])
+def test_a_folder_whose_args_json_is_no_runs_is_refused(tmp_path, text):
+    os.makedirs(tmp_path / "out")
+    (tmp_path / "out" / "args.json").write_text(text)
+    with pytest.raises(runs.RunError, match="something else than a run"):
+        runs.start(args_of(tmp_path))
+
+
+def test_an_argument_on_which_no_output_depends_may_change_before_a_resume(tmp_path):
+    runs.start(args_of(tmp_path, timeout=1), free=("timeout",)).commit(step=7)
+    assert runs.start(args_of(tmp_path, timeout=60), free=("timeout",)).state["step"] == 7
+    with pytest.raises(runs.RunError, match="--timeout 1 there, 9 here"):
+        runs.start(args_of(tmp_path, timeout=9))
+
+
+def test_an_out_that_cannot_be_written_is_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    args = argparse.Namespace(out=str(tmp_path / "file" / "out"), seed=0, resume=True)
+    with pytest.raises(SystemExit) as left:
+        runs.cli(lambda args: runs.start(args), args)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in line and "Not a directory" in line
+
+
+def test_a_full_disk_is_one_line_and_a_bug_keeps_its_traceback(capsys):
+    def fill(args):
+        with open("/dev/full", "w") as f:
+            f.write("x" * 10000)
+
+    with pytest.raises(SystemExit) as left:
+        runs.cli(fill, argparse.Namespace(out="o"))
+    assert left.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):
+        runs.cli(lambda args: open("/none"), argparse.Namespace(out="o"))
+
+
+def test_a_second_process_on_one_folder_is_told_who_the_first_is(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runs, time\n"
+                               f"lock = runs.take_lock({str(tmp_path / 'out.part')!r}); print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(runs.RunError, match=f"process {holder.pid} on "):
+        runs.start(args_of(tmp_path))
+    holder.kill()
+    holder.wait()
+    runs.start(args_of(tmp_path)).finish({})  # the lock went with the process that held it
+
+
+def test_a_damaged_newest_commit_is_set_aside_and_the_one_before_is_used(tmp_path, capsys):
+    run = runs.start(args_of(tmp_path))
+    for step in (1, 2, 3):
+        run.append("rows.jsonl", [{"step": step}])
+        run.commit(step=step)
+    states = sorted((tmp_path / "out.part" / "state").iterdir())
+    assert len(states) == 2
+    damaged = bytearray(states[-1].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    states[-1].write_bytes(damaged)
+    again = runs.start(args_of(tmp_path))
+    assert again.state["step"] == 2 and lines(tmp_path / "out.part" / "rows.jsonl") == [{"step": 1}, {"step": 2}]
+    assert "damaged, set aside" in capsys.readouterr().out
+
+
+def test_sigterm_ends_a_run_after_its_next_commit_with_the_state_saved(tmp_path):
+    run = runs.start(args_of(tmp_path))
+    assert [run.due(step, every=2) for step in (1, 2)] == [False, True]
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert run.due(1, every=2)
+    with pytest.raises(SystemExit) as left:
+        run.commit(step=1)
+    assert left.value.code == 143
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert runs.start(args_of(tmp_path)).state["step"] == 1
+
+
+def test_sigterm_ends_a_loop_that_commits_nothing_after_its_step(tmp_path):
+    run, done = runs.start(args_of(tmp_path)), []
+    with pytest.raises(SystemExit):
+        for step in run.progress(range(5), "steps"):
+            done.append(step)
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert done == [0, 1]
+
+
+def test_rows_of_a_table_with_one_label_draw_on_several_files(tmp_path):
+    for name, values in (("a+b.json", {"accuracy": 0.5}), ("c.json", {"auroc": 0.25})):
+        (tmp_path / name).write_text(json.dumps(values))
+    shown = runs.show([f"x={tmp_path}/a+b.json", f"y={tmp_path}/a+b.json", f"x={tmp_path}/c.json"], ["accuracy", "auroc"])
+    assert [line.split() for line in shown.splitlines()[2:]] == [["x", "0.500", "0.250"], ["y", "0.500"]]
 
 
 def test_an_input_that_changed_is_refused(tmp_path):

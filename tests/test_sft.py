@@ -97,13 +97,13 @@ def test_the_generator_learns_what_its_parser_reads(data):
 
 def test_a_report_is_learned_by_both_roles(data):
     record = next(records.read(data / "reports.jsonl"))
-    assert sft.example(record, "policy") == sft.example(record, "generator") == (record["image"], records.report_prompt(), record["report"])
+    assert sft.example(record, "policy", "r.jsonl") == sft.example(record, "generator", "r.jsonl") == (record["image"], records.report_prompt(), record["report"])
 
 
 def test_records_are_not_mutated(data):
     record = next(records.read(data / "expert.jsonl"))
     before = json.dumps(record)
-    sft.example(record, "policy"), sft.example(record, "generator")
+    sft.example(record, "policy", "r.jsonl"), sft.example(record, "generator", "r.jsonl")
     assert json.dumps(record) == before
 
 
@@ -175,3 +175,17 @@ def test_weights_that_do_not_fit_the_files_are_one_line(monkeypatch, data, tmp_p
     with pytest.raises(vlm.ModelError, match="config.json"):
         monkeypatch.setattr(sys, "argv", ["sft.py", "--model", str(data), "--data", str(data / "expert.jsonl"), "--out", str(tmp_path / "y")])
         sft.main(sft.parse_args())
+
+
+def test_a_record_that_teaches_nothing_is_one_line(tmp_path):
+    from PIL import Image
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "r.jsonl").write_text('{"id": "7", "image": "a.png"}\n')
+    with pytest.raises(records.RecordError, match="r.jsonl: record 7 has neither"):
+        sft.load_examples([str(tmp_path / "r.jsonl")], [1.0], "policy")
+
+
+def test_no_examples_at_all_are_refused(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"id": "7", "image": "a.png", "question": "q", "answer": "a"}\n')
+    with pytest.raises(records.RecordError, match="nothing to learn"):
+        sft.load_examples([str(tmp_path / "r.jsonl")], [0.0], "policy")

@@ -63,4 +63,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except records.RecordError as e:
+        sys.exit(f"mark.py: {e}")
