@@ -24,7 +24,6 @@ import gc
 import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
