@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import clinic
+import levels
 import records
 import reward
 import runs
@@ -38,91 +39,91 @@ def draws(make, record, n=40):
 # ---- the four levels
 
 def test_original_is_the_record_as_written():
-    assert draws(reward.original, REASONED) == {"<think>CT shows a mass on the left side.</think><answer>mass</answer>"}
-    assert draws(reward.original, REPORT) == {REPORT["report"]}
+    assert draws(levels.original, REASONED) == {"<think>CT shows a mass on the left side.</think><answer>mass</answer>"}
+    assert draws(levels.original, REPORT) == {REPORT["report"]}
 
 
 def test_perturbed_changes_one_detail_of_the_rationale_and_keeps_the_answer():
-    assert draws(reward.perturbed, REASONED) == {"<think>MRI shows a mass on the left side.</think><answer>mass</answer>",
+    assert draws(levels.perturbed, REASONED) == {"<think>MRI shows a mass on the left side.</think><answer>mass</answer>",
                                                  "<think>CT shows a mass on the right side.</think><answer>mass</answer>"}
 
 
 def test_perturbed_of_a_longer_answer_leaves_the_rest_right_and_of_a_report_one_term():
-    assert draws(reward.perturbed, OPEN) == {"<think></think><answer>right lung</answer>"}
-    assert draws(reward.perturbed, REPORT) == {"MRI of the chest. A mass on the left.", "CT of the chest. A cyst on the left.",
+    assert draws(levels.perturbed, OPEN) == {"<think></think><answer>right lung</answer>"}
+    assert draws(levels.perturbed, REPORT) == {"MRI of the chest. A mass on the left.", "CT of the chest. A cyst on the left.",
                                                "CT of the chest. A mass on the right."}
 
 
 def test_an_answer_with_nothing_left_right_is_not_perturbed_but_wrong():
-    assert draws(reward.perturbed, PLAIN) == {None}
+    assert draws(levels.perturbed, PLAIN) == {None}
     bare = REASONED | {"rationale": "A mass."}  # nothing in it but the answer: to swap it would be incoherent
-    assert draws(reward.perturbed, bare) == {None}
+    assert draws(levels.perturbed, bare) == {None}
 
 
 def test_a_replaced_term_keeps_the_case_of_its_place():
-    swap = lambda text, *terms: reward.swap_term(text, reward.find_terms([{"options": list(terms)}]), random.Random(0))  # noqa: E731
+    swap = lambda text, *terms: levels.swap_term(text, levels.find_terms([{"options": list(terms)}]), random.Random(0))  # noqa: E731
     assert swap("Mass in the lung. The mass is round.", "Mass", "Cyst") == "Cyst in the lung. The cyst is round."
     assert swap("a CT image", "CT", "MRI") == "a MRI image" and swap("a CT image", "CT", "Ultrasound") == "a Ultrasound image"
 
 
 def test_of_terms_that_overlap_the_longest_is_swapped():
-    terms = reward.find_terms([{"options": ["opacity", "nodule"]}, {"options": ["ground-glass opacity", "effusion"]}])
-    assert {reward.swap_term("A ground-glass opacity.", terms, random.Random(k)) for k in range(9)} == {"A effusion."}
+    terms = levels.find_terms([{"options": ["opacity", "nodule"]}, {"options": ["ground-glass opacity", "effusion"]}])
+    assert {levels.swap_term("A ground-glass opacity.", terms, random.Random(k)) for k in range(9)} == {"A effusion."}
 
 
 def test_a_record_in_which_nothing_can_be_perturbed_gives_none():
-    assert reward.perturbed(OPEN2, ALL, TERMS, random.Random(0)) is None
+    assert levels.perturbed(OPEN2, ALL, TERMS, random.Random(0)) is None
 
 
 def test_a_term_inside_a_word_is_not_a_term():
-    assert reward.swap_term("massive leftovers", TERMS, random.Random(0)) is None
+    assert levels.swap_term("massive leftovers", TERMS, random.Random(0)) is None
 
 
 def test_incoherent_sets_the_answer_against_the_rationale():
-    assert draws(reward.incoherent, REASONED) == {"<think>CT shows a mass on the left side.</think><answer>cyst</answer>"}
-    assert draws(reward.incoherent, PLAIN) == {"<think></think><answer>cyst, mass</answer>"}
-    assert draws(reward.incoherent, REPORT) == {
+    assert draws(levels.incoherent, REASONED) == {"<think>CT shows a mass on the left side.</think><answer>cyst</answer>"}
+    assert draws(levels.incoherent, PLAIN) == {"<think></think><answer>cyst, mass</answer>"}
+    assert draws(levels.incoherent, REPORT) == {
         text for strange in ("MRI of the knee.", "No finding.") for text in (
             f"{strange} CT of the chest. A mass on the left.", f"CT of the chest. {strange} A mass on the left.",
             f"CT of the chest. A mass on the left. {strange}")}
 
 
 def test_irrelevant_is_of_another_image_and_its_answer_wrong_here():
-    assert draws(reward.irrelevant, REASONED) == {records.response_of(PLAIN)}
-    assert draws(reward.irrelevant, OPEN) == {records.response_of(OPEN2)}
-    assert draws(reward.irrelevant, REPORT) == {REPORT2["report"]}
+    assert draws(levels.irrelevant, REASONED) == {records.response_of(PLAIN)}
+    assert draws(levels.irrelevant, OPEN) == {records.response_of(OPEN2)}
+    assert draws(levels.irrelevant, REPORT) == {REPORT2["report"]}
     same = REASONED | {"id": "z", "image": "/9.png"}  # another image with the same answer is no donor
-    assert reward.irrelevant(REASONED, [same, REASONED], TERMS, random.Random(0)) is None
+    assert levels.irrelevant(REASONED, [same, REASONED], TERMS, random.Random(0)) is None
     twin = PLAIN | {"image": REASONED["image"]}  # the same image is no donor either
-    assert reward.irrelevant(REASONED, [twin], TERMS, random.Random(0)) is None
+    assert levels.irrelevant(REASONED, [twin], TERMS, random.Random(0)) is None
 
 
 def test_levels_are_drawn_anew_and_no_response_of_a_level_stands_twice():
-    one, many = (reward.build_levels(ALL, k, 0) for k in (1, 8))
+    one, many = (levels.build_levels(ALL, k, 0) for k in (1, 8))
     assert all(len(drawn) == len(set(drawn)) for _, drawn in many)
     assert sum(len(d) for _, d in many) > sum(len(d) for _, d in one)
-    assert [sorted(d) for _, d in one] == [sorted(d) for _, d in reward.build_levels(ALL, 1, 0)]
+    assert [sorted(d) for _, d in one] == [sorted(d) for _, d in levels.build_levels(ALL, 1, 0)]
 
 
 def test_levels_do_not_mutate_records():
     before = copy.deepcopy(ALL)
-    reward.build_levels(ALL, 3, 0)
+    levels.build_levels(ALL, 3, 0)
     assert before == ALL
 
 
 def test_no_text_has_two_levels_and_the_original_keeps_its_own():
     lobes = ["left lobe", "right lobe"]  # open questions: `perturbed` swaps the side, and that is `irrelevant`'s answer too
     rows = [{"id": str(k), "image": f"/{k}.png", "question": "Where?", "answer": lobes[k % 2]} for k in range(4)]
-    for row, drawn in reward.build_levels(rows, 4, 0):
+    for row, drawn in levels.build_levels(rows, 4, 0):
         texts = [text for _, text in drawn]
         assert len(texts) == len(set(texts)) and ("original", records.response_of(row)) in drawn
         wrong = records.format_response(None, next(o for o in lobes if o != row["answer"]))
-        assert reward.perturbed(row, rows, reward.find_terms(rows), random.Random(0)) == wrong  # the case in question
+        assert levels.perturbed(row, rows, levels.find_terms(rows), random.Random(0)) == wrong  # the case in question
         assert ("irrelevant", wrong) in drawn
 
 
 def test_terms_are_what_stands_side_by_side_among_options():
-    pattern, found = reward.find_terms([{"options": ["CT", "MRI", "OCT"]}])
+    pattern, found = levels.find_terms([{"options": ["CT", "MRI", "OCT"]}])
     assert found["ct"] == ["MRI", "OCT"] and found["left"] == ["right"] and pattern.findall("OCT, ct; mri2") == ["OCT", "ct"]
 
 
@@ -131,7 +132,7 @@ def test_rollouts_count_only_on_expert_questions_and_are_marked_by_the_truth(tmp
     rows = [row(0, "<think>a</think><answer>mass</answer>", "expert"), row(1, "<think>a</think><answer>cyst</answer>", "expert"),
             row(2, "<answer>mass</answer>", "expert"), row(3, "<think>a</think><answer>mass</answer>", "generated")]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    ((_, marked),) = reward.build_rollouts([str(tmp_path / "rollouts.jsonl")])
+    ((_, marked),) = levels.build_rollouts([str(tmp_path / "rollouts.jsonl")])
     assert sorted(mark for mark, _ in marked) == ["malformed", "right", "wrong"]
 
 
@@ -207,7 +208,7 @@ def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbo
 def test_reading_a_question_once_for_many_responses_changes_no_feature(backbone, rows):
     torch.manual_seed(0)
     model = reward.RewardModel(backbone, reward.Heads(backbone.head.weight.shape[1] + 30, 8), True)
-    groups = reward.build_levels(rows[:6] + rows[-2:], 2, 0)
+    groups = levels.build_levels(rows[:6] + rows[-2:], 2, 0)
     with torch.no_grad():
         together, order = reward.collect(model, groups, 8, iter)
         flat = {(r["id"], level, k): f for k, ((r, level), f) in enumerate(zip(order, together))}
