@@ -10,7 +10,7 @@ them by the GRPO loss (β = 0, ε = 0.2, no update but one a rollout) and moves 
 
 Only what the comparison needs is set on both: the above, and no learning-rate schedule. TRL takes images from a datasets.Dataset of
 files as is usual with it, we from the files. Models are LLaVA with random weights and the toy's tokenizer: `toy`, the toy policy's
-shape (1 M parameters, P = 8), and `mid` (50 M; P = 4, 2 and 1, for the hours that 8 would take); patches are made smaller or images
+shape (1 M parameters, P = 8), and `mid` (50 M; P = 4, 2 and 1: 8 would take minutes a step); patches are made smaller or images
 larger for 16 to 1024 image tokens. `qwen` is of
 Qwen2.5-VL-3B's shape with a made-up tokenizer, in bf16 autocast, on a GPU alone; `tiny` is its like for a CPU, to try the code.
 
