@@ -11,6 +11,7 @@ import copy
 import os
 import re
 import textwrap
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -255,6 +256,27 @@ def continue_from(vlm, cache, mask, ids):
                                 **positions).last_hidden_state
 
 
+class Room:
+    """In place of a cache layer's `update`: writes new tokens in place, where the layer's own copies all P to add one. No gradient."""
+
+    def __init__(self, layer, more):
+        self.layer, self.used = weakref.proxy(layer), layer.keys.shape[-2]  # a cycle would outlive the cache until the next collection
+        self.keys, self.values = (torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (layer.keys, layer.values))
+
+    def __call__(self, keys, values, *args, **kwargs):
+        new = slice(self.used, self.used + keys.shape[-2])
+        self.keys[:, :, new], self.values[:, :, new], self.used = keys, values, new.stop
+        self.layer.keys, self.layer.values = self.keys[:, :, :new.stop], self.values[:, :, :new.stop]
+        return self.layer.keys, self.layer.values
+
+
+def make_room(cache, more):
+    """Room for `more` tokens in each layer that keeps all it is given (a sliding one forgets, and goes on as it does)."""
+    for layer in cache.layers:
+        if type(layer).__name__ == "DynamicLayer" and layer.is_initialized:
+            layer.update = Room(layer, more)
+
+
 def hidden_states(vlm, prompts, ids, mask):
     """Hidden states around N = B·G continuations (N, C), each prompt read once.
 
@@ -308,13 +330,14 @@ def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]) \
         if temperature else torch.zeros(rows, max_new_tokens)
     uniform = uniform.to(vlm.device)  # (N, C)
-    stops = torch.tensor(vlm.stop_ids, device=vlm.device)
+    stops, banned = (torch.tensor(x, dtype=torch.long, device=vlm.device) for x in (vlm.stop_ids, vlm.banned_ids))
     cache, mask, state = read(vlm, prompts, group)
+    make_room(cache, max_new_tokens)
     alive = torch.ones(rows, dtype=torch.bool, device=vlm.device)
     ids, kept = [], []
     for step in range(max_new_tokens):
         logits = bent(vlm.head(state).float(), vlm.logit_rule)  # (N, V): one position, not C of them
-        logits[:, vlm.banned_ids] = -torch.inf
+        logits[:, banned] = -torch.inf
         token = pick(logits, temperature, uniform[:, step])
         token = torch.where(alive, token, vlm.tokenizer.pad_token_id)
         ids.append(token)

@@ -10,7 +10,8 @@ them by the GRPO loss (β = 0, ε = 0.2, no update but one a rollout) and moves 
 
 Only what the comparison needs is set on both: the above, and no learning-rate schedule. TRL takes images from a datasets.Dataset of
 files as is usual with it, we from the files. Models are LLaVA with random weights and the toy's tokenizer: `toy`, the toy policy's
-shape (1 M parameters), and `mid` (50 M); patches are made smaller or images larger for 16 to 1024 image tokens. `qwen` is of
+shape (1 M parameters, P = 8), and `mid` (50 M; P = 4, 2 and 1: 8 would take minutes a step); patches are made smaller or images
+larger for 16 to 1024 image tokens. `qwen` is of
 Qwen2.5-VL-3B's shape with a made-up tokenizer, in bf16 autocast, on a GPU alone; `tiny` is its like for a CPU, to try the code.
 
 Each measurement is a process of its own, sides take turns, for several rounds. Seconds are the median of the timed steps. Memory is
@@ -42,7 +43,7 @@ import runs  # noqa: E402
 G, C, LR, SEED = 8, 32, 1e-5, 0  # responses to a question, tokens of a response
 Row = namedtuple("Row", "shape pixels patch prompts trl_batch steps")  # trl_batch: responses of TRL's tuned micro-batch
 ROWS = {"toy-16": Row("toy", 64, 16, 8, 64, 5), "toy-256": Row("toy", 64, 4, 8, 64, 3), "toy-1024": Row("toy", 128, 4, 8, 64, 1),
-        "mid-64": Row("mid", 64, 8, 8, 64, 2), "mid-256": Row("mid", 64, 4, 4, 32, 1), "mid-1024": Row("mid", 128, 4, 2, 8, 1)}
+        "mid-64": Row("mid", 64, 8, 4, 32, 1), "mid-256": Row("mid", 64, 4, 2, 16, 1), "mid-1024": Row("mid", 128, 4, 1, 8, 1)}
 GPU_ROWS = {"qwen-256": Row("qwen", 448, 14, 8, 64, 5), "qwen-1024": Row("qwen", 896, 14, 8, 16, 3)}
 TRIAL = {"tiny-64": Row("tiny", 224, 14, 2, 16, 1)}
 SIDES = ("ours", "trl", "default")
@@ -51,8 +52,8 @@ SIDES = ("ours", "trl", "default")
 def parse_args():
     p = runs.Parser(description=__doc__)
     p.add_argument("--rows", nargs="+", choices=[*ROWS, *GPU_ROWS, *TRIAL], help="rows to measure (all that this machine can)")
-    p.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="sides to measure")
-    p.add_argument("--rounds", type=runs.number(int, 1), default=3, help="processes of each side (`default`: one)")
+    p.add_argument("--sides", nargs="+", choices=SIDES, help="sides to measure (all; of 1024 image tokens ours and trl)")
+    p.add_argument("--rounds", type=runs.number(int, 1), default=2, help="processes of each side (`default`: one)")
     p.add_argument("--steps", type=runs.number(int, 1), help="timed steps of a process, after one to warm up (the row's own)")
     p.add_argument("--threads", type=runs.number(int, 1), default=os.cpu_count(), help="CPU threads, of every side")
     p.add_argument("--out", help="result file (benchmarks/results/grpo_step_DEVICE.json); other rows in it stay")
@@ -339,19 +340,20 @@ def spread(values):
 def measure(name, args):
     """All rounds of a row, and the check that both sides do the same work."""
     row = (ROWS | GPU_ROWS | TRIAL)[name]
+    image_tokens = (row.pixels // row.patch) ** 2 // (1 if row.shape in ("toy", "mid") else 4)  # Qwen merges four patches
+    sides = args.sides or (SIDES if image_tokens <= 256 else SIDES[:2])
     with tempfile.TemporaryDirectory() as folder:
         call(name, "build", folder, args)
         same = {s: call(name, f"check-{s}", folder, args) for s in ("ours", "trl")}
         rounds = []
         for k in range(args.rounds):
-            rounds.append({side: call(name, side, folder, args) for side in args.sides if side != "default" or k == 0})
+            rounds.append({side: call(name, side, folder, args) for side in sides if side != "default" or k == 0})
             print(f"{name} round {k}: " + ", ".join(f"{s} {r['seconds']:.2f} s" for s, r in rounds[-1].items()), flush=True)
     tokens = {r["response_tokens"] for turn in rounds for r in turn.values()}
     if tokens != {row.prompts * G * C}:
         raise runs.RunError(f"{name}: responses of {tokens} tokens a step in all; {row.prompts * G * C} were to be")
-    result = row._asdict() | {"image_tokens": (row.pixels // row.patch) ** 2 // (1 if row.shape in ("toy", "mid") else 4), "group": G,
-                              "completion": C, "same_work": same, "rounds": rounds}
-    for peer in [s for s in args.sides if s != "ours" and "ours" in args.sides]:
+    result = row._asdict() | {"image_tokens": image_tokens, "group": G, "completion": C, "same_work": same, "rounds": rounds}
+    for peer in [s for s in sides if s != "ours" and "ours" in sides]:
         result[f"{peer}_over_ours"] = {key: spread([r[peer][key] / r["ours"][key] for r in rounds if peer in r])
                                        for key in ("seconds", "peak_bytes", "growth_bytes")}
     return result

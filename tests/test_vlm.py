@@ -554,6 +554,24 @@ def test_a_cache_keeps_its_own_positions_while_another_prompt_is_read(vlm_):
     assert states.equal(expected)
 
 
+def test_with_room_tokens_are_written_in_place_and_give_the_states_of_a_cache_that_copies(vlm_):
+    prompts, ids, mask = encoded(vlm_, 2)
+    seen = {}
+    with torch.no_grad():
+        for roomy in (False, True):
+            cache, so_far, _ = vlm.read(vlm_, prompts, 2)
+            if roomy:
+                vlm.make_room(cache, ids.shape[1])
+            states, places = [], []
+            for c in range(ids.shape[1]):
+                so_far = torch.cat([so_far, mask[:, c:c + 1]], 1)
+                states.append(vlm.continue_from(vlm_, cache, so_far, ids[:, c:c + 1]))
+                places.append([layer.keys.data_ptr() for layer in cache.layers if type(layer).__name__ == "DynamicLayer"])
+            assert (all(p == places[0] for p in places)) == roomy and places[0], "where the keys stand"
+            seen[roomy] = torch.cat(states, 1)
+    assert seen[True].equal(seen[False])
+
+
 def test_a_prompt_without_an_image_is_read_alike_before_and_after_one_with(vlm_):
     text = vlm_.tokenizer(["What does the scan show?", "Hm"], padding=True, padding_side="left", return_tensors="pt")
     text = {k: text[k] for k in ("input_ids", "attention_mask")}
