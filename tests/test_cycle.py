@@ -2,27 +2,9 @@
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 
 import records
-
-ROOT = Path(__file__).parent.parent
-SMALL = {"CYCLES": "1", "CLINIC_FLAGS": "--sizes 12 6 8 8 8", "REWARD_FLAGS": "--resamples 1 --steps 50", "SFT_FLAGS": "--epochs 1",
-         "GRPO_FLAGS": "--steps 1 --prompts 2 --group 4 --watch-items 8", "PYTHON": sys.executable}
-
-
-def cycle(out, **more):
-    return subprocess.run(["bash", "cycle.sh"], cwd=ROOT, env=os.environ | SMALL | {"OUT": str(out)} | more, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("cycle") / "my run"
-    return out, cycle(out)
+from conftest import cycle
 
 
 def test_the_cycle_finishes_and_ends_with_its_table(finished):

@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ["generate", "reward", "sft", "grpo", "eval"]
 ALLOWED = {"records": set(), "runs": set(), "triton_ops": set(), "vlm": {"triton_ops"},
-           "leakage": {"records", "runs"}, "report": {"records", "runs"},
+           "leakage": {"records", "runs"}, "report": {"records", "runs"}, "provenance": {"records", "runs"},
            **{stage: {"records", "runs", "vlm", "triton_ops", "leakage"} for stage in STAGES}, "toy": {"records", "vlm", "clinic"}}
 ALLOWED["grpo"] = ALLOWED["grpo"] | {"reward"}  # the only arrow between stages
 ALLOWED["eval"] = ALLOWED["eval"] | {"report"}
-TOOLS = ["leakage", "report"]  # ground floor, with a command line of their own
+TOOLS = ["leakage", "report", "provenance"]  # ground floor, with a command line of their own
 OURS = {"records", "runs", "vlm", "triton_ops", "clinic", *TOOLS, *STAGES}
 FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "toy").glob("*.py"))
 
