@@ -72,7 +72,6 @@ class Parsed(NamedTuple):
 
 
 FORM = re.compile(r"\s*<think>(?P<rationale>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAG = re.compile(r"</?(?:question|options|think|answer)>")  # none of them may stand inside a part of a reply
 LETTER = re.compile(r"\(?([A-Za-z])(?:[).:]+|\s*$)\s*(.*)", re.DOTALL)
 
@@ -107,13 +106,13 @@ def parse_response(text, options=None):
     Accepted: the option's text, its letter, `C) CT`, `(C)`, in any case, with stray punctuation. The
     reasoning may be missing (a prediction all the same, but not `well_formed`).
     """
-    answers = ANSWER.findall(text)
-    if len(answers) != 1 or text.count("<answer>") != 1:
-        return Parsed(None, "no answer" if not answers else "several answers", None, False)
+    opened, closed = text.count("<answer>"), "</answer>" in text.partition("<answer>")[2]
+    if opened != 1 or not closed:
+        return Parsed(None, "several answers" if closed else "no answer", None, False)
     form = FORM.fullmatch(text)
     form = form if form and len(TAG.findall(text)) == 4 else None
     rationale = form["rationale"].strip() if form else None
-    answer = answers[0].strip()
+    answer = text.partition("<answer>")[2].partition("</answer>")[0].strip()
     if not normalise(answer):
         return Parsed(None, "empty answer", rationale, False)
     if options is None:
@@ -150,13 +149,15 @@ def format_candidate(record):
     return f"<question>{record['question']}</question>{options}{response_of(record)}"
 
 
-CANDIDATE = re.compile(r"\s*<question>(?P<question>.*?)</question>\s*(?:<options>(?P<options>.*?)</options>)?"
-                       r"(?P<response>\s*<think>.*)", re.DOTALL)
+CANDIDATE = re.compile(r"\s*<question>(?P<question>.*?)</question>\s*(?:<options>(?P<options>.*?)</options>\s*)?"
+                       r"(?P<response><think>.*)", re.DOTALL)
 
 
 def parse_candidate(text):
     """Read a reply to `generator_prompt`: ({question, options?, rationale, answer}, None) or (None, reason)."""
-    form = CANDIDATE.fullmatch(text)
+    tags = re.sub("[</>]", "", " ".join(TAG.findall(text)))  # each part once; a regular expression alone takes hours to say no
+    form = CANDIDATE.fullmatch(text) if tags in ("question question think think answer answer",
+                                                 "question question options options think think answer answer") else None
     if not form or TAG.search(form["question"]) or TAG.search(form["options"] or ""):
         return None, "malformed"
     question = " ".join(form["question"].split())

@@ -1,10 +1,27 @@
 """Set before anything imports Triton (transformers does): without a GPU its kernels run in the interpreter."""
 import os
+import subprocess
 import sys
 
+import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+SMALL = {"CYCLES": "1", "CLINIC_FLAGS": "--sizes 12 6 8 8 8", "REWARD_FLAGS": "--resamples 1 --steps 50", "SFT_FLAGS": "--epochs 1",
+         "GRPO_FLAGS": "--steps 1 --prompts 2 --group 4 --watch-items 8", "PYTHON": sys.executable}
+
+
+def cycle(out, **more):
+    return subprocess.run(["bash", "cycle.sh"], cwd=ROOT, env=os.environ | SMALL | {"OUT": str(out)} | more,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(folder, the finished process) of one whole cycle on a very small clinic, for all tests that look at one."""
+    out = tmp_path_factory.mktemp("cycle") / "my run"
+    return out, cycle(out)

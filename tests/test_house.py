@@ -12,12 +12,13 @@ STAGES = ["generate", "reward", "sft", "grpo", "eval"]
 ALLOWED = {"records": set(), "runs": set(), "triton_ops": set(), "vlm": {"triton_ops"},
            "measures": set(), "figures": set(), "scorers": {"records"}, "comparisons": {"measures", "records", "runs"},
            "leakage": {"records", "runs"}, "levels": {"records", "runs"}, "report": {"records", "runs"},
+           "provenance": {"records", "runs"},
            **{stage: {"records", "runs", "vlm", "triton_ops", "measures", "leakage"} for stage in STAGES},
            "toy": {"records", "vlm", "clinic", "measures"}}
 ALLOWED["reward"] = ALLOWED["reward"] | {"levels"}
 ALLOWED["grpo"] = ALLOWED["grpo"] | {"reward"}  # the only arrow between stages
 ALLOWED["eval"] = ALLOWED["eval"] | {"scorers", "comparisons", "figures"}
-TOOLS = ["leakage", "report"]  # ground floor, with a command line of their own
+TOOLS = ["leakage", "report", "provenance"]  # ground floor, with a command line of their own
 OURS = {*ALLOWED, "clinic"}
 FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "toy").glob("*.py"))
 

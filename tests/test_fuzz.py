@@ -1,0 +1,80 @@
+"""Readers and parsers on whatever hypothesis thinks of: RecordError or a value, never anything else, and never for long."""
+import json
+import time
+
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+import records
+
+few = settings(max_examples=100, deadline=None)
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6), lambda inner: st.lists(inner, max_size=3)
+                           | st.dictionaries(st.sampled_from([*records.FIELDS, "overall", "x"]), inner, max_size=4), max_leaves=8)
+lines = st.binary(max_size=60) | st.builds(lambda value: json.dumps(value).encode(), json_values)
+tags = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<question>", "</question>", "<options>", "</options>", " | ", "A", "CT", "C) CT",
+                        "\n", "<", "ß", "\0", "\ud800", "<image>", "{{ 7*7 }}"])
+replies = st.lists(tags | st.text(max_size=4), max_size=14).map("".join) | st.text(max_size=60)
+options = st.none() | st.lists(st.text(max_size=5), max_size=5)
+# whatever a text may hold, but for the tags of the form and, in an option, its separator; halves of surrogate pairs are no text
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(lambda t: not records.TAG.search(t) and records.normalise(t))
+words = texts.map(lambda t: " ".join(t.replace("|", "/").split())).filter(records.normalise)
+
+
+@few
+@given(st.lists(lines, max_size=4))
+@example([b'{"id": "a", "image": "\\u0000"}', b'{"id": 1e999}', b"\xff\xfe", b"[" * 5000])
+def test_a_file_of_any_bytes_gives_valid_records_or_a_record_error_of_one_line(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    path.write_bytes(b"\n".join(rows))
+    try:
+        found = list(records.read(path))
+    except records.RecordError as error:
+        assert str(error).startswith(f"{path}:") and "\n" not in str(error)
+        return
+    assert len({r["id"] for r in found}) == len(found) > 0
+    assert records.write(path, found) == len(found) and list(records.read(path)) == found  # what is read can be written and read again
+
+
+@few
+@given(replies, options)
+@example("<think>" * 50 + "<answer>A</answer>", ["a", "b"])
+def test_any_reply_is_read_as_one_of_its_options_or_has_a_reason(text, options):
+    parsed = records.parse_response(text, options)
+    assert (parsed.prediction is None) == (parsed.reason is not None)
+    assert parsed.prediction is None or options is None or parsed.prediction in options
+    assert not parsed.well_formed or (parsed.prediction is not None and parsed.rationale is not None)
+
+
+@few
+@given(replies)
+def test_any_candidate_that_is_kept_makes_a_valid_record(text):
+    candidate, reason = records.parse_candidate(text)
+    assert (candidate is None) == (reason is not None)
+    if candidate:
+        records.validate(candidate | {"id": "a", "image": "/a.png"}, records.QUESTION)
+
+
+@few
+@given(texts | st.just(""), texts, st.lists(words, min_size=2, max_size=5, unique_by=records.normalise), st.data())
+def test_a_response_is_read_as_it_was_formatted(rationale, answer, options, data):
+    parsed = records.parse_response(records.format_response(rationale, answer))
+    assert parsed == (answer.strip(), None, rationale.strip(), True)
+    answer = data.draw(st.sampled_from(options))
+    assert records.parse_response(records.format_response(rationale, answer), options) == (answer, None, rationale.strip(), True)
+
+
+@few
+@given(words.map("Zq {}".format), texts, st.lists(words, min_size=2, max_size=5, unique_by=records.normalise), st.data())
+def test_a_candidate_is_read_as_it_was_formatted(question, rationale, options, data):
+    record = {"question": question, "options": options, "rationale": rationale.strip(), "answer": data.draw(st.sampled_from(options))}
+    if records.normalise(rationale) != "reasoning":
+        assert records.parse_candidate(records.format_candidate(record)) == (record, None)
+
+
+@pytest.mark.parametrize("text", ["<question>" * 20_000, "<think>" * 30_000, "<answer>" * 25_000, "<question>a</question>" + "<think>" * 30_000,
+                                  "<think>" + " " * 200_000, "<question>a</question>" + "<options>" * 20_000, "<think></think>" * 14_000,
+                                  "</answer>" * 20_000 + "<answer>", "<question>a" + "</question><options>" * 10_000, "(" * 200_000, "A" + ")" * 200_000, "<question>q</question>" + "\n" * 200_000 + "x"])
+def test_200_kilobytes_of_anything_are_read_in_less_than_two_seconds(text):
+    start = time.process_time()
+    records.parse_response(text, ["a", "b"]), records.parse_candidate(text), records.match_option(text, ["a", "b"])
+    assert time.process_time() - start < 2
