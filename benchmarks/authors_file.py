@@ -9,13 +9,13 @@ set has one alone; the interval, and the baselines that never look.
 import argparse
 import json
 import os
-import re
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import eval as evaluation  # noqa: E402
 import measures  # noqa: E402
+import readme  # noqa: E402
 import runs  # noqa: E402
 import scorers  # noqa: E402
 
@@ -50,17 +50,6 @@ def readme_table(result):
     return "\n".join(lines)
 
 
-def write_readme(result, path=os.path.join(ROOT, "README.md")):
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
-    text, n = re.subn(r"(<!-- scorers -->\n).*?(<!-- /scorers -->)", lambda m: f"{m[1]}{readme_table(result)}\n{m[2]}", text, flags=re.DOTALL)
-    if n != 1:
-        raise runs.RunError(f"{path}: no <!-- scorers --> block: write one where the table is to stand")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
-
-
 def parse_args():
     p = runs.Parser(description=__doc__)
     p.add_argument("file", nargs="?", help="the authors' checkpoint_30.jsonl")
@@ -75,7 +64,7 @@ def main(args):
         runs.write_json(RESULT, collect(args.file))
     with open(RESULT, encoding="utf-8") as f:
         result = json.load(f)
-    write_readme(result)
+    readme.write_block("scorers", readme_table(result))
     print(readme_table(result))
 
 

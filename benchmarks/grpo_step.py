@@ -38,6 +38,7 @@ from collections import namedtuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
+import readme  # noqa: E402
 import runs  # noqa: E402
 
 G, C, LR, SEED = 8, 32, 1e-5, 0  # responses to a question, tokens of a response
@@ -57,6 +58,7 @@ def parse_args():
     p.add_argument("--steps", type=runs.number(int, 1), help="timed steps of a process, after one to warm up (the row's own)")
     p.add_argument("--threads", type=runs.number(int, 1), default=os.cpu_count(), help="CPU threads, of every side")
     p.add_argument("--out", help="result file (benchmarks/results/grpo_step_DEVICE.json); other rows in it stay")
+    p.add_argument("--readme", action=argparse.BooleanOptionalAction, default=False, help="only write the README's table, from the result file")
     p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # row, task, folder: what to do in this process
     return p.parse_args()
 
@@ -371,6 +373,21 @@ def line_of(name, r):
     return {"row": name, "prompts": r["prompts"]} | cells | {"cosine": f"{r['same_work']['trl']['cosine']:.7f}"}
 
 
+def table(result, markdown=False):
+    lines = [line_of(n, r) for n, r in result["rows"].items()]
+    headers = list(dict.fromkeys(k for line in lines for k in line))
+    return runs.table([[line.get(h) for h in headers] for line in lines], headers, markdown)
+
+
+def readme_table(result):
+    """The README's block: the table, and where its rows come from."""
+    first = next(iter(result["rows"].values()))
+    gpus = first["hardware"]["gpus"]
+    return (f"{table(result, True)}\n\nCommand `python benchmarks/grpo_step.py`; commit `{first['git']['commit'][:10]}`; "
+            f"{', '.join(gpus) or str(first['threads']) + ' CPU cores'} ({first['hardware']['machine']}), torch {first['versions']['torch']}, "
+            f"transformers {first['versions']['transformers']}, TRL {first['versions']['trl']}.")
+
+
 def machine():
     """runs.provenance, asked of a process that has torch: versions, commit, hardware with its GPUs; and TRL's version."""
     code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import torch, runs; from importlib.metadata import version; "
@@ -384,6 +401,9 @@ def machine():
 def main(args):
     if args.child:
         return child(args)
+    if args.readme:
+        with open(args.out or os.path.join(ROOT, "benchmarks", "results", "grpo_step_cpu.json"), encoding="utf-8") as f:
+            return readme.write_block("grpo_step", readme_table(json.load(f)))
     here = machine()
     gpu = bool(here["hardware"]["gpus"])
     names = args.rows or [*ROWS, *GPU_ROWS] if not gpu else args.rows or list(GPU_ROWS)
@@ -399,9 +419,7 @@ def main(args):
         command = f"python benchmarks/grpo_step.py --rows {name} --rounds {args.rounds}" + (f" --steps {args.steps}" if args.steps else "")
         result["rows"][name] = measure(name, args) | {"command": command, "threads": args.threads, **here}
         runs.write_json(out, result)
-    lines = [line_of(n, r) for n, r in result["rows"].items()]
-    headers = list(dict.fromkeys(k for line in lines for k in line))
-    print(runs.table([[line.get(h) for h in headers] for line in lines], headers))
+    print(table(result))
 
 
 if __name__ == "__main__":

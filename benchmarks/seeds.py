@@ -10,7 +10,6 @@ the images of all seeds together, reward-model quality, seconds, command, commit
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import measures  # noqa: E402
+import readme  # noqa: E402
 import records  # noqa: E402
 import runs  # noqa: E402
 
@@ -85,19 +85,6 @@ def readme_table(r):
     return "\n".join(lines)
 
 
-def write_readme(result):
-    path = os.path.join(ROOT, "README.md")
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
-    block = f"<!-- results -->\n{readme_table(result)}\n<!-- /results -->"
-    text, n = re.subn(r"<!-- results -->.*?<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
-    if n != 1:
-        sys.exit("README.md: no <!-- results --> block")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
-
-
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of the cycle each")
@@ -120,7 +107,7 @@ def main(args):
             subprocess.run(["bash", "cycle.sh"], cwd=ROOT, check=True, env=os.environ | {"OUT": f"runs/seed{seed}", "SEED": str(seed)})
             seconds.append(time.time() - start)
         runs.write_json(RESULT, collect(args.seeds, seconds))
-    write_readme(read_json(RESULT))
+    readme.write_block("results", readme_table(read_json(RESULT)))
 
 
 if __name__ == "__main__":

@@ -25,3 +25,9 @@ def finished(tmp_path_factory):
     """(folder, the finished process) of one whole cycle on a very small clinic, for all tests that look at one."""
     out = tmp_path_factory.mktemp("cycle") / "my run"
     return out, cycle(out)
+
+
+def pytest_collection_modifyitems(items):
+    """For tests/run.sh: a file's tests share a process, because they share its fixtures; those of `finished` share that one."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("cycle" if "finished" in item.fixturenames else item.path.name))
