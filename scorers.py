@@ -120,8 +120,9 @@ OPEN = {"exact match": exact, "token F1": token_f1, "token recall": token_recall
 
 def said(row):
     """The text that is scored: what stands in <answer>, where it stands once; else the whole response; else the prediction."""
-    answers = records.ANSWER.findall(row.get("response") or "")
-    return answers[0].strip() if len(answers) == 1 else row.get("response") or row["prediction"] or ""
+    text = row.get("response") or ""
+    answer, closed, _ = text.partition("<answer>")[2].partition("</answer>")
+    return answer.strip() if closed and text.count("<answer>") == 1 else text or row["prediction"] or ""
 
 
 def readings(row):
