@@ -132,7 +132,8 @@ def ask_model(drafts, vlm_, temperature, max_new_tokens, group):
 
 def connect(url, key, timeout):
     """A client of an OpenAI-compatible server; `url` with or without /v1."""
-    from huggingface_hub import InferenceClient
+    from huggingface_hub import InferenceClient, get_session
+    get_session().follow_redirects = False  # one would take the images to a host that nobody named
     # without any key the client would send this machine's Hugging Face token to a stranger
     return InferenceClient(base_url=url.rstrip("/"), api_key=(key or "").strip() or "EMPTY", timeout=timeout)
 
@@ -177,7 +178,7 @@ def request(client, retries, messages, **settings):
             if status is not None and status != 429 and status < 500:
                 raise runs.RunError(f"{client.model}: {problem}; check --endpoint, --endpoint-model and the API key") from None
         except (ValueError, TypeError, AttributeError, LookupError):
-            raise runs.RunError(f"{client.model}: its reply is no chat completion; check --endpoint") from None
+            raise runs.RunError(f"{client.model}: its reply is no chat completion (a redirect is not followed); check --endpoint") from None
     raise runs.RunError(f"{client.model}: {problem}; gave up after {retries} retries, the same command goes on from here")
 
 
