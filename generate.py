@@ -53,8 +53,10 @@ def parse_args():
     p.add_argument("--temperature", type=runs.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=runs.number(int, 1), default=160, help="longer replies are rejected as truncated")
     p.add_argument("--batch", type=runs.number(int, 1), default=16, help="images at a time, and between commits")
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable image: skip puts it into rejected.jsonl")
-    p.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1, help="with skip: stop where more than this share is unreadable")
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                   help="at an unreadable image: skip puts it into rejected.jsonl")
+    p.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1,
+                   help="with skip: stop where more than this share is unreadable")
     p.add_argument("--cycle", type=runs.number(int, 0), default=1, help="number of the cycle, for provenance; another one, other samples")
     runs.add_arguments(p)
     args = p.parse_args()

@@ -62,7 +62,7 @@ def test_texts_that_look_like_tokens_templates_html_paths_or_commands_stay_texts
     assert texts(scored) == texts(predictions) == texts(given)
     practised = {r["record"]: r for r in rollouts}
     assert [{f: practised[r["id"]][f] for f in FIELDS[1:]} for r in given] == [{f: r[f] for f in FIELDS[1:]} for r in given]
-    page = run("report.py --predictions {d}/eval --scored {d}/scored --out {o}/report.html", hostile, ".") / "report.html"
+    page = run("report.py --predictions {d}/eval/predictions.jsonl --scored {d}/scored/scored.jsonl --out {o}/report.html", hostile, ".") / "report.html"
     assert "<script>alert" not in page.read_text() and page.read_text().count("</script>") == 2
     assert (sft / "model.safetensors").exists() and not list(hostile.rglob(PLANTED))
 
