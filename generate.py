@@ -53,8 +53,10 @@ def parse_args():
     p.add_argument("--temperature", type=runs.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=runs.number(int, 1), default=160, help="longer replies are rejected as truncated")
     p.add_argument("--batch", type=runs.number(int, 1), default=16, help="images at a time, and between commits")
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable image: skip puts it into rejected.jsonl")
-    p.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1, help="with skip: stop where more than this share is unreadable")
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                   help="at an unreadable image: skip puts it into rejected.jsonl")
+    p.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1,
+                   help="with skip: stop where more than this share is unreadable")
     p.add_argument("--cycle", type=runs.number(int, 0), default=1, help="number of the cycle, for provenance; another one, other samples")
     runs.add_arguments(p)
     args = p.parse_args()
@@ -132,7 +134,8 @@ def ask_model(drafts, vlm_, temperature, max_new_tokens, group):
 
 def connect(url, key, timeout):
     """A client of an OpenAI-compatible server; `url` with or without /v1."""
-    from huggingface_hub import InferenceClient
+    from huggingface_hub import InferenceClient, get_session
+    get_session().follow_redirects = False  # one would take the images to a host that nobody named
     # without any key the client would send this machine's Hugging Face token to a stranger
     return InferenceClient(base_url=url.rstrip("/"), api_key=(key or "").strip() or "EMPTY", timeout=timeout)
 
@@ -177,7 +180,7 @@ def request(client, retries, messages, **settings):
             if status is not None and status != 429 and status < 500:
                 raise runs.RunError(f"{client.model}: {problem}; check --endpoint, --endpoint-model and the API key") from None
         except (ValueError, TypeError, AttributeError, LookupError):
-            raise runs.RunError(f"{client.model}: its reply is no chat completion; check --endpoint") from None
+            raise runs.RunError(f"{client.model}: its reply is no chat completion (a redirect is not followed); check --endpoint") from None
     raise runs.RunError(f"{client.model}: {problem}; gave up after {retries} retries, the same command goes on from here")
 
 

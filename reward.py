@@ -54,8 +54,10 @@ def parse_args():
     keep.add_argument("--threshold", type=runs.number(float, -6, 10), help="τ: accept what scores at least this")
     keep.add_argument("--top-k", type=runs.number(int, 1), help="accept the k best")
     keep.add_argument("--keep", type=runs.number(float, 0, 1), help="accept this share, the best")
-    s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable image: skip puts its candidates into rejected.jsonl")
-    s.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1, help="with skip: stop where more than this share is unreadable")
+    s.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                   help="at an unreadable image: skip puts its candidates into rejected.jsonl")
+    s.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1,
+                   help="with skip: stop where more than this share is unreadable")
     s.add_argument("--per", nargs="*", choices=("task", "modality"), default=["task", "modality"],
                    help="share --top-k or --keep out over these cells by their size, so that none starves")
     for command in (t, s):
@@ -170,7 +172,8 @@ class RewardModel:
         backbone = vlm.load(os.path.join(folder, "backbone"), dtype=vlm.best_dtype())
         width = backbone.head.weight.shape[1] + (30 if config["likelihood"] else 0)
         if width != config["features"]:
-            raise vlm.ModelError(f"{folder}: not a reward model: its heads read {config['features']} features, its backbone has {width}; train it again")
+            raise vlm.ModelError(f"{folder}: not a reward model: its heads read {config['features']} features, "
+                                 f"its backbone has {width}; train it again")
         return cls(backbone, heads.to(backbone.device), config["likelihood"])
 
 

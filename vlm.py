@@ -104,7 +104,8 @@ def what_is_wrong(vlm, report):
     """Why a model that loads would not compute what it claims to, or None. `report`: the library's own, of its loading."""
     unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unset:  # they would start from random values
-        return f"weights do not fit config.json: {unset[0]} and {len(unset) - 1} more are missing or of another shape; save or download it again"
+        return (f"weights do not fit config.json: {unset[0]} and {len(unset) - 1} more are missing or of another shape; "
+                "save or download it again")
     if not vlm.processor.chat_template:
         return "no chat template (chat_template.jinja), so it cannot be asked anything; take the -Instruct or -it model"
     if vlm.logit_rule is None:
@@ -165,8 +166,8 @@ def wrap(model, processor):
     names = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
     names |= {v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)}  # its image placeholder
     names = sorted((n for n in names if len(n) > 1), key=lambda n: (-len(n), n))
-    names = re.compile("|".join(map(re.escape, names)) or "(?!)")
-    return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned), names, find_logit_rule(model))
+    special_names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned), special_names, find_logit_rule(model))
 
 
 def save(vlm, folder):

@@ -145,22 +145,30 @@ FILES = [
 ]
 
 RECORDS = [
-    record("no id", "no field `id`", id=...), record("an empty id", "`id` is empty", id=" "), record("a number as id", "`id` is not of type str", id=7),
+    record("no id", "no field `id`", id=...),
+    record("an empty id", "`id` is empty", id=" "),
+    record("a number as id", "`id` is not of type str", id=7),
     record("no image", "no field `image`", image=...), record("an image's bytes", "`image` is not of type str", image=[137, 80]),
     record("an image with a zero byte in its name", "`image` holds a zero byte", image="a\0.png"),
-    record("an empty question", "`question` is empty", question="?"), record("null as answer", "`answer` is not of type str", answer=None, options=...),
+    record("an empty question", "`question` is empty", question="?"),
+    record("null as answer", "`answer` is not of type str", answer=None, options=...),
     record("true as cycle", "`cycle` is not of type int", cycle=True), record("an unknown source", "`source` is not expert", source="web"),
     record("a list as report", "`report` is not of type str", report=["a"]),
     record("a tag in a text", "a tag of the reply's form", rationale="so <answer>CT</answer>"),
     text("an infinite reward", "Infinity is not JSON", b'{"id": "a", "reward": {"overall": Infinity}}'),
     text("a reward head beyond floats", "1e999 is too large", b'{"id": "a", "reward": {"overall": 1, "relevant": 1e999}}'),
-    record("a reward above 10", "`reward` is not", reward={"overall": 10.5}), record("a reward without overall", "`reward` is not", reward={"relevant": 1}),
-    record("a number as reward", "`reward` is not of type dict", reward=5), record("a word as a reward's head", "`reward` is not", reward={"overall": 1, "relevant": "high"}),
+    record("a reward above 10", "`reward` is not", reward={"overall": 10.5}),
+    record("a reward without overall", "`reward` is not", reward={"relevant": 1}),
+    record("a number as reward", "`reward` is not of type dict", reward=5),
+    record("a word as a reward's head", "`reward` is not", reward={"overall": 1, "relevant": "high"}),
     record("fields that nobody knows", "read", extra={"ü": [1, None]}),
     options("answer outside the options", "`answer` is not one of `options`", ["CT", "MRI"], "PET"),
     options("answer in another case", "`answer` is not one of `options`", ["CT", "MRI"], "ct"),
-    options("none", "not 2 to 26", []), options("one", "not 2 to 26", ["CT"]), options("27", "not 2 to 26", [f"{i} mm" for i in range(27)], "1 mm"),
-    options("repeated", "two options are the same", ["CT", "MRI", "CT"]), options("repeated but for case and punctuation", "two options are the same", ["CT", "ct."]),
+    options("none", "not 2 to 26", []),
+    options("one", "not 2 to 26", ["CT"]),
+    options("27", "not 2 to 26", [f"{i} mm" for i in range(27)], "1 mm"),
+    options("repeated", "two options are the same", ["CT", "MRI", "CT"]),
+    options("repeated but for case and punctuation", "two options are the same", ["CT", "ct."]),
     options("an empty one", "an option is empty", ["CT", " ? "]), options("a number", "an option is empty or not a string", ["CT", 4]),
     options("a text", "`options` is not of type list", "CT, MRI"), options("an object", "`options` is not of type list", {"A": "CT"}),
     Case("record", "no question, sft.py", "neither question and answer nor a report", file(jsonl({"id": "q1", "image": "a.png"})), READERS["sft.py"]),
@@ -242,11 +250,13 @@ def turned(path):
 
 
 IMAGES = [
-    image("missing", "no such image", lambda path: None), image("a dangling link", "no such image", lambda path: path.symlink_to("nowhere.png")),
+    image("missing", "no such image", lambda path: None),
+    image("a dangling link", "no such image", lambda path: path.symlink_to("nowhere.png")),
     image("a link to itself", "not a readable image", lambda path: path.symlink_to("i.png")),
     image("empty", "not a readable image", data(b"")), image("text named .png", "not a readable image", data(b"a chest X-ray, honestly")),
     image("SVG", "not a readable image", data(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')),
-    image("truncated PNG", "not a readable image", cut(format="PNG")), image("truncated JPEG", "not a readable image", cut(format="JPEG", quality=95)),
+    image("truncated PNG", "not a readable image", cut(format="PNG")),
+    image("truncated JPEG", "not a readable image", cut(format="JPEG", quality=95)),
     image("a folder", "not a readable image", os.mkdir), image("a FIFO", "not a regular file", os.mkfifo),
     image("a device", "not a regular file", lambda path: path.symlink_to("/dev/zero")),
     image("zero-sized GIF", "not a readable image", data(b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\x00;")),
@@ -255,7 +265,8 @@ IMAGES = [
     image("8,500 x 8,500 in 0.3 MiB", "8500 x 8500 pixels, more than 64 Mi", data(png(8500, 8500))),
     image("a text chunk that unpacks to 80 MiB", "not a readable image", data(png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))))),
     image("a file of 300 MiB", "more than 256 MiB", huge_file), image("a strip, 1 x 300", "a strip", data(png(1, 300))),
-    good("1 x 1", data(png(1, 1)), (0, 0, 0)), good("CMYK", lambda path: Image.new("CMYK", (1, 1), (0, 255, 255, 0)).save(path, "JPEG"), (255, 0, 0)),
+    good("1 x 1", data(png(1, 1)), (0, 0, 0)),
+    good("CMYK", lambda path: Image.new("CMYK", (1, 1), (0, 255, 255, 0)).save(path, "JPEG"), (255, 0, 0)),
     good("16 bits", deep, (0,) * 3, (128,) * 3, (255,) * 3), good("palette with alpha", palette, (255, 255, 255), (0, 0, 200)),
     good("animated", lambda path: Image.new("L", (1, 1), 10).save(path, "GIF", save_all=True, append_images=[Image.new("L", (1, 1), 200)]), (10,) * 3),
     good("EXIF-rotated", turned, (10,) * 3, (200,) * 3), good("one bit", lambda path: Image.new("1", (1, 1), 1).save(path), (255,) * 3),
@@ -342,21 +353,28 @@ def reward_model(name, says, spoil, stage="reward.py score"):
 MODELS = [
     model("missing", "no config.json", shutil.rmtree), model("missing", "no config.json", shutil.rmtree, "generate.py"),
     model("missing", "no config.json", shutil.rmtree, "grpo.py"), model("missing", "no config.json", shutil.rmtree, "reward.py train"),
-    model("a file", "no config.json", lambda path: (shutil.rmtree(path), path.write_text("weights"))), model("no weights", "cannot load it", no_file("model.safetensors")),
-    model("no weights", "cannot load it", no_file("model.safetensors"), "sft.py"), model("pickled weights alone", "in safetensors", pickle_alone),
-    model("pickled weights alone", "in safetensors", pickle_alone, "sft.py"), model("pickled weights alone", "in safetensors", pickle_alone, "generate.py"),
-    model("half its weights", "cannot load it", half("model.safetensors")), model("broken config.json", "cannot load it", half("config.json")),
+    model("a file", "no config.json", lambda path: (shutil.rmtree(path), path.write_text("weights"))),
+    model("no weights", "cannot load it", no_file("model.safetensors")),
+    model("no weights", "cannot load it", no_file("model.safetensors"), "sft.py"),
+    model("pickled weights alone", "in safetensors", pickle_alone),
+    model("pickled weights alone", "in safetensors", pickle_alone, "sft.py"),
+    model("pickled weights alone", "in safetensors", pickle_alone, "generate.py"),
+    model("half its weights", "cannot load it", half("model.safetensors")),
+    model("broken config.json", "cannot load it", half("config.json")),
     model("no tokenizer", "cannot load it", no_file("tokenizer.json")), model("broken tokenizer", "cannot load it", half("tokenizer.json")),
-    model("no processor", "cannot load it", no_file("processor_config.json")), model("no chat template", "no chat template", no_file("chat_template.jinja")),
+    model("no processor", "cannot load it", no_file("processor_config.json")),
+    model("no chat template", "no chat template", no_file("chat_template.jinja")),
     model("a processor of another patch size", "processor does not fit", change("processor_config.json", patch_size=8)),
     model("a processor of another image size", "processor does not fit", change("processor_config.json", image_processor={"size": {"height": 32, "width": 32}})),
     model("another image token", "processor does not fit", change("config.json", image_token_index=7)),
-    model("a larger vocabulary", "vocabulary does not fit: token 754", larger_vocabulary), model("a larger vocabulary", "vocabulary does not fit", larger_vocabulary, "generate.py"),
+    model("a larger vocabulary", "vocabulary does not fit: token 754", larger_vocabulary),
+    model("a larger vocabulary", "vocabulary does not fit", larger_vocabulary, "generate.py"),
     model("another width", "weights do not fit config.json", change("config.json", text_config={"intermediate_size": 64})),
     model("code of its own", "needs no code of its own", own_code),
     reward_model("a policy in place of a reward model", "not a reward model", lambda path: (shutil.rmtree(path), shutil.copytree(ROOT / "toy" / "policy", path))),
     reward_model("a reward model without heads", "not a reward model", no_file("heads.safetensors")),
-    reward_model("half its heads", "not a reward model", half("heads.safetensors")), reward_model("broken heads.json", "not a reward model", half("heads.json")),
+    reward_model("half its heads", "not a reward model", half("heads.safetensors")),
+    reward_model("broken heads.json", "not a reward model", half("heads.json")),
     reward_model("heads of another backbone", "not a reward model", change("heads.json", likelihood=False)),
     reward_model("a missing reward model", "not a reward model", shutil.rmtree, "grpo.py"),
 ]
@@ -367,11 +385,11 @@ CASES = {f"{case.kind}: {case.name}": case for case in FILES + RECORDS + IMAGES 
 # Running them.
 
 def call(command, folder):
-    """Run a command in this process, as from the command line → exit status. It has 20 seconds: a FIFO must not block."""
+    """Run a command in this process, as from the command line → exit status. A FIFO must not block: it has two minutes."""
     words = [w.format(d=folder, o=folder / "out", t=ROOT / "toy") for w in shlex.split(command)]
     before, sys.argv = sys.argv, words
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it blocks"))
-    signal.alarm(20)
+    signal.alarm(120)
     try:
         if words[0] == "records.py":
             return records.main()

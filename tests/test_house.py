@@ -46,8 +46,6 @@ def test_functions_are_short_and_nothing_is_forbidden(file):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), "bare except"
         assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("eval", "exec")), "eval"
         assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and getattr(node.value, "value", True) is not False)
-        assert not (isinstance(node, ast.keyword) and node.arg == "shell"), "shell"
-        assert not (isinstance(node, ast.Attribute) and node.attr in ("system", "popen", "pickle")), "shell or pickle"
         assert not (isinstance(node, ast.keyword) and node.arg == "type" and getattr(node.value, "id", "") == "bool"), "type=bool"
 
 
