@@ -17,7 +17,6 @@ task gets its share of every modality.
     python generate.py --images images.jsonl --endpoint http://localhost:8000 --endpoint-model Qwen/Qwen2.5-VL-72B-Instruct \\
         --max-new-tokens 512 --concurrency 32 --out candidates
 """
-import argparse
 import base64
 import functools
 import io

@@ -1,7 +1,6 @@
 """What a test file shares with its training files: each kind found alone, nothing found where nothing is shared."""
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path

@@ -16,7 +16,6 @@ from PIL import Image
 
 import eval as evaluation
 import records
-import report
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</script><script>window.harm = 1</script><img src=x onerror='window.harm = 2'> <!-- <b>bold</b> & \u2028 {{DATA}}"
