@@ -72,7 +72,7 @@ def build_llava(row, folder):
     import transformers
     import vlm
     policy = os.path.join(ROOT, "toy", "policy")
-    config = transformers.AutoConfig.from_pretrained(policy)
+    config = transformers.AutoConfig.from_pretrained(policy, trust_remote_code=False)
     config.image_seq_length, config.dtype = (row.pixels // row.patch) ** 2, "float32"
     sizes = {"toy": ({}, {}),
              "mid": (dict(hidden_size=512, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
@@ -94,7 +94,7 @@ def build_qwen(row, folder):
     import torch
     import transformers
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(os.path.join(ROOT, "toy", "policy"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(os.path.join(ROOT, "toy", "policy"), trust_remote_code=False)
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = 150000 if row.shape == "qwen" else 1000
     words = raw["model"]["vocab"]
