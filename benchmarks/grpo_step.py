@@ -295,7 +295,7 @@ def trl(row, folder, steps, cuda, side="trl", check=False):
     meter = Meter(cuda)
     out = trainer.train()
     if check:
-        return compare(torch.load(os.path.join(folder, "gradient.pt")), seen["gradient"]) | {"loss": out.training_loss}
+        return compare(torch.load(os.path.join(folder, "gradient.pt"), weights_only=True), seen["gradient"]) | {"loss": out.training_loss}
     return meter.result() | {"response_tokens": seen["tokens"]}
 
 
