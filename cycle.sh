@@ -55,6 +55,9 @@ fi
 for v in IMAGES VAL TEST; do
   [ -n "${!v}" ] || { echo "cycle.sh: EXPERT is given and $v is not; give $v too" >&2; exit 2; }
 done
+for v in EXPERT REPORTS IMAGES VAL TEST; do  # now, rather than when a stage comes to it after days
+  [ -z "${!v}" ] || [ -f "${!v}" ] || { echo "cycle.sh: $v=${!v}: no such file; correct it" >&2; exit 2; }
+done
 
 # stages whose folders are there are skipped, so a folder must hold one cycle alone
 settings=$(for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST GENERATE REWARD SFT GRPO EVAL \
@@ -96,8 +99,9 @@ for c in $(seq "$CYCLES"); do
   fi
 done
 
-# accuracy on TEST with its 95% interval; auroc: of the reward model, right against wrong, on the toy's marked candidates, else on
-# held-out expert items; then the share of right candidates, known on the toy alone
-"$PYTHON" runs.py "${rows[@]}" --fields accuracy low high auroc ${TRUTH:+right_scored right_accepted} | tee "$OUT/table.txt"
+{ "$PYTHON" runs.py "${rows[@]}" --fields accuracy low high auroc ${TRUTH:+right_scored right_accepted}
+  echo "accuracy on TEST, its 95% interval; beside + GRPO what its cycle began with: AUROC of the reward model, right against wrong,"
+  [ -n "$TRUTH" ] && echo "on the candidates; share of right candidates, of all scored and of the accepted" || echo "on held-out expert items"
+} | tee "$OUT/table.txt"
 "$PYTHON" report.py --run "$OUT" --out "$OUT/report.html"
 echo "all in $OUT; this call took $(((SECONDS - started + 30) / 60)) minutes"

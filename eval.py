@@ -29,6 +29,7 @@ Departs from the paper: the authors leave answers outside the options out of the
 
     python eval.py --model runs/toy/cycle1/grpo --data runs/toy/data/test.jsonl --out runs/toy/cycle1/eval_grpo
     python eval.py --predictions theirs.jsonl --fields prediction=model_answer answer=gt_answer --out runs/theirs
+    python eval.py audit --train FILE... --test FILE... --out OUT     what they share: leakage.py, whose flags these are
     python eval.py --compare runs/toy/cycle1/eval_sft runs/toy/cycle1/eval_grpo --out runs/toy/cycle1/compare
     python eval.py --transfer CT=runs/transfer/eval_CT MRI=runs/transfer/eval_MRI --out runs/transfer/matrix
     python eval.py --efficiency random:100=runs/a/eval top:100=runs/b/eval --out runs/efficiency/curve

@@ -4,7 +4,7 @@ For each of P questions the policy samples G responses at temperature 1; each ge
 
     r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],      R̄ = (R + 6) / 16,      malformed: the least, 0
 
-and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group r. The policy then climbs
+and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group r. The policy then climbs, over the N = P·G responses,
 
     J = 1/N Σ_i 1/|y_i| Σ_t  min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = π_ref/π - log(π_ref/π) - 1      (k3, Schulman 2020)
@@ -22,7 +22,8 @@ Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl
 Departs from the paper: R is normalised to [0, 1] (`--reward-scale raw` is the letter of the paper, where the match term
 is 1.5% of the spread); a watch compares the reward with the truth on expert items and warns of reward hacking.
 
-    python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --data accepted.jsonl --val val.jsonl --out grpo
+    python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --data runs/toy/cycle1/scored/accepted.jsonl \\
+        --val runs/toy/data/val.jsonl --out runs/mine
 """
 import argparse
 import random
@@ -185,7 +186,7 @@ def roll_out(policy, reward_model, examples, cursor, args, accelerator):
         missing = accelerator.reduce(torch.tensor(len(share) - len(groups), device=policy.device).clamp(min=0), "sum")
         if not missing.item():  # every process has enough: all stop at the same cursor
             break
-    groups = groups[:len(share)] or fresh[:1]  # nothing with spread anywhere: one group, whose advantages are about zero
+    groups = groups[:len(share)] or fresh[:1]  # nothing with spread anywhere: one group, so that there is a step
     judge(reward_model, groups, args.alpha, args.beta, args.reward_scale)
     return groups, 1 - spread / seen, cursor
 

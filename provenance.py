@@ -6,7 +6,7 @@
 
 Reads   a folder with runs in it, such as the OUT of cycle.sh; a folder that was moved or copied as a whole is followed there
 
-    python provenance.py trace i7-c1-direct-0 --in runs/toy
+    python provenance.py trace unlabelled00000-c1-stepwise-0 --in runs/toy
     python provenance.py verify runs/toy
 """
 import functools

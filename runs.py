@@ -42,7 +42,10 @@ class RunError(ValueError):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and each flag's default behind its help."""
+    """The docstring as it stands, and each flag's default, if it has one, behind its help."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

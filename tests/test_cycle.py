@@ -68,6 +68,12 @@ def test_expert_data_without_a_test_file_is_refused(tmp_path):
     assert done.returncode == 2 and "TEST is not" in done.stderr and not (tmp_path / "run").exists()
 
 
+def test_a_file_that_is_not_there_is_refused_before_anything_is_run(tmp_path):
+    there = str(ROOT / "README.md")
+    done = cycle(tmp_path / "run", EXPERT=there, IMAGES=there, TEST=there, VAL=str(tmp_path / "watch.jsonl"))
+    assert done.returncode == 2 and "VAL=" in done.stderr and "no such file" in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):
     broken = tmp_path / "expert.jsonl"
     broken.write_text('{"id": "a"\n')
