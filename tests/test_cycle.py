@@ -69,7 +69,7 @@ def test_expert_data_without_a_test_file_is_refused(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_refused_before_anything_is_run(tmp_path):
-    there = str(ROOT / "README.md")
+    there = __file__
     done = cycle(tmp_path / "run", EXPERT=there, IMAGES=there, TEST=there, VAL=str(tmp_path / "watch.jsonl"))
     assert done.returncode == 2 and "VAL=" in done.stderr and "no such file" in done.stderr and not (tmp_path / "run").exists()
 
