@@ -17,8 +17,8 @@ SAME = ("question", "options", "answer", "image_hash")  # two predictions on one
 
 def read_pair(a, b, flag="--compare"):
     """The predictions in two files on the same items, in A's order. Raises RunError where the items are not the same."""
-    rows_a, rows_b = ({row["id"]: row for row in records.read(path, (*records.QUESTION, "prediction", "image_hash"))}
-                      for path in (a, b))
+    rows_a, rows_b = ({row["id"]: row for row in records.read(
+        path, (*records.QUESTION, "prediction", "image_hash"), records.ANYWHERE)} for path in (a, b))
     lacking = [f"{path} lacks {len(missing)} of {len(other)} ({min(missing)})" for path, missing, other in
                ((a, rows_b.keys() - rows_a.keys(), rows_b), (b, rows_a.keys() - rows_b.keys(), rows_a)) if missing]
     if lacking:

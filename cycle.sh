@@ -21,6 +21,7 @@ REPORTS=${REPORTS:-}          # image-report pairs, or empty
 IMAGES=${IMAGES:-}            # images to generate questions about
 VAL=${VAL:-}                  # expert questions for the watch
 TEST=${TEST:-}                # expert questions for the table
+IMAGE_ROOT=${IMAGE_ROOT:-}    # folder that all images lie in: no record may name a file elsewhere
 TRUTH=                        # the drawn facts of the toy's images
 GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py} GRPO=${GRPO:-grpo.py} EVAL=${EVAL:-eval.py}
 # flags for the stages' scripts, split at spaces
@@ -30,11 +31,11 @@ LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --nu
 
 stage() {  # stage FOLDER SCRIPT FLAGS...: run the script unless its folder is there
   local folder=$1; shift
-  [ -e "$folder" ] || "$PYTHON" "$@" --out "$folder" --seed "$SEED"
+  [ -e "$folder" ] || "$PYTHON" "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 launch() {  # the same for a stage that trains: on all GPUs with LAUNCH
   local folder=$1; shift
-  [ -e "$folder" ] || ${LAUNCH:-"$PYTHON"} "$@" --out "$folder" --seed "$SEED"
+  [ -e "$folder" ] || ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 sft() {  # sft FOLDER DATA...: the policy, from its base, and its evaluation; --test: refuses data that holds test images
   local folder=$1; shift
@@ -51,8 +52,9 @@ if [ -z "$EXPERT" ]; then
   "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CLINIC_FLAGS:-}
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
+  IMAGE_ROOT=$OUT/data
 fi
-for v in IMAGES VAL TEST; do
+for v in IMAGES VAL TEST IMAGE_ROOT; do
   [ -n "${!v}" ] || { echo "cycle.sh: EXPERT is given and $v is not; give $v too" >&2; exit 2; }
 done
 for v in EXPERT REPORTS IMAGES VAL TEST; do  # now, rather than when a stage comes to it after days
@@ -103,5 +105,5 @@ done
   echo "accuracy on TEST, its 95% interval; beside + GRPO what its cycle began with: AUROC of the reward model, right against wrong,"
   [ -n "$TRUTH" ] && echo "on the candidates; share of right candidates, of all scored and of the accepted" || echo "on held-out expert items"
 } | tee "$OUT/table.txt"
-"$PYTHON" report.py --run "$OUT" --out "$OUT/report.html"
+"$PYTHON" report.py --run "$OUT" --image-root "$IMAGE_ROOT" --out "$OUT/report.html"
 echo "all in $OUT; this call took $(((SECONDS - started + 30) / 60)) minutes"

@@ -255,9 +255,9 @@ def scorer_table(result, markdown=False):
 # ---------------------------------------------------------------------------------------------------------
 # Files.
 
-def read_questions(path):
+def read_questions(path, root=None):
     """The question records of a test file. Raises RecordError where one has been answered before, or has no image."""
-    rows = list(records.read(path, records.QUESTION))
+    rows = list(records.read(path, records.QUESTION, root))
     for row in rows:
         records.demand(os.path.isfile(row["image"]), f"{path}: record {row['id']}: no such image {row['image']}: correct `image`")
         field = next((f for f in ADDED + ASKED if f in row), None)
@@ -283,7 +283,7 @@ def summarise(run, rows, args):
 
 
 def evaluate(args):
-    rows = read_questions(args.data)
+    rows = read_questions(args.data, args.image_root)
     run = runs.start(args, [args.model, args.data], free=FREE)
     first, last = run.state.get("step", 0), -(-len(rows) // args.batch)
     batches = (rows[i * args.batch:(i + 1) * args.batch] for i in range(first, last))  # never cut anew: same bytes
@@ -291,7 +291,7 @@ def evaluate(args):
     for step, done in zip(run.progress(range(first, last), "eval"), answered):
         run.append("predictions.jsonl", [records.relative(row, run.folder) for row in done])
         run.commit(step=step + 1)
-    summarise(run, list(records.read(run.path("predictions.jsonl"))), args)
+    summarise(run, list(records.read(run.path("predictions.jsonl"), root=records.ANYWHERE)), args)
 
 
 def score_file(args):
@@ -342,7 +342,7 @@ def efficiency(args):
         method, _, k = name.rpartition(":")
         if not (method and k.isdigit()):
             raise runs.RunError(f"--efficiency {name}: give METHOD:K=RUN, as random:100=runs/a/eval")
-        rows = records.read(path, (*records.QUESTION, "prediction"))
+        rows = records.read(path, (*records.QUESTION, "prediction"), records.ANYWHERE)
         points.append((method, int(k), float(np.mean([is_correct(r, r["prediction"]) for r in rows]))))
     run, curves = runs.start(args, [path for _, path in named], free=FREE), comparisons.curve(points)
     lines = [[method, p["k"], p["mean"], p["low"], p["high"], len(p["seeds"])] for method, ps in curves.items() for p in ps]

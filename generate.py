@@ -77,13 +77,13 @@ import vlm  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------
 # What to ask.
 
-def read_images(path, skip=False):
+def read_images(path, skip=False, root=None):
     """One record an image (of a question file, the first about each), all of whose files exist unless `skip`. Raises RecordError.
 
     Better found missing now than after hours.
     """
     images = {}
-    for record in records.read(path, require=("image",)):
+    for record in records.read(path, ("image",), root):
         records.demand(skip or os.path.isfile(record["image"]),
                        f"{path}: record {record['id']}: no image {record['image']}: correct the record's `image`")
         images.setdefault(record["image"], record)
@@ -215,7 +215,7 @@ def judge(drafts, replies, seen):
 def committed(run, name):
     """Stream the records of one of the run's files so far; none where it has none yet."""
     path = run.path(name)
-    return records.read(path) if os.path.exists(path) and os.path.getsize(path) else ()
+    return records.read(path, root=records.ANYWHERE) if os.path.exists(path) and os.path.getsize(path) else ()
 
 
 def count(run, paradigms):
@@ -244,7 +244,7 @@ def report(counts, total):
 
 def main(args):
     skip = args.on_error == "skip"
-    images = read_images(args.images, skip)
+    images = read_images(args.images, skip, args.image_root)
     unreadable = records.unreadable(images, args.max_rejected) if skip else {}
     run = runs.start(args, [args.images, args.model], free=("concurrency", "retries", "timeout"))
     if args.endpoint:

@@ -23,7 +23,7 @@ Departs from the paper: R is normalised to [0, 1] (`--reward-scale raw` is the l
 is 1.5% of the spread); a watch compares the reward with the truth on expert items and warns of reward hacking.
 
     python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --data runs/toy/cycle1/scored/accepted.jsonl \\
-        --val runs/toy/data/val.jsonl --out runs/mine
+        --val runs/toy/data/val.jsonl --image-root runs/toy --out runs/mine
 """
 import argparse
 import random
@@ -286,10 +286,11 @@ def hacking(first, now, n):
 def main(args):
     accelerator = Accelerator(mixed_precision="bf16" if vlm.best_dtype() == torch.bfloat16 else "no")
     if args.test:
-        leakage.refuse(args.data, args.test, args.allow_leakage, args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process)
+        leakage.refuse(args.data, args.test, args.allow_leakage, args.out.rstrip("/") + ".leaks.jsonl", args.image_root,
+                       accelerator.is_main_process)
     run = runs.start(args, [args.model, args.reward, *args.data, args.val, args.test], accelerator.is_main_process)
-    examples = [r for file in args.data for r in records.read(file, require=("image", "question", "answer"))]
-    watched = list(records.read(args.val, require=("image", "question", "answer"))) if args.val else []
+    examples = [r for file in args.data for r in records.read(file, records.QUESTION, args.image_root)]
+    watched = list(records.read(args.val, records.QUESTION, args.image_root)) if args.val else []
     watched = random.Random(runs.seed_of(args.seed, "watch")).sample(watched, min(len(watched), args.watch_items))
     if args.prompts < accelerator.num_processes:
         raise runs.RunError(f"--prompts {args.prompts}: {accelerator.num_processes} processes need at least one each")

@@ -71,9 +71,9 @@ def closest(test, train, chunk=256):
 # ---------------------------------------------------------------------------------------------------------
 # Findings. A side is a list of (file, record); looks = {image path: Look}.
 
-def read_side(files):
+def read_side(files, root=None):
     """The records of several files as [(file, record)]; each must have an image."""
-    return [(file, record) for file in files for record in records.read(file, ("id", "image"))]
+    return [(file, record) for file in files for record in records.read(file, ("id", "image"), root)]
 
 
 def look_at(*sides):
@@ -133,9 +133,9 @@ def near_findings(train, test, looks, distance):
             yield finding(NEAR, item, train[index], distance=int(bits))
 
 
-def audit(train_files, test_files, distance=None):
+def audit(train_files, test_files, distance=None, root=None):
     """(findings, {"records": n, "images": n files} of the test side); the near part only where a `distance` is given."""
-    train, test = read_side(train_files), read_side(test_files)
+    train, test = read_side(train_files, root), read_side(test_files, root)
     looks = look_at(train, test)
     findings = list(exact_findings(train, test, looks))
     if distance is not None:
@@ -149,12 +149,12 @@ def write_leaks(path, findings):
     records.write(path, (f | {"train_image": os.path.relpath(f["train_image"], folder)} for f in findings))
 
 
-def refuse(train_files, test_file, allow, path, main=True):
+def refuse(train_files, test_file, allow, path, root=None, main=True):
     """For the training scripts: raise RunError where the test file leaks exactly, unless `allow`. Returns the number of leaks.
 
     The list goes to `path`, written by one process (`main`). A leak is a test record; near-duplicates are not looked for.
     """
-    findings = [f for f in audit(train_files, [test_file])[0] if f["kind"] in LEAKS]
+    findings = [f for f in audit(train_files, [test_file], root=root)[0] if f["kind"] in LEAKS]
     leaks = list({f["test"]: f for f in reversed(findings)}.values())[::-1]  # a record's first finding
     if not leaks:
         return 0
@@ -194,13 +194,14 @@ def add_arguments(p):
     p.add_argument("--train", nargs="+", required=True, help="record files that were trained on")
     p.add_argument("--test", nargs="+", required=True, help="record files that are tested on")
     p.add_argument("--distance", type=int, default=4, help=f"bits of {BITS} by which near-duplicates differ at most")
+    p.add_argument("--image-root", help="folder that images may lie in, beside that of the file that names them")
     p.add_argument("--out", required=True, help="folder for leaks.jsonl, metrics.json and args.json")
 
 
 def main(args):
     if not 0 <= args.distance <= BITS:
         raise runs.RunError(f"--distance {args.distance}: give 0 to {BITS} bits")
-    findings, totals = audit(args.train, args.test, args.distance)
+    findings, totals = audit(args.train, args.test, args.distance, args.image_root)
     result = summary(findings, totals)
     print(table(result, args.distance))
     path = os.path.join(args.out, "leaks.jsonl")

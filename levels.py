@@ -120,11 +120,11 @@ def build_levels(rows, resamples, seed):
     return levels
 
 
-def build_rollouts(files):
+def build_rollouts(files, root=None):
     """[(expert record, [(mark, response)])]: the policy's responses, marked by the truth and never by a reward."""
     questions = {}
     for file in files:
-        for r in records.read(file, require=("image", "response")):
+        for r in records.read(file, ("image", "response"), root):
             if r.get("source", "expert") == "expert":
                 parsed = records.parse_response(r["response"], r.get("options"))
                 right = records.is_match(parsed.prediction, r["answer"])

@@ -67,7 +67,7 @@ def holding(found, sample):
         for name in ("candidates", "scored", *FATES):
             path = os.path.join(folder, f"{name}.jsonl")
             if os.path.isfile(path) and os.path.getsize(path):
-                hits += [(folder, path, r) for r in records.read(path) if r["id"] == sample]
+                hits += [(folder, path, r) for r in records.read(path, root=records.ANYWHERE) if r["id"] == sample]
     return hits
 
 
@@ -90,7 +90,7 @@ def descendants(found, folders):
 def rollouts(folder, sample):
     """How many responses to the sample a GRPO run learned from; None where it keeps no rollouts."""
     path = os.path.join(folder, "rollouts.jsonl")
-    return sum(r.get("record") == sample for r in records.read(path)) if os.path.isfile(path) else None
+    return sum(r.get("record") == sample for r in records.read(path, root=records.ANYWHERE)) if os.path.isfile(path) else None
 
 
 def is_scoring(folder):

@@ -188,6 +188,7 @@ FILLED = ("id", "image", "question", "answer", "report")  # never empty where th
 MOST_LINE = 16 << 20  # bytes of a line
 MOST_BYTES, MOST_PIXELS, MOST_OBLONG = 256 << 20, 64 << 20, 200  # of an image: its file, width x height, longer / shorter side
 QUESTION = ("id", "image", "question", "answer")  # what a question record must have: read(path, QUESTION)
+ANYWHERE = os.sep  # read(path, root=ANYWHERE): for a reader that opens no image
 
 
 def demand(holds, message):
@@ -244,13 +245,21 @@ def validate_options(options, answer):
     demand(answer is None or answer in options, "`answer` is not one of `options`: copy the option's text exactly")
 
 
-def read(path, require=("id",)):
+def is_under(path, folders):
+    """Does `path` lead into one of `folders` (real paths), all links followed? A stranger's record may name no other file."""
+    real = os.path.realpath(path)
+    return any(os.path.commonpath([real, folder]) == folder for folder in folders)
+
+
+def read(path, require=("id",), root=None):
     """Stream the records of a JSONL file, validated, `image` as an absolute path (on disk: relative to the file).
 
-    Raises RecordError, `file:line: what: what to do`, at the first line that is not UTF-8, JSON, an object and
-    valid, or repeats an `id`; and where the file is missing, a folder, or has no record. Blank lines are skipped.
+    Every image must lie under the file's folder, or under `root`, links followed. Raises RecordError, `file:line: what: what
+    to do`, at the first line that is not UTF-8, JSON, an object and valid, leads to an image elsewhere, or repeats an `id`;
+    and where the file is missing, a folder, or has no record. Blank lines are skipped.
     """
     folder, lines, number = os.path.dirname(os.path.abspath(path)), {}, 0
+    roots = [os.path.realpath(place) for place in (folder, root or folder)]
     demand_file(path)
     try:
         with open(path, "rb") as file:
@@ -267,6 +276,8 @@ def read(path, require=("id",)):
                 demand(first == number, f"`id` is already on line {first}: make it unique")
                 if "image" in record:
                     record["image"] = os.path.abspath(os.path.join(folder, record["image"]))
+                    demand(is_under(record["image"], roots), f"image {os.path.realpath(record['image'])} is not under {roots[1]}: "
+                           "correct it, or give the folder of all images as --image-root")
                 yield record
         demand(lines, "no records: the file is empty, give another")
         return
@@ -506,15 +517,17 @@ FORMATS = {  # name: the keys that tell it, its converter
     "medvlthinker": ({"question", "options", "answer"}, from_medvlthinker)}
 
 
-def import_records(src, format=None, images=None):
+def import_records(src, format=None, images=None, root=None):
     """Records of a public file (JSON array or JSON Lines), or of all *.json below a folder: (records, notes).
 
-    `images` is the folder that image paths start from; without it the folder of `src`, then `images/` in it.
+    `images` is the folder that image paths start from; without it the folder of `src`, then `images/` in it. None may lead
+    out of it, but into `root`.
     notes = {"rows": questions met, "skipped": {reason: count}, "unknown": {name: count}}: rows = records + skipped;
     unknown modalities and tasks are kept as they are. Raises RecordError, also where not one record is left.
     """
     home = src if os.path.isdir(src) else os.path.dirname(src)
     folders = [images] if images else [home, os.path.join(home, "images")]
+    roots = [os.path.realpath(place) for place in (*folders, root or folders[0])]
     files = sorted(map(str, pathlib.Path(src).rglob("*.json"))) if os.path.isdir(src) else [src]
     records, taken, skipped = [], Counter(), Counter()
     for file in files:
@@ -529,7 +542,7 @@ def import_records(src, format=None, images=None):
                 drafts = [error]
             for draft in drafts:
                 try:
-                    records.append(finish(draft, f"{name}-{number}", folders, taken))
+                    records.append(finish(draft, f"{name}-{number}", folders, roots, taken))
                 except RecordError as error:
                     skipped[str(error)] += 1
     reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common()) or "no rows"
@@ -565,7 +578,7 @@ def recognise(rows, path):
     return name
 
 
-def finish(draft, fallback, folders, taken):
+def finish(draft, fallback, folders, roots, taken):
     """The record of a draft, `answer` as the option's own text. Raises RecordError(reason) where there is none.
 
     The id is the data set's own, behind the data set's name; a repeated one gets -2, -3, ... (`taken` counts).
@@ -573,7 +586,7 @@ def finish(draft, fallback, folders, taken):
     demand(isinstance(draft, dict), str(draft) if isinstance(draft, RecordError) else "row not of the format")
     dataset, own = clean(draft.get("dataset")) or fallback.split("-")[0], clean(draft.get("id"))
     record = {"id": own if own.startswith(dataset) else f"{dataset}-{own}" if own else fallback,
-              "image": find_image(draft["image"], folders)}
+              "image": find_image(draft["image"], folders, roots)}
     for field in ("question", "answer"):
         record[field] = clean(draft[field])
         demand(normalise(record[field]), f"{field} is empty")
@@ -594,7 +607,7 @@ def finish(draft, fallback, folders, taken):
     return record
 
 
-def find_image(value, folders):
+def find_image(value, folders, roots):
     """The absolute path of a row's image: a path, or a list of one. Raises RecordError(reason)."""
     values = value if isinstance(value, list) else [value]
     demand(len(values) < 2, "several images")
@@ -602,15 +615,16 @@ def find_image(value, folders):
     demand(path and isinstance(path, str), "no image")
     found = [p for p in (os.path.abspath(os.path.join(folder, path)) for folder in folders) if os.path.isfile(p)]
     demand(found, "image file not found")
+    demand(is_under(found[0], roots), "image outside of the folder of images, see --image-root")
     return found[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The command line.
 
-def check(path):
+def check(path, root=None):
     """Print what a file of records holds. Raises RecordError, after the tables, for images that do not open."""
-    records, problems = list(read(path, ("id", "image"))), []
+    records, problems = list(read(path, ("id", "image"), root)), []
     images = {record["image"]: record["id"] for record in reversed(records)}
     for image, name in images.items():
         try:
@@ -657,6 +671,8 @@ def parse_args():
     command.add_argument("--val", type=float, default=0.1, help="fraction of the images for val.jsonl")
     command.add_argument("--test", type=float, default=0.1, help="fraction of the images for test.jsonl")
     command.add_argument("--seed", type=int, default=0, help="another seed gives another split")
+    for command in commands.choices.values():
+        command.add_argument("--image-root", help="folder that images may lie in, beside that of the file")
     return parser.parse_args()
 
 
@@ -665,16 +681,16 @@ def main():
     try:
         args = parse_args()
         if args.command == "check":
-            check(args.file)
+            check(args.file, args.image_root)
         elif args.command == "import":
             demand(os.path.abspath(args.out) != os.path.abspath(args.src), "--out is SRC: give it another name")
-            records, notes = import_records(args.src, args.format, args.images)
+            records, notes = import_records(args.src, args.format, args.images, args.image_root)
             write(args.out, records)
             skipped = [(f"skipped: {reason}", count) for reason, count in notes["skipped"].items()]
             unknown = [(f"kept, though unknown: {name}", count) for name, count in notes["unknown"].items()]
             print_table([("rows", notes["rows"]), ("records", len(records)), *skipped, *unknown])
         else:
-            records = list(read(args.file, ("id", "image")))
+            records = list(read(args.file, ("id", "image"), args.image_root))
             parts = split(records, (args.train, args.val, args.test), args.seed, args.by)
             paths = {name: os.path.abspath(os.path.join(args.out, f"{name}.jsonl")) for name in parts}
             demand(os.path.abspath(args.file) not in paths.values(), "--out holds FILE: give another folder")

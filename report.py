@@ -13,7 +13,7 @@ Reads   a cycle's folder as cycle.sh leaves it (--run), and any files of the sam
 Writes  the page, always the same bytes for the same input; report_template.html has its HTML, CSS and JavaScript
 
     python report.py --run runs/toy --out runs/toy/report.html
-    python report.py --predictions ours=a/predictions.jsonl theirs=b/predictions.jsonl --out compared.html
+    python report.py --predictions ours=a/predictions.jsonl theirs=b/predictions.jsonl --image-root images --out compared.html
 """
 import base64
 import glob
@@ -191,11 +191,11 @@ def curves(files):
 # ---------------------------------------------------------------------------------------------------------
 # Items: {KEPT fields, "path", "set", "accepted", "responses"}.
 
-def evaluated(files):
+def evaluated(files, root=None):
     """One item a question, with the response of each file that has it: the same id, image and texts."""
     items = {}
     for label, path in files:
-        for row in records.read(path, ("id", "question", "answer", "prediction")):
+        for row in records.read(path, ("id", "question", "answer", "prediction"), root):
             key = (row["id"], row["question"], row["answer"], row.get("image_hash", row.get("image")))
             item = items.setdefault(key, new_item(row, "evaluated") | {"responses": []})
             correct = row.get("correct", records.is_match(row["prediction"], row["answer"]))
@@ -204,13 +204,13 @@ def evaluated(files):
     return list(items.values())
 
 
-def candidates(files):
+def candidates(files, root=None):
     """One item a scored candidate; accepted where accepted.jsonl, beside the file, has its id."""
     items = []
     for label, path in files:
         beside = os.path.join(os.path.dirname(path), "accepted.jsonl")
-        accepted = {row["id"] for row in records.read(beside)} if os.path.isfile(beside) else None
-        for row in records.read(path, ("id", "question", "answer", "reward")):
+        accepted = {row["id"] for row in records.read(beside, root=records.ANYWHERE)} if os.path.isfile(beside) else None
+        for row in records.read(path, ("id", "question", "answer", "reward"), root):
             items.append(new_item(row, label) | ({} if accepted is None else {"accepted": row["id"] in accepted}))
     return items
 
@@ -285,6 +285,7 @@ def add_arguments(p):
     p.add_argument("--scored", nargs="+", default=[], metavar="[LABEL=]FILE", help="scored.jsonl of reward.py")
     p.add_argument("--figures", nargs="+", default=[], metavar="[LABEL=]FILE", help="SVG or PNG files to embed")
     p.add_argument("--title", help="the page's heading (the name of --run)")
+    p.add_argument("--image-root", help="folder that images may lie in, beside that of the file that names them (--run)")
     p.add_argument("--items", type=int, default=10000, help="most items to hold; of more, this many are drawn")
     p.add_argument("--thumbnail", type=int, default=160, help="longest side of an image, in pixels")
     p.add_argument("--seed", type=int, default=0, help="of the draw of items")
@@ -295,7 +296,8 @@ def main(args):
     if args.items < 0 or args.thumbnail < 1:
         raise runs.RunError("--items, --thumbnail: give a number of items, and at least 1 pixel")
     files = gather(args)
-    found = evaluated(files["predictions"]) + candidates(files["scored"])
+    root = args.image_root or args.run
+    found = evaluated(files["predictions"], root) + candidates(files["scored"], root)
     items, images, missing = with_images(sample(found, args.items, args.seed), args.thumbnail)
     title = args.title or (os.path.basename(os.path.abspath(args.run)) if args.run else "Report")
     curve_files = [f for f in files["metrics"] if f[1].endswith(".jsonl")]

@@ -18,7 +18,8 @@ Departs from the paper: the heads read likelihoods beside the hidden state (`--n
 the backbone is frozen unless `--freeze nothing`, and there are three heads more than `overall`.
 
     python reward.py train --model toy/backbone --data runs/toy/data/expert.jsonl --out runs/toy/cycle1/reward
-    python reward.py score --model runs/toy/cycle1/reward --data runs/toy/cycle1/candidates/candidates.jsonl --keep 0.5 --out runs/toy/cycle1/scored
+    python reward.py score --model runs/toy/cycle1/reward --data runs/toy/cycle1/candidates/candidates.jsonl --keep 0.5 \\
+        --image-root runs/toy --out runs/toy/cycle1/scored
 """
 import argparse
 import json
@@ -276,13 +277,13 @@ def print_report(found):
 
 def train(args):
     run = runs.start(args, [args.model, *args.data, *args.rollouts])
-    rows = [r for file in args.data for r in records.read(file, require=("image",))]
+    rows = [r for file in args.data for r in records.read(file, ("image",), args.image_root)]
     rows = [r for r in rows if "answer" in r or "report" in r]
     parts = records.split(rows, (1 - args.holdout, 0, args.holdout), args.seed)
     held_images = {r["image"] for r in parts["test"]}
     groups = build_levels(parts["train"], args.resamples, args.seed)
     held = build_levels(parts["test"], 1, args.seed)
-    for record, drawn in build_rollouts(args.rollouts):
+    for record, drawn in build_rollouts(args.rollouts, args.image_root):
         (held if record["image"] in held_images else groups).append((record, drawn))
     if not groups or not held:
         raise records.RecordError(f"{args.data[0]}: too few records to train on and hold out; more data, or another --holdout")
@@ -337,7 +338,7 @@ def print_summary(rows, accepted):
 
 def score(args):
     run = runs.start(args, [args.model, args.data])
-    rows = list(records.read(args.data, require=("image", "question", "answer")))
+    rows = list(records.read(args.data, records.QUESTION, args.image_root))
     unreadable = records.unreadable(rows, args.max_rejected) if args.on_error == "skip" else {}
     rejected = [r | {"reason": "unreadable image", "text": unreadable[r["image"]]} for r in rows if r["image"] in unreadable]
     rows = [r for r in rows if r["image"] not in unreadable]
@@ -351,7 +352,7 @@ def score(args):
                         [records.response_of(r) for r in part])
         run.append("scored.jsonl", here(r | {"reward": {h: round(rewards[h][k], 4) for h in HEADS}} for k, r in enumerate(part)))
         run.commit(step=i + args.batch)
-    rows = list(records.read(run.path("scored.jsonl")))
+    rows = list(records.read(run.path("scored.jsonl"), root=records.ANYWHERE))
     accepted, drawn = choose(rows, args.seed, args.per, args.threshold, args.top_k, args.keep)
     records.write(run.path("accepted.jsonl"), (rows[i] for i in accepted))
     records.write(run.path("random.jsonl"), (rows[i] for i in drawn))

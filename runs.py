@@ -87,6 +87,7 @@ def add_arguments(parser):
     """The flags that every stage has."""
     parser.add_argument("--out", required=True, help="folder to write; final once it exists")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--image-root", help="folder that images may lie in, beside that of the file that names them")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                         help="go on from an unfinished run of the same command")
 
@@ -338,7 +339,7 @@ def same_run(folder, meta, free=()):
     where = f"{folder}: holds another run"
     if old["script"] != meta["script"]:
         raise RunError(f"{where} (of {old['script']}); choose another --out or remove it")
-    keys = sorted({*old["args"], *meta["args"]} - {*free})
+    keys = sorted({*old["args"], *meta["args"]} - {*free, "image_root"})  # it says what may be read, not what is
     other = [k for k in keys if old["args"].get(k) != meta["args"].get(k)]
     if other:
         flags = ", ".join(f"--{k.replace('_', '-')} {old['args'].get(k)} there, {meta['args'].get(k)} here" for k in other[:3])

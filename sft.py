@@ -10,7 +10,7 @@ Writes  OUT/ in the Hugging Face format, metrics.jsonl (loss, grad_norm, lr, tok
 
 Departs from the paper: its SFT settings are not published; here AdamW, cosine schedule with warm-up, gradients clipped.
 
-    python sft.py --model toy/policy --data runs/toy/cycle1/scored/accepted.jsonl --out runs/toy/cycle1/sft
+    python sft.py --model toy/policy --data runs/toy/cycle1/scored/accepted.jsonl --image-root runs/toy --out runs/toy/cycle1/sft
     accelerate launch --num_processes 8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data accepted.jsonl --out policy
 """
 import argparse
@@ -56,11 +56,11 @@ import vlm  # noqa: E402
 from triton_ops import linear_cross_entropy  # noqa: E402
 
 
-def load_examples(files, weights, role):
+def load_examples(files, weights, role, root=None):
     """[(image path, prompt, response)], each file's as often as its weight says (its last round a prefix)."""
     examples = []
     for file, weight in zip(files, weights):
-        rows = [example(r, role, file) for r in records.read(file, require=("image",))]
+        rows = [example(r, role, file) for r in records.read(file, ("image",), root)]
         whole, rest = divmod(round(weight * len(rows)), len(rows))
         examples += rows * whole + rows[:rest]
     records.demand(examples, f"{files[0]}: nothing to learn from; give another file, or a larger --weights")
@@ -125,12 +125,13 @@ def mean_loss(vlm_, examples, micro_batch):
 def main(args):
     accelerator = Accelerator(mixed_precision="bf16" if vlm.best_dtype() == torch.bfloat16 else "no")
     if args.test:
-        leakage.refuse(args.data, args.test, args.allow_leakage, args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process)
+        leakage.refuse(args.data, args.test, args.allow_leakage, args.out.rstrip("/") + ".leaks.jsonl", args.image_root,
+                       accelerator.is_main_process)
     run = runs.start(args, [args.model, *args.data, args.val, args.test], accelerator.is_main_process)
     weights = args.weights or [1.0] * len(args.data)
     if len(weights) != len(args.data):
         raise runs.RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")
-    examples = load_examples(args.data, weights, args.role)
+    examples = load_examples(args.data, weights, args.role, args.image_root)
     vlm_ = vlm.load(args.model, accelerator.device)
     if args.freeze == "vision":
         vlm.freeze_vision(vlm_)
@@ -159,7 +160,7 @@ def main(args):
     result = {"steps": steps, "examples": len(examples), "train_loss": loss}
     if args.val:
         with accelerator.autocast():
-            result["val_loss"] = mean_loss(vlm_, load_examples([args.val], [1.0], args.role), args.micro_batch)
+            result["val_loss"] = mean_loss(vlm_, load_examples([args.val], [1.0], args.role, args.image_root), args.micro_batch)
     if run.main:
         vlm.save(vlm_, run.part)
     run.finish(result, ", ".join(f"{k} {v:.4g}" for k, v in result.items() if v is not None))

@@ -41,7 +41,7 @@ def paired(folders, a, b):
     import numpy as np
     values, images, by_seed = [], [], []
     for folder in folders:
-        rows = [list(records.read(os.path.join(folder, STAGES[s], "predictions.jsonl"))) for s in (a, b)]
+        rows = [list(records.read(os.path.join(folder, STAGES[s], "predictions.jsonl"), root=records.ANYWHERE)) for s in (a, b)]
         change = [int(y["correct"]) - int(x["correct"]) for x, y in zip(*rows)]
         values, images, by_seed = values + change, images + [r["image_hash"] for r in rows[0]], by_seed + [sum(change) / len(change)]
     low, high = measures.interval(np.array(values, float), np.array(images), 0)

@@ -12,5 +12,5 @@ fi
 
 stage() {  # stage FOLDER SEED COMMAND...: run the command unless its folder is there
   local folder=$1 seed=$2; shift 2
-  [ -e "$folder" ] || "$PYTHON" "$@" --out "$folder" --seed "$seed"
+  [ -e "$folder" ] || "$PYTHON" "$@" --image-root "$OUT" --out "$folder" --seed "$seed"
 }

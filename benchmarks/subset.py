@@ -30,7 +30,7 @@ def parse_args():
 
 
 def main(args):
-    rows = list(records.read(args.file))
+    rows = list(records.read(args.file, root=records.ANYWHERE))
     field, _, value = args.where.partition("=")
     print(f"{args.out}: {records.write(args.out, subset(rows, args.k, args.seed, field or None, value))} records")
 

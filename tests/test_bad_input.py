@@ -258,7 +258,7 @@ IMAGES = [
     image("truncated PNG", "not a readable image", cut(format="PNG")),
     image("truncated JPEG", "not a readable image", cut(format="JPEG", quality=95)),
     image("a folder", "not a readable image", os.mkdir), image("a FIFO", "not a regular file", os.mkfifo),
-    image("a device", "not a regular file", lambda path: path.symlink_to("/dev/zero")),
+    image("a link to a device", "zero is not under", lambda path: path.symlink_to("/dev/zero")),
     image("zero-sized GIF", "not a readable image", data(b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\x00;")),
     image("zero-sized PPM", "not a readable image", data(b"P6 0 0 255\n")),
     image("20,000 x 20,000", "not a readable image", data(png(20_000, 1).replace(struct.pack(">II", 20_000, 1), struct.pack(">II", 20_000, 20_000)))),
@@ -276,6 +276,49 @@ IMAGES = [
       if command != CHECK and name != "records.py split"),
     image("missing, eval.py", "no such image", lambda path: None, READERS["eval.py"]),
     image("missing, generate.py", "no image", lambda path: None, READERS["generate.py"]),
+]
+
+
+def place(name, says, path, make_more=lambda folder: None, flags="", command=CHECK):
+    """{d}/own/r.jsonl names `path`; a.png stands in its own folder {d}/own, outside in {d} and in {d}/own-not, and b.png in {d} alone."""
+    def make(folder):
+        for inner in ("own", "own-not", "."):
+            (folder / inner).mkdir(exist_ok=True)
+            file(jsonl(question(image=path.format(d=folder)), question(id="q2", image="a.png", answer="MRI")))(folder / inner)
+        Image.new("RGB", (8, 8)).save(folder / "b.png")
+        make_more(folder)
+    command = command.replace("{d}/r.jsonl", "{d}/own/r.jsonl") + flags
+    holds = lambda folder: command.startswith("records.py import") or records.open_image(next(records.read(  # noqa: E731
+        folder / "own" / "r.jsonl", root=folder))["image"])
+    return Case("image path", name, says, make, command, holds)
+
+
+def link(to, name="i"):
+    return lambda folder: (folder / "own" / name).symlink_to(to.format(d=folder))
+
+
+def import_of(name, says, path, flags=""):
+    rows = [{"conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cyst."}], "image": path}]
+    return place(f"import: {name}", says, "a.png", lambda folder: (folder / "own" / "r.jsonl").write_text(json.dumps(rows)), flags,
+                 "records.py import {d}/r.jsonl --out {o}/r.jsonl")
+
+
+PLACES = [
+    place("..", "a.png is not under", "../a.png"), place("absolute", "a.png is not under", "{d}/a.png"),
+    place("a folder whose name begins alike", "a.png is not under", "../own-not/a.png"),
+    place("a link that leads out", "/a.png is not under", "i", link("../a.png")),
+    place("a linked folder that leads out", "/b.png is not under", "i/b.png", link("..")),
+    place(".. and back", "read", "../own/a.png"), place("absolute, inside", "read", "{d}/own/a.png"), place("a link inside", "read", "i", link("a.png")),
+    place("allowed by --image-root", "read", "../a.png", flags=" --image-root {d}"),
+    place("a link, allowed by --image-root", "read", "i", link("../a.png"), flags=" --image-root {d}"),
+    place("another --image-root", "a.png is not under", "../a.png", flags=" --image-root {d}/own-not"),
+    *(place(f".., {name}", "a.png is not under", "../a.png", command=command) for name, command in READERS.items() if command != CHECK),
+    *(place(f"allowed by --image-root, {name}", "read", "../a.png", flags=" --image-root {d}", command=READERS[name])
+      for name in ("generate.py", "reward.py score", "sft.py", "eval.py", "leakage.py")),
+    place(".., report.py", "a.png is not under", "../a.png", command="report.py --scored {d}/r.jsonl --out {o}/report.html",
+          make_more=lambda folder: (folder / "own" / "r.jsonl").write_bytes(jsonl(question(image="../a.png", reward={"overall": 1})))),
+    import_of("..", "outside of the folder of images", "../a.png"), import_of("allowed by --image-root", "read", "../a.png", " --image-root {d}"),
+    import_of("allowed by --images", "read", "own/a.png", " --images {d}"),
 ]
 
 
@@ -378,7 +421,7 @@ MODELS = [
     reward_model("heads of another backbone", "not a reward model", change("heads.json", likelihood=False)),
     reward_model("a missing reward model", "not a reward model", shutil.rmtree, "grpo.py"),
 ]
-CASES = {f"{case.kind}: {case.name}": case for case in FILES + RECORDS + IMAGES + MODELS}
+CASES = {f"{case.kind}: {case.name}": case for case in FILES + RECORDS + IMAGES + PLACES + MODELS}
 
 
 # ---------------------------------------------------------------------------------------------------------

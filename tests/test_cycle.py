@@ -21,18 +21,18 @@ def test_the_cycle_finishes_and_ends_with_its_table(finished):
 def test_every_record_file_of_the_cycle_is_valid_and_traces_to_its_image(finished):
     out, _ = finished
     images = {r["id"]: r["image"] for r in records.read(out / "data" / "unlabelled" / "images.jsonl")}
-    scored = list(records.read(out / "cycle1" / "scored" / "scored.jsonl", require=("reward", "parent")))
+    scored = list(records.read(out / "cycle1" / "scored" / "scored.jsonl", ("reward", "parent"), out))
     assert all(images[r["parent"]] == r["image"] for r in scored)
-    kept = [len(list(records.read(out / "cycle1" / "scored" / f"{name}.jsonl"))) for name in ("accepted", "random")]
+    kept = [len(list(records.read(out / "cycle1" / "scored" / f"{name}.jsonl", root=out))) for name in ("accepted", "random")]
     assert kept == [round(len(scored) / 2)] * 2
-    rollouts = list(records.read(out / "cycle1" / "grpo" / "rollouts.jsonl", require=("response",)))
+    rollouts = list(records.read(out / "cycle1" / "grpo" / "rollouts.jsonl", ("response",), out))
     assert len(rollouts) == 2 * 4 and all(os.path.exists(r["image"]) for r in rollouts)
 
 
 def test_the_report_holds_every_evaluated_question_every_candidate_and_every_stages_curves(finished):
     out, done = finished
     data = json.loads(re.search('<script id="data"[^>]*>(.*?)</script>', (out / "report.html").read_text(), re.DOTALL)[1])
-    asked, scored = ([r["id"] for r in records.read(out / name)] for name in ("data/test.jsonl", "cycle1/scored/scored.jsonl"))
+    asked, scored = ([r["id"] for r in records.read(out / name, root=out)] for name in ("data/test.jsonl", "cycle1/scored/scored.jsonl"))
     assert [item["id"] for item in data["items"]] == asked + scored and f"{len(asked + scored)} items" in done.stdout
     assert {len(item["responses"]) for item in data["items"][:len(asked)]} == {len(list(out.rglob("eval_*")))} and all(i["image"] is not None for i in data["items"])
     assert {curve["title"] for curve in data["curves"]} == {"sft.py"}  # GRPO and reward model logged one step each: no curve
@@ -70,12 +70,12 @@ def test_expert_data_without_a_test_file_is_refused(tmp_path):
 
 def test_a_file_that_is_not_there_is_refused_before_anything_is_run(tmp_path):
     there = __file__
-    done = cycle(tmp_path / "run", EXPERT=there, IMAGES=there, TEST=there, VAL=str(tmp_path / "watch.jsonl"))
+    done = cycle(tmp_path / "run", EXPERT=there, IMAGES=there, TEST=there, IMAGE_ROOT=".", VAL=str(tmp_path / "watch.jsonl"))
     assert done.returncode == 2 and "VAL=" in done.stderr and "no such file" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):
     broken = tmp_path / "expert.jsonl"
     broken.write_text('{"id": "a"\n')
-    done = cycle(tmp_path / "run", EXPERT=str(broken), TEST=str(broken), VAL=str(broken), IMAGES=str(broken))
+    done = cycle(tmp_path / "run", EXPERT=str(broken), TEST=str(broken), VAL=str(broken), IMAGES=str(broken), IMAGE_ROOT=str(tmp_path))
     assert done.returncode == 2 and f"{broken}:1" in done.stderr and "Traceback" not in done.stderr

@@ -446,7 +446,7 @@ def test_killed_and_called_again_it_gives_the_same_bytes_and_then_is_complete(ho
 
 
 def test_compare_takes_a_folder_or_a_file_and_writes_what_it_prints(home):
-    changed = list(records.read(home / "a" / "predictions.jsonl"))
+    changed = list(records.read(home / "a" / "predictions.jsonl", root=home))
     wrong = [r for r in changed if not r["correct"]][:2]
     wanted = [r | {"prediction": r["answer"]} if r in wrong else r for r in changed]
     records.write(home / "changed.jsonl", wanted)

@@ -179,7 +179,7 @@ def test_the_server_gets_prompt_image_and_settings(suffix, serve, stage, tmp_pat
         assert row["modality"] == dict(i0="CT", i1="MRI")[row["parent"]] and row["image"] == f"../{row['parent']}.png"
     assert {path for path, _, _ in server.seen} == {"/v1/chat/completions"}
     assert {r["paradigm"] for r in kept} == set(records.PARADIGMS)
-    assert len(list(records.read(tmp_path / "out" / "candidates.jsonl", records.QUESTION))) == 6
+    assert len(list(records.read(tmp_path / "out" / "candidates.jsonl", records.QUESTION, tmp_path))) == 6
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(serve, stage, tmp_path, monkeypatch):
@@ -317,7 +317,7 @@ def test_every_reply_is_kept_or_rejected_for_its_reason(serve, stage, tmp_path):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"images": 1, **counts, "by_paradigm": {"direct": counts}}
     for row in [("asked", len(REPLIES)), ("kept", 4), *want.items()]:
         assert re.search(rf"^{row[0]} +{row[1]} +{row[1]}$", out, re.MULTILINE)
-    assert len(list(records.read(tmp_path / "out" / "candidates.jsonl", records.QUESTION))) == 4
+    assert len(list(records.read(tmp_path / "out" / "candidates.jsonl", records.QUESTION, tmp_path))) == 4
 
 
 def test_counts_are_by_paradigm(serve, stage, tmp_path):
@@ -405,7 +405,7 @@ def toy_stage(stage, toy_vlm, monkeypatch):
 
 def test_the_toy_generator_writes_valid_records(stage, tmp_path):
     status, _, _ = stage("--model", TOY, "--images", write_images(tmp_path, 8), "--batch", 3, "--out", tmp_path / "out")
-    kept = list(records.read(tmp_path / "out" / "candidates.jsonl", (*records.QUESTION, "rationale", "task", "modality", "parent")))
+    kept = list(records.read(tmp_path / "out" / "candidates.jsonl", (*records.QUESTION, "rationale", "task", "modality", "parent"), tmp_path))
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert status == 0 and len(kept) + len(lines(tmp_path / "out" / "rejected.jsonl")) == metrics["asked"] == 24
     assert metrics["kept"] == len(kept) >= 12  # by far the most are well-formed

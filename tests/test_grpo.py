@@ -316,7 +316,7 @@ def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypat
 
 def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path):
     run_grpo(monkeypatch, folder, tmp_path / "run")
-    rows = list(records.read(tmp_path / "run" / "rollouts.jsonl", require=("image", "response")))
+    rows = list(records.read(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
     assert len(rows) == 3 * 3 * 4
     for r in rows:
         parsed = records.parse_response(r["response"], r["options"])

@@ -26,8 +26,8 @@ STAGES = {  # in order: each one's inputs are the outputs of those before it
     "clinic": ("toy/clinic.py", "--sizes 8 6 10 4 10"),
     "reward": ("reward.py", "train --model toy/backbone --data {d}/clinic/expert.jsonl {d}/clinic/reports.jsonl --resamples 1 --steps 100"),
     "candidates": ("generate.py", "--model toy/generator --images {d}/clinic/unlabelled/images.jsonl --batch 2"),
-    "scored": ("reward.py", "score --model {d}/reward --data {d}/candidates/candidates.jsonl --keep 0.5 --batch 4"),
-    "sft": ("sft.py", "--model toy/policy --data {d}/scored/accepted.jsonl --epochs 6 --batch 6 --save-every 2"),
+    "scored": ("reward.py", "score --model {d}/reward --data {d}/candidates/candidates.jsonl --keep 0.5 --batch 4 --image-root {d}"),
+    "sft": ("sft.py", "--model toy/policy --data {d}/scored/accepted.jsonl --epochs 6 --batch 6 --save-every 2 --image-root {d}"),
     "grpo": ("grpo.py", "--model {d}/sft --reward {d}/reward --data {d}/clinic/expert.jsonl --val {d}/clinic/val.jsonl"
              " --steps 4 --prompts 2 --group 4 --iterations 2 --watch-every 2 --save-every 1"),
     "eval": ("eval.py", "--model {d}/grpo --data {d}/clinic/test.jsonl --batch 4"),

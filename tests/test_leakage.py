@@ -177,7 +177,7 @@ def test_every_test_image_of_the_official_split_of_vqa_rad_is_in_train(vqa_rad, 
     rows, official = vqa_rad
     for name in ("train", "test"):
         records.write(tmp_path / f"{name}.jsonl", [r for r in rows if (r["id"] in official) == (name == "test")])
-    findings, totals = leakage.audit([tmp_path / "train.jsonl"], [tmp_path / "test.jsonl"], 4)
+    findings, totals = leakage.audit([tmp_path / "train.jsonl"], [tmp_path / "test.jsonl"], 4, rows[0]["image"].rpartition("/")[0])
     result = leakage.summary(findings, totals)
     assert result["same file"]["records_share"] == result["same file"]["images_share"] == 1 and totals["records"] == len(official)
     assert 0 < result["same question, same image"]["records"] < result["same question, other image"]["records"] < len(official)

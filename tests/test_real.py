@@ -32,7 +32,7 @@ def slice_of(request, tmp_path):
 
 
 def run(monkeypatch, stage, *command):
-    monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, command)])
+    monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, command), "--image-root", str(DATA)])
     stage.main(stage.parse_args())
 
 
@@ -44,8 +44,8 @@ def test_all_five_stages_read_real_images_and_questions_and_finish(monkeypatch, 
     run(monkeypatch, sft, "--model", policy, "--data", d / "scored" / "accepted.jsonl", "--epochs", 1, "--batch", 4, "--out", d / "sft")
     run(monkeypatch, grpo, "--model", d / "sft", "--reward", d / "rm", "--data", d / "real.jsonl", "--steps", 1, "--prompts", 2, "--group", 4, "--out", d / "grpo")
     run(monkeypatch, evaluation, "--model", d / "grpo", "--data", d / "real.jsonl", "--out", d / "eval")
-    answered = list(records.read(d / "eval" / "predictions.jsonl", require=("response",)))
+    answered = list(records.read(d / "eval" / "predictions.jsonl", ("response",), DATA))
     assert len(answered) == 24
     kept = sum(1 for _ in open(d / "candidates" / "candidates.jsonl"))
     rejected = sum(1 for _ in open(d / "candidates" / "rejected.jsonl"))
-    assert kept + rejected == 3 * len(list(records.read(d / "images.jsonl")))
+    assert kept + rejected == 3 * len(list(records.read(d / "images.jsonl", root=DATA)))

@@ -248,7 +248,7 @@ def test_images_are_absolute_in_memory_and_relative_on_disk(tmp_path, monkeypatc
     assert held == before
     text = (tmp_path / "new" / "out" / "r.jsonl").read_bytes()
     assert json.loads(text)["image"] == "../../in/img/a b.png" and "ü".encode() in text and text.endswith(b"}\n")
-    assert list(records.read(tmp_path / "new" / "out" / "r.jsonl")) == before  # the unknown field too
+    assert list(records.read(tmp_path / "new" / "out" / "r.jsonl", root=tmp_path)) == before  # the unknown field too
     assert records.relative(held[0], tmp_path / "in")["image"] == "img/a b.png" and held == before
     assert records.relative({"id": "a"}, tmp_path) == {"id": "a"}
     with pytest.raises(RecordError, match="relative path"):
@@ -618,7 +618,7 @@ def test_real_vqarad_rows_are_all_accounted_for(tmp_path):
         assert records.is_match(record["answer"], rows[record["id"]]["answer"])
         assert ("options" in record) == (record["answer"] in ("yes", "no"))
     assert records.write(tmp_path / "r.jsonl", got) == len(got)
-    assert list(records.read(tmp_path / "r.jsonl", records.QUESTION)) == got
+    assert list(records.read(tmp_path / "r.jsonl", records.QUESTION, DATA)) == got
     parts = records.split(got, (0.8, 0.1, 0.1), seed=0)
     images = [{records.image_hash(record["image"]) for record in part} for part in parts.values()]
     assert len(set().union(*images)) == sum(map(len, images)) and sum(map(len, parts.values())) == len(got)

@@ -127,10 +127,10 @@ def test_an_evaluated_question_is_one_item_with_every_run_and_a_candidate_knows_
 
 
 def test_the_same_id_on_another_question_is_another_item(cycle, tmp_path):
-    _, rows = cycle
+    folder, rows = cycle
     for name, question in (("a", "One?"), ("b", "Two?")):
         records.write(tmp_path / name / "p.jsonl", [rows["eval_base"][0] | {"question": question}])
-    data, _ = made(tmp_path / "r.html", "--predictions", tmp_path / "a" / "p.jsonl", f"other={tmp_path / 'b' / 'p.jsonl'}")
+    data, _ = made(tmp_path / "r.html", "--predictions", tmp_path / "a" / "p.jsonl", f"other={tmp_path / 'b' / 'p.jsonl'}", "--image-root", folder)
     assert [(i["question"], len(i["responses"])) for i in data["items"]] == [("One?", 1), ("Two?", 1)]
     assert data["runs"] == [f"{tmp_path.name}/a", "other"]
 

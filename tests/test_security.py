@@ -56,13 +56,13 @@ def test_texts_that_look_like_tokens_templates_html_paths_or_commands_stay_texts
     sft = run(READERS["sft.py"], hostile, "sft")
     run(READERS["sft.py"] + " --role generator", hostile, "generator")
     run(READERS["reward.py train"], hostile, "rm_trained")
-    scored = list(records.read(run(READERS["reward.py score"].replace("--keep 0.5", "--keep 1"), hostile, "scored") / "accepted.jsonl"))
-    rollouts = list(records.read(run(READERS["grpo.py"].replace("--steps 1", "--steps 8"), hostile, "grpo") / "rollouts.jsonl"))
-    predictions = list(records.read(run(READERS["eval.py"], hostile, "eval") / "predictions.jsonl"))
+    scored = list(records.read(run(READERS["reward.py score"].replace("--keep 0.5", "--keep 1"), hostile, "scored") / "accepted.jsonl", root=hostile))
+    rollouts = list(records.read(run(READERS["grpo.py"].replace("--steps 1", "--steps 8"), hostile, "grpo") / "rollouts.jsonl", root=hostile))
+    predictions = list(records.read(run(READERS["eval.py"], hostile, "eval") / "predictions.jsonl", root=hostile))
     assert texts(scored) == texts(predictions) == texts(given)
     practised = {r["record"]: r for r in rollouts}
     assert [{f: practised[r["id"]][f] for f in FIELDS[1:]} for r in given] == [{f: r[f] for f in FIELDS[1:]} for r in given]
-    page = run("report.py --predictions {d}/eval/predictions.jsonl --scored {d}/scored/scored.jsonl --out {o}/report.html", hostile, ".") / "report.html"
+    page = run("report.py --predictions {d}/eval/predictions.jsonl --scored {d}/scored/scored.jsonl --image-root {d} --out {o}/report.html", hostile, ".") / "report.html"
     assert "<script>alert" not in page.read_text() and page.read_text().count("</script>") == 2
     assert (sft / "model.safetensors").exists() and not list(hostile.rglob(PLANTED))
 
@@ -83,7 +83,7 @@ def test_what_a_generator_says_stays_text(serve, stage, hostile, tmp_path):  # n
     said = [t for t in HOSTILE if "|" not in t]
     server = serve(lambda body: (candidate.replace("{0}", said[body["seed"] % len(said)]), "stop"))
     status, _, _ = stage("--images", hostile / "r.jsonl", "--endpoint", server.url, "--endpoint-model", "m", "--out", tmp_path / "out")
-    kept = list(records.read(tmp_path / "out" / "candidates.jsonl", records.QUESTION))
+    kept = list(records.read(tmp_path / "out" / "candidates.jsonl", records.QUESTION, hostile))
     assert status == 0 and len({r["answer"] for r in kept}) > 8
     for r in kept:
         text = said[r["seed"] % len(said)]
@@ -190,7 +190,7 @@ def test_items_with_an_unreadable_image_are_set_aside_with_their_reason_and_coun
     assert call(READERS[stage_], folder) == 2  # and by default any stops it
     assert call(READERS[stage_].replace("{o}", "{d}/skipped") + " --on-error skip --max-rejected 0.25", folder) == 0
     metrics = json.loads((folder / "skipped" / "metrics.json").read_text())
-    rejected = [r for r in records.read(folder / "skipped" / "rejected.jsonl") if r["reason"] == "unreadable image"]
+    rejected = [r for r in records.read(folder / "skipped" / "rejected.jsonl", root=folder) if r["reason"] == "unreadable image"]
     each = 1 if "score" in stage_ else 3  # paradigms
     assert sorted(r.get("parent", r["id"]) for r in rejected) == ["q2"] * each + ["q5"] * each
     assert {r["text"].removeprefix(r["image"])[:20] for r in rejected} == {": not a readable ima", ": no such image: cor"}

@@ -26,7 +26,7 @@ def is_right(candidate, facts):
 
 def mark(scored, facts):
     """Marks of one folder of scored candidates; `facts` by image id."""
-    rows = {name: list(records.read(os.path.join(scored, f"{name}.jsonl"), require=("parent", "answer")))
+    rows = {name: list(records.read(os.path.join(scored, f"{name}.jsonl"), ("parent", "answer"), records.ANYWHERE))
             for name in ("scored", "accepted", "random")}
     right = {r["id"]: is_right(r, facts[r["parent"]]) for r in rows["scored"]}
     share = lambda part: sum(right[r["id"]] for r in part) / len(part) if part else None  # noqa: E731
