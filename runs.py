@@ -75,11 +75,12 @@ def cli(main, args):
     try:
         main(args)
     except Exception as e:
-        line, why = str(e), unwritable(e)
-        if why:
+        line = str(e)
+        if not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
+            why = unwritable(e)
+            if not why:
+                raise
             line = f"{getattr(e, 'filename', None) or args.out}: {why}; make room or choose another --out, the same command goes on from here"
-        elif not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
-            raise
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
         sys.exit(getattr(e, "exit_status", 2))
 

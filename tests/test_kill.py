@@ -1,7 +1,6 @@
 """Killed anywhere, any number of times, every stage ends with the records and weights of a run that was left alone.
 
-    python tests/test_kill.py --kills 300 --out benchmarks/results/kills.json      the soak: so many kills, a table of
-                                                                                    them, and status 1 where anything differs
+    python tests/test_kill.py --kills 300 --out benchmarks/results/kills.json      the soak: so many kills, and a table of them
 
 A stage runs in a process of its own, forked from a server that has imported torch; it is killed by SIGKILL at a random
 time within what the undisturbed run took, started again by the same command, and so on, then left to finish.
@@ -170,7 +169,7 @@ def test_a_file_that_differs_and_a_record_that_is_lost_are_counted(zoo, monkeypa
 
 
 def soak(kills, out):
-    """Kill stages in turn until there were so many kills; write and print what came of it. Returns the runs that differ."""
+    """Kill stages in turn until there were so many kills; write and print what came of it. Returns the runs that differ, or lost a record."""
     import runs
     rows, differences = {name: [0, 0, 0, 0] for name in STAGES}, []  # runs, kills, lost records, differing runs
     with tempfile.TemporaryDirectory() as folder:
