@@ -29,13 +29,17 @@ GENERATE_FLAGS=${GENERATE_FLAGS:-} REWARD_FLAGS=${REWARD_FLAGS:-} SCORE_FLAGS=${
 SFT_FLAGS=${SFT_FLAGS:-} GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
+# a stage runs in the background, because bash heeds no signal while a command runs in front; so one to this shell alone
+# reaches the stage, which commits and leaves
+trap 'kill $(jobs -p) 2>/dev/null || :; wait; exit 143' TERM INT
+run() { "$@" & wait $!; }
 stage() {  # stage FOLDER SCRIPT FLAGS...: run the script unless its folder is there
   local folder=$1; shift
-  [ -e "$folder" ] || "$PYTHON" "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
+  [ -e "$folder" ] || run "$PYTHON" "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 launch() {  # the same for a stage that trains: on all GPUs with LAUNCH
   local folder=$1; shift
-  [ -e "$folder" ] || ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
+  [ -e "$folder" ] || run ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 sft() {  # sft FOLDER DATA...: the policy, from its base, and its evaluation; --test: refuses data that holds test images
   local folder=$1; shift
@@ -65,7 +69,7 @@ done
 settings=$(for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST GENERATE REWARD SFT GRPO EVAL \
   GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS GRPO_FLAGS EVAL_FLAGS; do echo "$v=${!v}"; done)
 mkdir -p "$OUT"
-[ -e "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
+[ -e "$OUT/settings" ] || { echo "$settings" > "$OUT/settings.tmp"; mv "$OUT/settings.tmp" "$OUT/settings"; }  # never half a file
 if [ "$settings" != "$(cat "$OUT/settings")" ]; then
   echo "cycle.sh: $OUT holds a cycle with other settings ($OUT/settings); choose another OUT or remove it" >&2
   exit 2
@@ -104,6 +108,7 @@ done
 { "$PYTHON" runs.py "${rows[@]}" --fields accuracy low high auroc ${TRUTH:+right_scored right_accepted}
   echo "accuracy on TEST, its 95% interval; beside + GRPO what its cycle began with: AUROC of the reward model, right against wrong,"
   [ -n "$TRUTH" ] && echo "on the candidates; share of right candidates, of all scored and of the accepted" || echo "on held-out expert items"
-} | tee "$OUT/table.txt"
+} | tee "$OUT/table.txt.tmp"
+mv "$OUT/table.txt.tmp" "$OUT/table.txt"
 "$PYTHON" report.py --run "$OUT" --image-root "$IMAGE_ROOT" --out "$OUT/report.html"
 echo "all in $OUT; this call took $(((SECONDS - started + 30) / 60)) minutes"

@@ -344,8 +344,8 @@ def open_image(path):
 
     Turned upright by its EXIF tag. 16- and 32-bit grey values are scaled from the image's own range to 0..255:
     CT and MRI use 12 of 16 bits; clipped they would be white, divided by 256 black. Transparent parts show
-    white. Of an animation, the first frame. One that is larger than MOST_BYTES or MOST_PIXELS, or narrower than
-    1 : MOST_OBLONG (more than a processor takes), is refused before it is decoded.
+    white. Of an animation, the first frame. Pixels alone: no metadata of the file goes along. One that is larger than
+    MOST_BYTES or MOST_PIXELS, or narrower than 1 : MOST_OBLONG (more than a processor takes), is refused before it is decoded.
     """
     from PIL import Image, ImageOps
     try:
@@ -367,7 +367,9 @@ def open_image(path):
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.info = {}  # a colour profile would go on into every PNG made of the image
+        return image
     except RecordError:
         raise
     except FileNotFoundError:

@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -75,12 +76,20 @@ def cli(main, args):
         main(args)
     except Exception as e:
         line = str(e)
-        if isinstance(e, OSError) and e.errno in UNWRITABLE:
-            line = f"{e.filename or args.out}: {e.strerror}; make room or choose another --out, the same command goes on from here"
-        elif not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
-            raise
+        if not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
+            why = unwritable(e)
+            if not why:
+                raise
+            line = f"{getattr(e, 'filename', None) or args.out}: {why}; make room or choose another --out, the same command goes on from here"
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
         sys.exit(getattr(e, "exit_status", 2))
+
+
+def unwritable(error):
+    """Why nothing could be written, where that is what the error says: an OSError, or the text that safetensors makes of one."""
+    text = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(text[1]) if text else getattr(error, "errno", None)
+    return os.strerror(number) if number in UNWRITABLE else None
 
 
 def add_arguments(parser):
@@ -173,13 +182,14 @@ def table(rows, headers, markdown=False):
 
 
 class Hashed:
-    """A file that is hashed while it is written."""
+    """A file that is hashed and measured while it is written."""
 
     def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
 
     def write(self, data):
         self.digest.update(data)
+        self.size += len(data)
         return self.file.write(data)
 
     def flush(self):
@@ -221,11 +231,10 @@ class Run:
     def commit(self, **state):
         """All that was appended so far is safe; `state` (numbers, strings, tensors, dicts of them) is where to go on.
 
-        After SIGTERM the run ends here, with status 143.
+        After SIGTERM the run ends here, with status 143. Raises RunError where the disk has no room; the commits before it stay.
         """
         if not self.main:
             return
-        import torch
         sizes = dict(self.state.get("sizes", {}))
         for name, file in self.files.items():
             file.flush()
@@ -234,15 +243,32 @@ class Run:
         self.commits += 1
         self.state = {**state, "sizes": sizes, "commits": self.commits}
         os.makedirs(self.path("state"), exist_ok=True)
-        with open(self.path("state/new"), "wb") as file:
-            hashed = Hashed(file)
-            torch.save(self.state, hashed)
-            os.fsync(file.fileno())
+        checksum = self.save_state(self.path("state/new"))
         # the checksum is in the name: a file is whole and has it, or is not there
-        os.replace(self.path("state/new"), self.path(f"state/{self.commits:08}-{hashed.digest.hexdigest()[:16]}.pt"))
+        os.replace(self.path("state/new"), self.path(f"state/{self.commits:08}-{checksum[:16]}.pt"))
         for old in sorted(os.listdir(self.path("state")))[:-2]:
             os.remove(self.path(f"state/{old}"))
         self.leave_if_stopping()
+
+    def save_state(self, path):
+        """Write the state and return its SHA-256. Raises RunError where the disk has no room for it."""
+        import torch
+        try:
+            with open(path, "wb") as file:
+                hashed = Hashed(file)
+                torch.save(self.state, hashed)
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch may put its own over the disk's
+            if os.path.exists(path):
+                os.remove(path)
+            free = shutil.disk_usage(self.part).free
+            with open(os.devnull, "wb") as nowhere:
+                torch.save(self.state, whole := Hashed(nowhere))
+            if whole.size <= free:  # a quota, say
+                raise error if isinstance(error, OSError) else error.__context__ or error
+            raise RunError(f"{self.part}: a commit needs {whole.size / 2**20:.3f} MiB and {free / 2**20:.3f} MiB are free; "
+                           "make room, the same command goes on from the commit before") from None
+        return hashed.digest.hexdigest()
 
     def leave_if_stopping(self):
         if self.stopping:
@@ -305,9 +331,7 @@ def start(args, inputs=(), main=True, free=()):
         same_run(part, meta, free)
         state = restore(part, main)
     if main and not state:  # nothing was committed: nothing is lost
-        for name in os.listdir(part):
-            remove = shutil.rmtree if os.path.isdir(os.path.join(part, name)) else os.remove
-            name == "lock" or remove(os.path.join(part, name))
+        empty(part)
         write_json(os.path.join(part, "args.json"), meta)
     return Run(folder, part, main, meta, state, lock)
 
@@ -326,6 +350,13 @@ def take_lock(part):
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()
     return lock
+
+
+def empty(part):
+    """Remove all but the lock."""
+    for name in os.listdir(part):
+        remove = shutil.rmtree if os.path.isdir(os.path.join(part, name)) else os.remove
+        name == "lock" or remove(os.path.join(part, name))
 
 
 def same_run(folder, meta, free=()):

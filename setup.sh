@@ -2,7 +2,7 @@
 # the requirements files of the arguments installed into it once.
 if [ -z "${PYTHON:-}" ]; then
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed"; exit 2; }
-  [ -x .venv/bin/python ] || { echo "making .venv"; python3 -m venv .venv; }
+  [ -x .venv/bin/pip ] || { echo "making .venv"; python3 -m venv .venv; }
   PYTHON=$PWD/.venv/bin/python
   stamp=.venv/installed-$(cat "$@" | cksum | cut -d' ' -f1)
   if [ ! -e "$stamp" ]; then

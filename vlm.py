@@ -10,6 +10,7 @@ two meet: row i reads [pad pad prompt | continuation pad]. Rows of one prompt st
 import copy
 import os
 import re
+import shutil
 import textwrap
 import weakref
 from dataclasses import dataclass, replace
@@ -171,7 +172,15 @@ def wrap(model, processor):
 
 
 def save(vlm, folder):
-    """Save in the Hugging Face format: config, safetensors, tokenizer, image processor, chat template."""
+    """Save in the Hugging Face format: config, safetensors, tokenizer, image processor, chat template.
+
+    Raises ModelError where the disk has no room for it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    size, free = sum(p.nbytes for p in vlm.model.parameters()), shutil.disk_usage(folder).free
+    if size > free:
+        raise ModelError(f"{folder}: the model needs {size / 2**20:.3f} MiB and {free / 2**20:.3f} MiB are free; "
+                         "make room, the same command goes on from here")
     vlm.model.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
 

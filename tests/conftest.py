@@ -20,11 +20,20 @@ def cycle(out, **more):
                           capture_output=True, text=True)
 
 
+def guarded(log):
+    """The environment in which no Python process reaches a network, and `log` tells which were guarded and what they tried."""
+    path = os.pathsep.join(filter(None, [os.path.join(ROOT, "tests", "offline"), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "OFFLINE_LOG": str(log), "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}  # they are not told
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """(folder, the finished process) of one whole cycle on a very small clinic, for all tests that look at one."""
+    """(folder, the finished process) of one whole cycle on a very small clinic, for all tests that look at one.
+
+    Beside the folder, network.log of its guard.
+    """
     out = tmp_path_factory.mktemp("cycle") / "my run"
-    return out, cycle(out)
+    return out, cycle(out, **guarded(out.parent / "network.log"))
 
 
 def pytest_collection_modifyitems(items):

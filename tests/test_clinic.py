@@ -1,6 +1,8 @@
 """toy/: the clinic's records are true and valid, its images follow the facts, its committed models are what they should be."""
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import clinic
 import mark
 import records
+import runs
 import vlm
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +23,18 @@ def folder(tmp_path_factory):
     clinic.main(type("Args", (), {"out": str(out), "seed": 1, "sizes": (20, 10, 10, 10, 30), "heldout_modality": "OCT",
                                   "heldout_task": "Lesion Grading"}))
     return out
+
+
+def test_a_clinic_that_is_being_drawn_is_left_alone_and_what_a_killed_call_left_is_not_in_the_next(tmp_path):
+    def draw():
+        return subprocess.run([sys.executable, ROOT / "toy" / "clinic.py", "--out", tmp_path / "data", "--sizes", *"22222"], capture_output=True, text=True)
+
+    lock = runs.take_lock(str(tmp_path / "data.part"))
+    (tmp_path / "data.part" / "half.jsonl").write_text("{")
+    done = draw()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is writing there" in done.stderr and (tmp_path / "data.part" / "half.jsonl").exists()
+    lock.close()  # as when its process is killed
+    assert draw().returncode == 0 and not {p.name for p in (tmp_path / "data").iterdir()} & {"half.jsonl", "lock"}
 
 
 FILES = ["expert.jsonl", "reports.jsonl", "unlabelled/images.jsonl", "val.jsonl", "test.jsonl"]

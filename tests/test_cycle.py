@@ -1,10 +1,19 @@
 """The whole cycle, by subprocess, on a very small clinic: it finishes, it ends with its table, and again does nothing."""
 import json
 import os
+import random
 import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
 
 import records
-from conftest import cycle
+import runs
+from conftest import ROOT, SMALL, cycle, guarded
+from test_kill import contents
 
 
 def test_the_cycle_finishes_and_ends_with_its_table(finished):
@@ -79,3 +88,74 @@ def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):
     broken.write_text('{"id": "a"\n')
     done = cycle(tmp_path / "run", EXPERT=str(broken), TEST=str(broken), VAL=str(broken), IMAGES=str(broken), IMAGE_ROOT=str(tmp_path))
     assert done.returncode == 2 and f"{broken}:1" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Nothing is lost.
+
+def files_in(out):
+    """How many files a cycle has written so far, those of its data aside: a clock that no other load on the machine disturbs."""
+    return sum(len(files) for folder, _, files in os.walk(out) if not folder.startswith(str(out / "data")))
+
+
+def test_a_cycle_that_was_killed_and_stopped_ends_as_if_it_had_not_been(finished, tmp_path):
+    out, _ = finished
+    again, rng = tmp_path / out.name, random.Random("kill the cycle")
+    moments = sorted(rng.random() * 0.9 * files_in(out) for _ in range(4))
+    for moment, how in zip(moments, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
+        running = subprocess.Popen(["bash", "cycle.sh"], cwd=ROOT, env=os.environ | SMALL | {"OUT": str(again)}, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while files_in(again) < moment and running.poll() is None:
+            time.sleep(0.02)
+        time.sleep(2 * rng.random())
+        assert running.poll() is None
+        if how == signal.SIGKILL:
+            os.killpg(running.pid, how)
+            running.wait()
+        else:  # to the shell alone, as `kill` does
+            running.terminate()
+            assert running.wait() == 128 + how
+            with pytest.raises(ProcessLookupError):  # it left no stage behind
+                os.killpg(running.pid, 0)
+    last = cycle(again)
+    assert last.returncode == 0, last.stderr[-2000:]
+    assert contents(again) == contents(out)
+
+
+def test_a_cycle_that_meets_the_stage_of_a_killed_one_says_who_is_writing(tmp_path):
+    lock = runs.take_lock(str(tmp_path / "run" / "eval_base.part"))
+    done = cycle(tmp_path / "run")
+    lock.close()
+    assert done.returncode == 2 and f"process {os.getpid()} on " in done.stderr and "wait for it" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Nothing gets out: with local paths alone, no network is needed or asked.
+
+def test_the_cycle_asks_for_no_network(finished):
+    out, _ = finished
+    lines = (out.parent / "network.log").read_text().splitlines()
+    scripts = ("clinic", "mark", "runs", "report", "generate", "reward", "sft", "grpo", "eval")
+    assert {os.path.basename(line.split()[-1]) for line in lines if line.startswith("guards ")} >= {f"{name}.py" for name in scripts}
+    assert [line for line in lines if not line.startswith("guards ")] == []
+
+
+def test_the_guard_stops_and_tells_of_a_model_from_the_hub(tmp_path):
+    load = "import time, vlm; time.sleep = lambda _: None; vlm.load('owner/model')"  # the library would wait between its tries
+    done = subprocess.run([sys.executable, "-c", load], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | guarded(tmp_path / "log") | {"HF_HOME": str(tmp_path)})
+    assert done.returncode == 1 and "ModelError" in done.stderr
+    assert any(line.startswith("socket.") for line in (tmp_path / "log").read_text().splitlines())
+
+
+def test_a_stage_runs_without_any_network_interface_and_writes_the_same_records(finished, tmp_path):
+    alone = ["unshare", "--map-root-user", "--net"]
+    try:
+        subprocess.run([*alone, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no network namespaces here (unshare --net)")
+    out, _ = finished
+    images = out / "data" / "unlabelled" / "images.jsonl"
+    subprocess.run([*alone, sys.executable, "generate.py", "--model", "toy/generator", "--images", images, "--out", tmp_path / "out"], cwd=ROOT, check=True)
+    there, here = (list(records.read(folder / "candidates.jsonl", root=out)) for folder in (out / "cycle1" / "candidates", tmp_path / "out"))
+    assert there == here

@@ -14,7 +14,7 @@ ALLOWED = {"records": set(), "runs": set(), "triton_ops": set(), "vlm": {"triton
            "leakage": {"records", "runs"}, "levels": {"records", "runs"}, "report": {"records", "runs"},
            "provenance": {"records", "runs"},
            **{stage: {"records", "runs", "vlm", "triton_ops", "measures", "leakage"} for stage in STAGES},
-           "toy": {"records", "vlm", "clinic", "measures"}}
+           "toy": {"records", "runs", "vlm", "clinic", "measures"}}
 ALLOWED["reward"] = ALLOWED["reward"] | {"levels"}
 ALLOWED["grpo"] = ALLOWED["grpo"] | {"reward"}  # the only arrow between stages
 ALLOWED["eval"] = ALLOWED["eval"] | {"scorers", "comparisons", "figures"}

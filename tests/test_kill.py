@@ -11,8 +11,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,11 +38,11 @@ STAGES = {  # in order: each one's inputs are the outputs of those before it
 VOLATILE = ("seconds", "tokens_per_s")  # what a clock says differs between any two runs
 
 
-def run_script(script, flags):
-    """In a forked process: the script, as if from the command line, silent."""
+def run_script(script, flags, said):
+    """In a forked process: the script, as if from the command line; what it says on stderr goes into the file `said`."""
     os.chdir(ROOT)
     sys.argv = [script, *flags]
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(said, "w")
     runpy.run_path(script, run_name="__main__")
 
 
@@ -47,14 +50,18 @@ class Zoo:
     """Where stages are run, in `folder`, and killed."""
 
     def __init__(self, folder):
-        self.folder, self.took = str(folder), {}
+        self.folder, self.took, self.said = str(folder), {}, os.path.join(folder, "said")
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["torch", "transformers", "accelerate", "vlm", "records", "runs"])
+        first = self.context.Process(target=int)  # starts the server, for which no stage's time should stand
+        first.start()
+        first.join()
 
     def run(self, name, out, limit=None, how=signal.SIGKILL):
         """Run a stage into `out`, for at most `limit` seconds; then `how`. Returns its exit status."""
         script, flags = STAGES[name]
-        process = self.context.Process(target=run_script, args=(script, [*flags.format(d=self.folder).split(), "--out", out]))
+        flags = [*flags.format(d=self.folder).split(), "--out", str(out)]
+        process = self.context.Process(target=run_script, args=(script, flags, self.said))
         process.start()
         process.join(limit)
         if process.is_alive():
@@ -68,25 +75,38 @@ class Zoo:
         self.took[name] = time.monotonic() - started
 
     def disturb(self, name, kills, rng, how=signal.SIGKILL):
-        """Start the stage and kill it `kills` times, then let it finish; returns the number of kills that met it alive."""
+        """Start the stage and kill it `kills` times, then let it finish.
+
+        Returns (kills that met it alive, what differs from the undisturbed run, records of that run that it lacks).
+        """
         out, met = os.path.join(self.folder, f"{name}-disturbed-{rng.random()}"), 0
         for _ in range(kills):
             met += self.run(name, out, rng.random() * self.took[name], how) in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM)
-        assert self.run(name, out) == 0, name
-        assert contents(out) == contents(os.path.join(self.folder, name)), name
-        assert not os.path.exists(out + ".part")
-        return met
+        status, undisturbed = self.run(name, out), os.path.join(self.folder, name)
+        there, here = contents(undisturbed), contents(out)
+        differing = [file for file in sorted({*there, *here}) if there.get(file) != here.get(file)]
+        differing += [f"exit status {status}"] * (status != 0) + ["unfinished"] * os.path.exists(out + ".part")
+        return met, differing, len(record_ids(undisturbed) - record_ids(out))
 
 
 def contents(folder):
-    """{file: hash of its bytes, or of its records without what a clock says} of a finished run."""
+    """{file: hash of its bytes, or of what no clock says of it, the folder's own path apart} of all that is in a folder."""
     found = {}
-    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != "args.json"):
-        data = path.read_bytes()
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        data = path.read_bytes().replace(str(folder).encode(), b"")
         if path.name == "metrics.jsonl":
             data = repr([{k: v for k, v in json.loads(line).items() if not k.endswith(VOLATILE)} for line in data.splitlines()]).encode()
+        if path.name == "args.json":
+            told = json.loads(data)  # the hashes of its inputs hold the args.json of a model's folder, and so a clock
+            data = repr((told["script"], told["args"], list(told["inputs"]))).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
+
+
+def record_ids(folder):
+    """(file, id) of every record in a folder."""
+    return {(str(path.relative_to(folder)), json.loads(line)["id"]) for path in Path(folder).rglob("*.jsonl")
+            if path.name != "metrics.jsonl" for line in path.read_bytes().splitlines()}
 
 
 @pytest.fixture(scope="module")
@@ -99,41 +119,80 @@ def zoo(tmp_path_factory):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_was_killed_again_and_again_ends_as_if_it_had_not_been(zoo, name):
-    zoo.disturb(name, 2, random.Random(f"kill {name}"))
+    assert zoo.disturb(name, 2, random.Random(f"kill {name}"))[1:] == ([], 0)
 
 
 @pytest.mark.parametrize("name", ["candidates", "sft", "grpo"])
 def test_a_stage_that_was_asked_to_stop_ends_as_if_it_had_not_been(zoo, name):
-    zoo.disturb(name, 1, random.Random(f"term {name}"), signal.SIGTERM)
+    assert zoo.disturb(name, 1, random.Random(f"term {name}"), signal.SIGTERM)[1:] == ([], 0)
 
 
-def test_two_runs_of_a_stage_that_differ_are_told_apart(zoo):
-    """The comparison itself can fail: another seed gives other contents."""
-    out = os.path.join(zoo.folder, "another seed")
-    script, flags = STAGES["candidates"]
-    STAGES["another"] = script, flags + " --seed 1"
-    try:
-        assert zoo.run("another", out) == 0 and contents(out) != contents(os.path.join(zoo.folder, "candidates"))
-    finally:
-        del STAGES["another"]
+@pytest.fixture
+def disk(tmp_path):
+    """A function that makes a disk of so many KiB, or gives it another size, and returns its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def of_size(kib):
+        options = f"size={kib}k" + ",remount" * os.path.ismount(folder)
+        if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("no small disk can be mounted here (it takes root)")
+        return folder
+
+    yield of_size
+    if os.path.ismount(folder):
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("kib, commits, says", [(4, 0, r"out: No space left on device; make room"),
+                                                (20_000, 2, r"out.part: a commit needs 8\.\d+ MiB and [123]\.\d+ MiB are free; make room")])
+def test_a_stage_whose_disk_is_full_says_so_in_a_line_and_goes_on_once_there_is_room(zoo, disk, kib, commits, says):
+    out = disk(kib) / "out"
+    assert zoo.run("sft", out) == 2
+    assert re.fullmatch(rf"sft.py: \S+/{says}.*\n", Path(zoo.said).read_text())
+    assert len(list(out.parent.glob("out.part/state/*"))) == commits  # good ones alone
+    disk(200_000)
+    assert zoo.run("sft", out) == 0 and contents(out) == contents(os.path.join(zoo.folder, "sft"))
+
+
+def test_a_model_that_does_not_fit_says_how_much_it_needs_and_leaves_nothing(disk):
+    import vlm
+    folder = disk(1000)
+    with pytest.raises(vlm.ModelError, match=r"the model needs \d\.\d+ MiB and 0\.9\d+ MiB are free; make room"):
+        vlm.save(vlm.load(str(ROOT / "toy" / "policy")), folder / "model")
+    assert not list(folder.rglob("*.*"))
+
+
+def test_a_file_that_differs_and_a_record_that_is_lost_are_counted(zoo, monkeypatch):
+    """The comparison itself can fail: against a run that holds one record more."""
+    shutil.copytree(os.path.join(zoo.folder, "candidates"), os.path.join(zoo.folder, "more"))
+    with open(os.path.join(zoo.folder, "more", "candidates.jsonl"), "a") as file:
+        file.write('{"id": "one more"}\n')
+    monkeypatch.setitem(STAGES, "more", STAGES["candidates"])
+    assert zoo.disturb("more", 0, random.Random(0)) == (0, ["args.json", "candidates.jsonl"], 1)  # args.json: its --out is another
 
 
 def soak(kills, out):
-    """Kill stages in turn until there were so many kills; write and print what came of it."""
+    """Kill stages in turn until there were so many kills; write and print what came of it. Returns the runs that differ, or lost a record."""
     import runs
+    rows, differences = {name: [0, 0, 0, 0] for name in STAGES}, []  # runs, kills, lost records, differing runs
     with tempfile.TemporaryDirectory() as folder:
-        zoo, rng, rows = Zoo(folder), random.Random(0), {name: [0, 0] for name in STAGES}
+        zoo = Zoo(folder)
         for name in STAGES:
             zoo.reference(name)
-        while sum(met for _, met in rows.values()) < kills:
-            for name in STAGES:
-                rows[name][1] += zoo.disturb(name, 3, rng)
-                rows[name][0] += 1
-            print({name: met for name, (_, met) in rows.items()}, flush=True)
-    result = {"command": f"python tests/test_kill.py --kills {kills}", "stages": {
-        name: {"runs": n, "kills": met, "differing": 0} for name, (n, met) in rows.items()}, **runs.provenance()}
-    runs.write_json(out, result)  # `disturb` raises at the first difference: who gets here has seen none
-    print(runs.table([(name, n, met, 0) for name, (n, met) in rows.items()], ("stage", "runs", "kills", "differing")))
+        while sum(row[1] for row in rows.values()) < kills:
+            for name, row in rows.items():
+                schedule = f"{name} {row[0]}"  # the seed of the moments of its kills
+                met, differing, lost = zoo.disturb(name, 3, random.Random(schedule))
+                rows[name] = [row[0] + 1, row[1] + met, row[2] + lost, row[3] + bool(differing)]
+                differences += [{"schedule": schedule, "differing": differing, "lost": lost}] * bool(differing or lost)
+            print({name: row[1] for name, row in rows.items()}, *differences, flush=True)
+    fields = ("runs", "kills", "lost records", "differing runs")
+    runs.write_json(out, {"command": f"python tests/test_kill.py --kills {kills}", "differences": differences,
+                          "stages": {name: dict(zip(fields, row)) for name, row in rows.items()}, **runs.provenance()})
+    rows["all"] = [sum(column) for column in zip(*rows.values())]
+    print(runs.table([(name, *row) for name, row in rows.items()], ("stage", *fields), markdown=True))
+    return differences
 
 
 if __name__ == "__main__":
@@ -141,4 +200,4 @@ if __name__ == "__main__":
     p.add_argument("--kills", type=int, required=True)
     p.add_argument("--out", required=True)
     a = p.parse_args()
-    soak(a.kills, a.out)
+    sys.exit(bool(soak(a.kills, a.out)))

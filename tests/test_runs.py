@@ -116,6 +116,30 @@ def test_a_full_disk_is_one_line_and_a_bug_keeps_its_traceback(capsys):
         runs.cli(lambda args: open("/none"), argparse.Namespace(out="o"))
 
 
+def test_what_safetensors_makes_of_a_full_disk_is_one_line_too(capsys):
+    from safetensors import SafetensorError
+
+    def fill(args):  # its words; test_kill.py fills a disk
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(SystemExit) as left:
+        runs.cli(fill, argparse.Namespace(out="o"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and "o: No space left on device; make room" in line
+
+
+@pytest.mark.parametrize("free, error, says", [(1000, runs.RunError, r"a commit needs 1\.\d+ MiB and 0\.001 MiB are free"),
+                                               (1 << 40, OSError, "No space left on device")])  # the second: a quota
+def test_a_commit_that_does_not_fit_says_so_and_the_one_before_stays(tmp_path, monkeypatch, free, error, says):
+    run = runs.start(args_of(tmp_path))
+    run.commit(step=1)
+    os.symlink("/dev/full", run.path("state/new"))
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: argparse.Namespace(free=free))
+    with pytest.raises(error, match=says):
+        run.commit(step=2, weights=torch.zeros(1 << 18))
+    assert runs.start(args_of(tmp_path)).state["step"] == 1
+
+
 def test_a_second_process_on_one_folder_is_told_who_the_first_is(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runs, time\n"
                                f"lock = runs.take_lock({str(tmp_path / 'out.part')!r}); print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)

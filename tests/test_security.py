@@ -1,5 +1,7 @@
 """What is read is data: texts, models and answers of servers, whatever they hold, are never run and never leave as anything else."""
 import ast
+import base64
+import io
 import json
 import os
 import re
@@ -12,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+import generate
 import records
+import report
 import runs
 import vlm
 from test_bad_input import READERS, ROOT, Payload, call, own_code, put_reward_model
@@ -118,6 +123,22 @@ def test_a_redirect_is_followed_with_neither_key_nor_images(status, serve, stage
     assert code == 2 and "a redirect is not followed" in error and error.count("\n") == 1 and KEY not in error
     assert met and set(met) == {f"Bearer {KEY}"} and not elsewhere.seen
     assert not any(KEY.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_of_an_image_file_nothing_but_its_pixels_goes_to_a_server_or_into_the_report(kind, tmp_path):
+    planted, path = b"Jane Doe, born 1950", tmp_path / f"a.{kind.lower()}"
+    exif, text = Image.Exif(), PngInfo()
+    exif[0x010E] = planted.decode()  # ImageDescription
+    text.add_text("Comment", planted.decode())
+    more = {"JPEG": {"comment": planted}, "PNG": {"pnginfo": text}}.get(kind, {})
+    Image.new("RGB", (64, 64)).save(path, kind, exif=exif, icc_profile=planted + bytes(200), xmp=planted, **more)
+    assert path.read_bytes().count(planted) >= 2
+    for url in (generate.data_url(path), report.thumbnail(path, 32)):
+        sent = base64.b64decode(url.partition(",")[2])
+        with Image.open(io.BytesIO(sent)) as image:
+            assert image.size in ((64, 64), (32, 32)) and not {"exif", "icc_profile", "xmp", "Comment", "comment"} & set(image.info), image.info
+        assert planted not in sent and not any(name in sent for name in (b"iCCP", b"ICCP", b"EXIF", b"eXIf", b"tEXt", b"iTXt", b"XMP "))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ Writes into --out:
 import argparse
 import os
 import random
-import shutil
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import records  # noqa: E402
+import runs  # noqa: E402
 from records import MODALITIES, TASKS  # noqa: E402
 
 SIZE = 64  # pixels, height and width
@@ -245,14 +245,17 @@ def main(args):
     if os.path.exists(args.out):
         return print(f"{args.out} is there already")
     part = args.out.rstrip("/") + ".part"
-    shutil.rmtree(part, ignore_errors=True)  # a killed call leaves this; drawing again takes seconds
+    lock = runs.take_lock(part)  # a killed cycle's clinic may still be drawing
+    runs.empty(part)  # a killed call leaves this; drawing again takes seconds
     counts = write_clinic(part, args.sizes, args.seed)
     m, t = args.heldout_modality, args.heldout_task
     write_clinic(os.path.join(part, "heldout"), args.sizes, args.seed + 1, modalities=[x for x in MODALITIES if x != m],
                  tasks=[x for x in TASKS if x != t])
     os.replace(part, args.out)
+    os.remove(os.path.join(args.out, "lock"))
+    lock.close()
     print(f"{args.out}: " + ", ".join(f"{n} in {name}" for name, n in counts.items()) + "; heldout/ likewise")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    runs.cli(main, parse_args())
