@@ -56,6 +56,8 @@ def load_processor(name):
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)  # left open, it asks on the terminal
+    if config.model_type == "smolvlm":  # its own asks for num2words, to spell how many frames a video has; of images both make the same
+        return transformers.Idefics3Processor.from_pretrained(name, backend="pil")
     cls = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type) or "", None)
     if cls is None or "video_processor" not in cls.get_attributes():
         return transformers.AutoProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)

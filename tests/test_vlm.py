@@ -103,21 +103,58 @@ def build_qwen(folder, family):
     save_model(getattr(transformers, f"{family}VLForConditionalGeneration")(config), folder, [2, 0], 0)
 
 
-def build_idefics3(folder):
-    from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil,
-                              Idefics3Processor)
+def build_idefics3(folder, family="Idefics3"):
+    """SmolVLM is written as on the hub: to make its processor demands num2words, which only a video needs."""
+    import transformers
     special = ["<|pad|>", "<end_of_utterance>", "<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>",
                *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
     tokenizer = build_tokenizer(special, pad_token="<|pad|>", eos_token="<end_of_utterance>", bos_token="<|im_start|>")
-    try:
-        images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    except ImportError:
-        pytest.skip("this transformers asks for torchvision to read images for Idefics3")
-    Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=IDEFICS_CHAT).save_pretrained(folder)
+    images = getattr(transformers, f"{family}ImageProcessorPil")(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    for part in (tokenizer, images):
+        part.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(IDEFICS_CHAT)
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": f"{family}Processor", "image_seq_len": 4}))
     text = dict(SIZES, model_type="llama", num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=1,
                 pad_token_id=0, bos_token_id=2)
-    config = Idefics3Config(vision_config=TOWER, text_config=text, image_token_id=3, scale_factor=2)
-    save_model(Idefics3ForConditionalGeneration(config), folder, 1, 0)
+    config = getattr(transformers, f"{family}Config")(vision_config=TOWER, text_config=text, image_token_id=3, scale_factor=2)
+    save_model(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder, 1, 0)
+
+
+def build_onevision(folder):
+    """As LLaVA-OneVision: an image is seen whole and in tiles, so that each has its own number of tokens."""
+    import transformers
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<video>"]
+    tokenizer = build_tokenizer(special, pad_token="<|pad|>", eos_token="<|end|>")
+    grid = [[16, 16], [16, 32], [32, 16]]
+    images = transformers.LlavaOnevisionImageProcessorPil(size={"height": 16, "width": 16}, image_grid_pinpoints=grid)
+    for part in (tokenizer, images):
+        part.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(LLAVA_CHAT)
+    (folder / "processor_config.json").write_text(json.dumps({
+        "processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 16, "vision_feature_select_strategy": "full"}))
+    text = transformers.Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=1,
+                                    pad_token_id=0, bos_token_id=None)
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, vision_use_head=False), text_config=text,
+        image_token_index=4, video_token_index=5, image_grid_pinpoints=grid)
+    save_model(transformers.LlavaOnevisionForConditionalGeneration(config), folder, 1, 0)
+
+
+def build_internvl(folder):
+    import transformers
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    tokenizer = build_tokenizer(special, pad_token="<|endoftext|>", eos_token="<|im_end|>", extra_special_tokens={
+        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"})
+    images = transformers.GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=3)
+    for part in (tokenizer, images):
+        part.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>"))
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "InternVLProcessor", "image_seq_length": 4}))
+    text = transformers.Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=2,
+                                    pad_token_id=0, bos_token_id=None)
+    config = transformers.InternVLConfig(vision_config=transformers.InternVLVisionConfig(**TOWER), text_config=text,
+                                         image_token_id=5, image_seq_length=4)
+    save_model(transformers.InternVLForConditionalGeneration(config), folder, 2, 0)
 
 
 def build_gemma3(folder):
@@ -139,10 +176,11 @@ def build_gemma3(folder):
 
 
 BUILD = {"llava": build_llava, "idefics3": build_idefics3, "gemma3": build_gemma3,
+         "smolvlm": lambda folder: build_idefics3(folder, "SmolVLM"), "llava_onevision": build_onevision, "internvl": build_internvl,
          "qwen2_vl": lambda folder: build_qwen(folder, "Qwen2"),
          "qwen2_5_vl": lambda folder: build_qwen(folder, "Qwen2_5_"),
          "qwen3_vl": lambda folder: build_qwen(folder, "Qwen3")}
-STOPS = {"llava": [1], "idefics3": [1], "gemma3": [1, 5], "qwen2_vl": [0, 2], "qwen2_5_vl": [0, 2], "qwen3_vl": [0, 2]}
+STOPS = {"llava": [1], "idefics3": [1], "gemma3": [1, 5], "smolvlm": [1], "llava_onevision": [1], "internvl": [2], "qwen2_vl": [0, 2], "qwen2_5_vl": [0, 2], "qwen3_vl": [0, 2]}
 
 
 @pytest.fixture(scope="session")
@@ -591,6 +629,7 @@ def test_a_prompt_without_an_image_is_read_alike_before_and_after_one_with(vlm_)
 
 FROZEN = {  # what stands in the vision tower, and what of that goes on learning
     "llava": ("model.vision_tower.", ()), "gemma3": ("model.vision_tower.", ()), "idefics3": ("model.vision_model.", ()),
+    "smolvlm": ("model.vision_model.", ()), "llava_onevision": ("model.vision_tower.", ()), "internvl": ("model.vision_tower.", ()),
     "qwen2_vl": ("model.visual.", ("model.visual.merger.",)), "qwen2_5_vl": ("model.visual.", ("model.visual.merger.",)),
     "qwen3_vl": ("model.visual.", ("model.visual.merger.", "model.visual.deepstack_merger_list."))}
 
