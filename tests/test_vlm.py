@@ -60,16 +60,18 @@ def save_model(model, folder, end, pad):
     model.save_pretrained(folder)
 
 
-def build_llava(folder):
-    """As LLaVA 1.5: its tokenizer begins with <s>, and its chat does not."""
-    from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config,
-                              SiglipImageProcessorPil, SiglipVisionConfig)
+def build_llava(folder, family="Qwen2", **more):
+    """As LLaVA 1.5: its tokenizer begins with <s>, and its chat does not. `family`: of the decoder."""
+    import transformers
+    from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessorPil,
+                              SiglipVisionConfig)
     tokenizer = build_tokenizer(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<s>"], True,
                                 pad_token="<|pad|>", eos_token="<|end|>", bos_token="<s>")
     LlavaProcessor(SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, patch_size=4,
                    vision_feature_select_strategy="full", chat_template=LLAVA_CHAT).save_pretrained(folder)
-    text = Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, tie_word_embeddings=True,
-                       eos_token_id=1, pad_token_id=0, bos_token_id=5)
+    text = getattr(transformers, f"{family}Config")(
+        **SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
+        bos_token_id=5, **more)
     config = LlavaConfig(vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False), text_config=text,
                          image_token_index=4, vision_feature_layer=-1, vision_feature_select_strategy="full",
                          image_seq_length=16, tie_word_embeddings=True)
@@ -97,10 +99,14 @@ def build_qwen(folder, family):
                           fullatt_block_indexes=[1])),
         "Qwen3": (dict(text, head_dim=16), dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32,
                                                 deepstack_visual_indexes=[0], num_position_embeddings=16)),
+        "Qwen3_5": (dict(text, head_dim=16, eos_token_id=2, layer_types=["linear_attention", "full_attention"], linear_key_head_dim=16,
+                         linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2),
+                    dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=16)),
     }[family]
-    config = getattr(transformers, f"{family}VLConfig")(text_config=text, vision_config=tower, vision_start_token_id=3,
+    family += "" if family == "Qwen3_5" else "VL"
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=tower, vision_start_token_id=3,
                                                         vision_end_token_id=4, image_token_id=5, video_token_id=6)
-    save_model(getattr(transformers, f"{family}VLForConditionalGeneration")(config), folder, [2, 0], 0)
+    save_model(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder, [2, 0], 0)
 
 
 def build_idefics3(folder, family="Idefics3"):
@@ -542,6 +548,83 @@ def test_pick_at_temperature_zero_is_the_largest_logit_whatever_the_uniform():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.9]])
     for uniform in (0.0, 0.999):
         assert vlm.pick(logits, 0, torch.full((2,), uniform)).tolist() == [1, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Architectures with recurrent layers, of which some cannot continue a prompt.
+
+MAMBA = dict(mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_chunk_size=8)
+RECURRENT = {  # how to build it, what it can, and what the line at loading says
+    "lfm2": (lambda folder: build_llava(folder, "Lfm2", layer_types=["conv", "full_attention"]), "always", ""),
+    "qwen3_5": (lambda folder: build_qwen(folder, "Qwen3_5"), "without gradient", "can only without gradient continue a prompt"),
+    "bamba": (lambda folder: build_llava(folder, "Bamba", attn_layer_indices=[1], **MAMBA), "never", "can not continue a prompt"),
+    "jamba": (lambda folder: build_llava(folder, "Jamba", attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
+                                         num_experts=1, mamba_d_state=8), "never", "can not continue a prompt")}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_and_says_so_once(name, tmp_path, capsys):
+    build, shares, line = RECURRENT[name]
+    build(tmp_path)
+    vlm_ = vlm.load(str(tmp_path), "cpu")
+    said = capsys.readouterr().out
+    assert vlm_.shares == shares and said.count("\n") == bool(line) and line in said and (not line or str(tmp_path) in said)
+    passes = []
+    hook = vlm_.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+    inputs = encoded(vlm_, 2)
+    with torch.no_grad():
+        vlm.token_logps(vlm_, *inputs)
+    assert [rows for rows, _ in passes] == ([6] if shares == "never" else [3, 6]), "rows of each pass"
+    hook.remove()
+    test_log_probabilities_and_entropy_are_those_of_plain_rows(vlm_, 2, 0.7)
+    test_gradients_through_the_shared_prompt_are_those_of_plain_rows(vlm_)
+    for ends in (False, True):
+        test_greedy_sampling_is_generate_token_for_token(vlm_, ends)
+    test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm_, 1.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeypatch):
+    assert vlm.how_it_shares(vlm_) == "always"
+    real = vlm.continue_from
+
+    def forgets(vlm_, cache, mask, ids):
+        return real(vlm_, cache, mask, ids) * 1.01
+
+    def detaches(*args):
+        return real(*args).detach().requires_grad_()
+
+    def raises(*args):
+        raise NotImplementedError
+    for wrong, found in ((forgets, "never"), (raises, "never"), (detaches, "without gradient")):
+        monkeypatch.setattr(vlm, "continue_from", wrong)
+        assert vlm.how_it_shares(vlm_) == found
+        assert vlm_.shares == "always" and not any(p.grad is not None for p in vlm_.model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows that have ended.
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_rows_that_have_ended_leave_the_batch_and_no_row_changes(vlm_, greedy, monkeypatch):
+    images, texts, seeds, lengths = [*IMAGES, *IMAGES[::-1]], [*TEXTS, *TEXTS], list(range(6)), torch.tensor([1, 4, 12, 3, 7, 2])
+    real, widths = vlm.pick, []
+    uniforms = torch.stack([torch.rand(20, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+    def ends(logits, temperature, uniform):
+        """A row, told by its uniform number, ends after its `lengths` tokens and not before."""
+        row = (uniforms[:, len(widths)] == uniform[:, None]).nonzero()[:, 1]  # (n,)
+        widths.append(len(row))
+        logits[:, vlm_.stop_ids] = -torch.inf
+        return torch.where(len(widths) >= lengths[row], vlm_.end_id, real(logits, 0 if greedy else 1.0, uniform))
+    monkeypatch.setattr(vlm, "pick", ends)
+    ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, images, texts), seeds, 20)
+    assert widths == [6, 6, 6, 3, 3, 3, 3, 1, 1, 1, 1, 1] and mask.sum(1).equal(lengths) and ids.shape == mask.shape == (6, 12)
+    assert (ids[mask == 0] == vlm_.tokenizer.pad_token_id).all()
+    for n, row in enumerate(kept(ids, mask)):  # a row alone leaves nothing
+        widths.clear()
+        assert [row] == kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, [images[n]], [texts[n]]), [seeds[n]], 20))
 
 
 # ---------------------------------------------------------------------------------------------------------
