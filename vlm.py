@@ -152,13 +152,13 @@ def bent(logits, rule):
 
 
 def what_does_not_fit(vlm):
-    """Why the model cannot take what its processor gives, or None: tried with one blank image and a word."""
+    """Why the model cannot take what its processor gives, or None: tried with one blank image and a word, in a plain row."""
     last, rows = max(vlm.tokenizer.get_vocab().values()), vlm.model.get_input_embeddings().weight.shape[0]
     if last >= rows:
         return f"its vocabulary does not fit: token {last} of the tokenizer, {rows} rows of the embedding; give it its own tokenizer"
     try:
         with torch.no_grad():
-            vlm.model.base_model(**encode_prompts(vlm, [Image.new("RGB", (64, 64))], ["?"]), use_cache=False)
+            hidden_states(vlm, encode_prompts(vlm, [Image.new("RGB", (64, 64))], ["?"]), *encode_continuations(vlm, ["!"]))
     except Exception as e:  # raised wherever the two disagree
         return f"its processor does not fit the model: {in_one_line(e)}; give it its own processor's files"
 
@@ -175,29 +175,22 @@ def how_it_shares(vlm):
     learned = [p for p in vlm.model.parameters() if p.ndim == 1 and p.requires_grad]  # norms and biases: few numbers, in every layer
     exact = vlm.model.dtype == torch.float32  # else it answers and scores, and does not learn
     close = lambda a, b: (a - b).norm() <= (1e-3 if exact else 0.1) * b.norm()  # noqa: E731
-
-    def shared():
-        cache, seen, last = read(vlm, prompts, 2)
-        states = [last[:, None]]
-        for part in (slice(0, 1), slice(1, None)):  # one token, as `sample` goes on, then all the others at once
-            seen = torch.cat([seen, mask[:, part]], 1)
-            states.append(continue_from(vlm, cache, seen, ids[:, part]))
-        return torch.cat(states, 1)[real].float()
-
-    def slopes(states):
-        found = torch.autograd.grad(states.sin().sum(), learned, allow_unused=True)
-        return torch.cat([torch.zeros_like(p) if g is None else g for p, g in zip(learned, found)])
-
-    how = "never"
+    slopes = lambda states: torch.cat([g for g in torch.autograd.grad(states.sin().sum(), learned, allow_unused=True)  # noqa: E731
+                                       if g is not None])
+    found = "never"
     with torch.set_grad_enabled(exact):
         plain = hidden_states(replace(vlm, shares="never"), prompts, ids, mask)[real].float()
         try:
-            if close(ours := shared(), plain):
-                how = "without gradient"
-                how = "always" if not exact or close(slopes(ours), slopes(plain)) else how
+            cache, seen, last = read(vlm, prompts, 2)
+            first = continue_from(vlm, cache, torch.cat([seen, mask[:, :1]], 1), ids[:, :1])  # a token alone, as `sample` goes on
+            others = continue_from(vlm, cache, torch.cat([seen, mask], 1), ids[:, 1:])  # several at once
+            shared = torch.cat([last[:, None], first, others], 1)[real].float()
+            if close(shared, plain):
+                found = "without gradient"
+                found = "always" if not exact or close(slopes(shared), slopes(plain)) else found
         except Exception:  # the library raises whatever it likes where a thing was not meant to be done
             pass
-    return how
+    return found
 
 
 def wrap(model, processor):
@@ -295,8 +288,8 @@ def read(vlm, prompts, group=1):
         base.rope_deltas = None  # another batch's
     out = base(**prompts, use_cache=True)
     cache, last = out.past_key_values, out.last_hidden_state[:, -1]  # the last column is never padding
-    rows, deltas = torch.arange(len(last), device=last.device).repeat_interleave(group), getattr(base, "rope_deltas", None)  # (B·G,), (B, 1)
-    cache.rope_deltas = None if deltas is None else deltas[rows]  # (B·G, 1); on the model, the next batch would overwrite them
+    rows, shift = torch.arange(len(last), device=last.device).repeat_interleave(group), getattr(base, "rope_deltas", None)
+    cache.rope_deltas = None if shift is None else shift[rows]  # (B·G, 1); on the model, the next batch would overwrite them
     if group > 1:  # both repeat; the second has the faster backward pass, and would miss a recurrent layer's state
         recurrent = any(hasattr(layer, "conv_states") for layer in cache.layers)
         cache.reorder_cache(rows) if recurrent else cache.batch_repeat_interleave(group)
@@ -327,9 +320,11 @@ class Room:
         return self.layer.keys, self.layer.values
 
 
-def make_room(cache, more):
-    """Room for `more` tokens in each layer that keeps all it is given (a sliding one forgets, and goes on as it does)."""
+def make_room(cache, more, rows=None):
+    """Room for `more` tokens in each layer that keeps all it is given (a sliding one forgets, and goes on as it does); of `rows` (n,) alone."""
     for layer in cache.layers:
+        if rows is not None:
+            layer.reorder_cache(rows)
         if type(layer).__name__ == "DynamicLayer" and layer.is_initialized:
             layer.update = Room(layer, more)
 
@@ -390,7 +385,8 @@ def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
         if temperature else torch.zeros(rows, max_new_tokens)
     uniform = uniform.to(vlm.device)  # (N, C)
     stops, banned = (torch.tensor(x, dtype=torch.long, device=vlm.device) for x in (vlm.stop_ids, vlm.banned_ids))
-    here, alive = torch.arange(rows, device=vlm.device), torch.ones(rows, dtype=torch.bool, device=vlm.device)  # (n,) rows still in the batch
+    here = torch.arange(rows, device=vlm.device)  # (n,) which rows are still in the batch
+    alive = torch.ones_like(here, dtype=torch.bool)  # (n,)
     ids = torch.full((rows, max_new_tokens), vlm.tokenizer.pad_token_id, device=vlm.device)
     kept = torch.zeros_like(ids)  # (N, C)
     if vlm.can_continue:
@@ -414,9 +410,8 @@ def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
         if left <= len(here) // 2:  # the long tail goes on without the rows that have ended
             stay = alive.nonzero()[:, 0]
             here, alive, mask = here[stay], alive[stay], mask[stay]
-            cache.reorder_cache(stay)
+            make_room(cache, max_new_tokens - step, stay)
             cache.rope_deltas = None if cache.rope_deltas is None else cache.rope_deltas[stay]
-            make_room(cache, max_new_tokens - step)
         mask = torch.cat([mask, kept[here, step][:, None]], 1)
         state = continue_from(vlm, cache, mask, ids[here, step][:, None])[:, 0]
     return ids[:, :step + 1], kept[:, :step + 1]

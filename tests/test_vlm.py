@@ -1,6 +1,6 @@
 """vlm.py: a prompt read once and continued many times gives what the plain model gives, one row at a time.
 
-Six architectures, built small with random weights and saved as a hub repository has them, go through `vlm.load`.
+Nine architectures (and a few more that cannot share a prefix), built small with random weights and saved as a hub repository has them, go through `vlm.load`.
 Expected values come from `model(...).logits`, `model.generate` and `log_softmax`, never from vlm.py's own functions.
 """
 import copy
