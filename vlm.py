@@ -62,7 +62,7 @@ def load_processor(name):
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)  # left open, it asks on the terminal
     if config.model_type == "smolvlm":  # its own asks for num2words, to spell how many frames a video has; of images both make the same
-        return transformers.Idefics3Processor.from_pretrained(name, backend="pil")
+        return transformers.Idefics3Processor.from_pretrained(name, backend="pil", trust_remote_code=False)
     cls = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type) or "", None)
     if cls is None or "video_processor" not in cls.get_attributes():
         return transformers.AutoProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
@@ -166,8 +166,8 @@ def what_does_not_fit(vlm):
 def how_it_shares(vlm):
     """VLM.shares: tried with two prompts, one of them padded, and two continuations of each, against plain rows.
 
-    Recurrent layers fail in several ways: they return no cache, or one that cannot be repeated, or continue it by one token alone,
-    or overwrite what the backward pass would read.
+    A cache fails in several ways: it cannot be repeated (as some recurrent layers' cannot), or is continued by one token alone
+    (Jamba), or from position 0 (Bamba), or the backward pass would read what has been overwritten (Qwen3.5).
     """
     prompts = encode_prompts(vlm, [Image.new("RGB", (64, 64))] * 2, ["?", "Which side?"])
     ids, mask = encode_continuations(vlm, ["left", "x", "", "a cyst"])  # (4, C)
@@ -321,7 +321,10 @@ class Room:
 
 
 def make_room(cache, more, rows=None):
-    """Room for `more` tokens in each layer that keeps all it is given (a sliding one forgets, and goes on as it does); of `rows` (n,) alone."""
+    """Room for `more` tokens in each layer that keeps all it is given (a sliding one forgets, and goes on as it does).
+
+    With `rows` (n,) the cache keeps these alone; a layer at a time, so that no two whole caches stand side by side.
+    """
     for layer in cache.layers:
         if rows is not None:
             layer.reorder_cache(rows)

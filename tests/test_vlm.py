@@ -420,6 +420,19 @@ def test_the_name_of_a_special_token_in_a_prompt_is_plain_text(vlm_):
     vlm.read(vlm_, prompts)
 
 
+def test_of_images_smolvlm_s_own_processor_makes_what_is_made_in_its_place(built, monkeypatch):
+    import transformers
+    from transformers.models.smolvlm import processing_smolvlm
+    folder = built("smolvlm")
+    ours = vlm.load_processor(str(folder))
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # what it asks for
+    monkeypatch.setattr(transformers.SmolVLMProcessor, "get_attributes", classmethod(lambda _: ["image_processor", "tokenizer"]))
+    own = transformers.SmolVLMProcessor(ours.image_processor, ours.tokenizer, None, image_seq_len=4)
+    chats = [f"<|im_start|>user:<image>{text}<end_of_utterance>\nAssistant:" for text in TEXTS]
+    made, expected = (p(text=chats, images=[[i] for i in IMAGES], padding=True, padding_side="left", return_tensors="pt") for p in (ours, own))
+    assert made.keys() == expected.keys() and all(made[k].equal(expected[k]) for k in made) and made["pixel_values"].shape[1] > 1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Sampling.
 
@@ -583,6 +596,20 @@ def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_a
         test_greedy_sampling_is_generate_token_for_token(vlm_, ends)
     test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm_, 1.0)
     assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_reads_no_plain_row_of_prompt_and_answer_is_refused(built, monkeypatch):
+    from transformers import LlavaModel
+    real = LlavaModel.forward
+
+    def forward(self, *args, attention_mask=None, **kwargs):  # as one whose image inputs are as wide as the prompt
+        assert kwargs["pixel_values"] is None or attention_mask.shape[1] == width, "cross attention of another width"
+        return real(self, *args, attention_mask=attention_mask, **kwargs)
+    width = plain_prompt(vlm.load(str(built("llava")), "cpu"), image(1), "?")["input_ids"].shape[1]
+    monkeypatch.setattr(LlavaModel, "forward", forward)
+    with pytest.raises(vlm.ModelError, match="does not fit the model: cross attention of another width") as refused:
+        vlm.load(str(built("llava")), "cpu")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeypatch):
