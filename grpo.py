@@ -221,13 +221,15 @@ def learn(policy, reference, groups, args, accelerator, old=None):
     `old`: log-probs of the policy that sampled, a list of micro-batches; None at the first update, where they are the
     policy's own, so that the ratio is exactly 1.
     """
-    batches = [collate(policy, groups[i:i + args.micro_batch]) for i in range(0, len(groups), args.micro_batch)]
-    cut = [torch.cat([g.truncated for g in groups[i:i + args.micro_batch]]) for i in range(0, len(groups), args.micro_batch)]
-    masks = [m * ~c[:, None] if args.mask_truncated else m for (_, _, m, _), c in zip(batches, cut)]
+    masks = [g.mask * ~g.truncated[:, None] if args.mask_truncated else g.mask for g in groups]
     local = torch.tensor([sum(int((m.sum(1) > 0).sum()) for m in masks), sum(int(m.sum()) for m in masks)], device=policy.device)
-    sequences, tokens = accelerator.reduce(local, "sum").clamp(min=1).tolist()
+    sequences, tokens = accelerator.reduce(local, "sum").clamp(min=1).tolist()  # of all groups, also of those dropped here
+    groups = [g for g in groups if args.kl or g.advantages.any()] or groups[:1]  # without advantage no gradient; of one, zeros
+    groups = sorted(groups, key=lambda g: -int(g.mask.sum(1).max()))  # neighbours of one length: less padding
     sums, before = {}, []
-    for k, ((prompts, ids, mask, advantages), counted) in enumerate(zip(batches, masks)):
+    for k, part in enumerate(groups[i:i + args.micro_batch] for i in range(0, len(groups), args.micro_batch)):
+        prompts, ids, mask, advantages = collate(policy, part)
+        counted = mask * ~torch.cat([g.truncated for g in part])[:, None] if args.mask_truncated else mask
         ref_logps = None
         if reference is not None:
             with torch.no_grad():

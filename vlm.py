@@ -35,6 +35,7 @@ class VLM:
     banned_ids: list  # image placeholders, other special tokens, rows of the embedding that no token has
     special: re.Pattern  # finds the names of special tokens in a text
     logit_rule: tuple = (1.0, None)  # (divisor, softcap): logits = softcap · tanh(head(state) / softcap) / divisor
+    shares: str = "always"  # whether a prompt read once can be continued: "always", "without gradient" or "never" (plain rows)
 
     @property
     def tokenizer(self):
@@ -43,6 +44,10 @@ class VLM:
     @property
     def device(self):
         return self.model.device
+
+    @property
+    def can_continue(self):
+        return self.shares == "always" or self.shares == "without gradient" and not torch.is_grad_enabled()
 
     @property
     def head(self):
@@ -57,6 +62,8 @@ def load_processor(name):
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)  # left open, it asks on the terminal
+    if config.model_type == "smolvlm":  # its own asks for num2words, to spell how many frames a video has; of images both make the same
+        return transformers.Idefics3Processor.from_pretrained(name, backend="pil", trust_remote_code=False)
     cls = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type) or "", None)
     if cls is None or "video_processor" not in cls.get_attributes():
         return transformers.AutoProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
@@ -94,6 +101,10 @@ def load(name, device=None, dtype=torch.float32):
     wrong = what_is_wrong(vlm, report) or what_does_not_fit(vlm)
     if wrong:
         raise ModelError(f"{name}: {wrong}")
+    vlm.shares = how_it_shares(vlm)
+    if vlm.shares != "always":
+        print(f"{name}: this architecture can {'not' if vlm.shares == 'never' else 'only without gradient'} continue a prompt read once: "
+              "plain rows instead, the same results, slower", flush=True)
     return vlm
 
 
@@ -142,15 +153,45 @@ def bent(logits, rule):
 
 
 def what_does_not_fit(vlm):
-    """Why the model cannot take what its processor gives, or None: tried with one blank image and a word."""
+    """Why the model cannot take what its processor gives, or None: tried with one blank image and a word, in a plain row."""
     last, rows = max(vlm.tokenizer.get_vocab().values()), vlm.model.get_input_embeddings().weight.shape[0]
     if last >= rows:
         return f"its vocabulary does not fit: token {last} of the tokenizer, {rows} rows of the embedding; give it its own tokenizer"
     try:
         with torch.no_grad():
-            read(vlm, encode_prompts(vlm, [Image.new("RGB", (64, 64))], ["?"]))
+            hidden_states(vlm, encode_prompts(vlm, [Image.new("RGB", (64, 64))], ["?"]), *encode_continuations(vlm, ["!"]))
     except Exception as e:  # raised wherever the two disagree
         return f"its processor does not fit the model: {in_one_line(e)}; give it its own processor's files"
+
+
+def how_it_shares(vlm):
+    """VLM.shares: tried with two prompts, one of them padded, and two continuations of each, against plain rows.
+
+    A cache fails in several ways: it cannot be repeated (as some recurrent layers' cannot), or is continued by one token alone
+    (Jamba), or from position 0 (Bamba), or the backward pass would read what has been overwritten (Qwen3.5).
+    """
+    prompts = encode_prompts(vlm, [Image.new("RGB", (64, 64))] * 2, ["?", "Which side?"])
+    ids, mask = encode_continuations(vlm, ["left", "x", "", "a cyst"])  # (4, C)
+    real = torch.nn.functional.pad(mask, (1, 0), value=1).bool()  # (4, C+1)
+    learned = [p for p in vlm.model.parameters() if p.ndim == 1 and p.requires_grad]  # norms and biases: few numbers, in every layer
+    exact = vlm.model.dtype == torch.float32  # else it answers and scores, and does not learn
+    close = lambda a, b: (a - b).norm() <= (1e-3 if exact else 0.1) * b.norm()  # noqa: E731
+    slopes = lambda states: torch.cat([g for g in torch.autograd.grad(states.sin().sum(), learned, allow_unused=True)  # noqa: E731
+                                       if g is not None])
+    found = "never"
+    with torch.set_grad_enabled(exact):
+        plain = hidden_states(replace(vlm, shares="never"), prompts, ids, mask)[real].float()
+        try:
+            cache, seen, last = read(vlm, prompts, 2)
+            first = continue_from(vlm, cache, torch.cat([seen, mask[:, :1]], 1), ids[:, :1])  # a token alone, as `sample` goes on
+            others = continue_from(vlm, cache, torch.cat([seen, mask], 1), ids[:, 1:])  # several at once
+            shared = torch.cat([last[:, None], first, others], 1)[real].float()
+            if close(shared, plain):
+                found = "without gradient"
+                found = "always" if not exact or close(slopes(shared), slopes(plain)) else found
+        except Exception:  # the library raises whatever it likes where a thing was not meant to be done
+            pass
+    return found
 
 
 def wrap(model, processor):
@@ -203,11 +244,16 @@ def frozen_copy(vlm):
 # ---------------------------------------------------------------------------------------------------------
 # Encoding.
 
+class Prompts(dict):
+    """The model's inputs, one row a prompt, and `repeated(G)`: the same with G rows a prompt (of many models an image has no row)."""
+
+
 def encode_prompts(vlm, images, texts):
     """Images (PIL, RGB) and user texts, one of each a prompt → the model's inputs, left-padded to (B, P).
 
     A special token's name in a text is plain text: a space after its first character tells it from the token.
     """
+    again = lambda group: encode_prompts(vlm, *([x for x in of for _ in range(group)] for of in (images, texts)))  # noqa: E731
     texts = [vlm.special.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text) for text in texts]
     chats = [vlm.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
@@ -215,7 +261,9 @@ def encode_prompts(vlm, images, texts):
     begun = vlm.tokenizer.bos_token is not None and chats[0].startswith(vlm.tokenizer.bos_token)  # no second <bos>
     inputs = vlm.processor(text=chats, images=[[i] for i in images], padding=True, padding_side="left",
                            add_special_tokens=not begun, return_tensors="pt")
-    return {k: v.to(vlm.device) for k, v in inputs.items()}
+    prompts = Prompts((k, v.to(vlm.device)) for k, v in inputs.items())
+    prompts.repeated = again
+    return prompts
 
 
 def encode_continuations(vlm, texts, end=True):
@@ -249,18 +297,19 @@ def read(vlm, prompts, group=1):
         base.rope_deltas = None  # another batch's
     out = base(**prompts, use_cache=True)
     cache, last = out.past_key_values, out.last_hidden_state[:, -1]  # the last column is never padding
-    cache.rope_deltas = getattr(base, "rope_deltas", None)  # (B, 1); on the model, the next batch would overwrite them
-    if group > 1:
-        cache.batch_repeat_interleave(group)
-    return cache, prompts["attention_mask"].repeat_interleave(group, 0), last.repeat_interleave(group, 0)
+    rows, shift = torch.arange(len(last), device=last.device).repeat_interleave(group), getattr(base, "rope_deltas", None)
+    cache.rope_deltas = None if shift is None else shift[rows]  # (B·G, 1); on the model, the next batch would overwrite them
+    if group > 1:  # both repeat; the second has the faster backward pass, and would miss a recurrent layer's state
+        recurrent = any(hasattr(layer, "conv_states") for layer in cache.layers)
+        cache.reorder_cache(rows) if recurrent else cache.batch_repeat_interleave(group)
+    return cache, prompts["attention_mask"][rows], last.repeat_interleave(group, 0)
 
 
 def continue_from(vlm, cache, mask, ids):
     """Continue cached rows with ids (N, C) → their hidden states (N, C, D); the cache grows by C. mask (N, P+C)."""
     positions = {}  # most models count on from the cache's length
     if cache.rope_deltas is not None:  # M-RoPE (Qwen): counted without padding, and an image advances it by its longer side
-        shift = cache.rope_deltas.repeat_interleave(len(ids) // len(cache.rope_deltas), 0)  # (N, 1)
-        text = (mask.cumsum(-1) - 1)[:, -ids.shape[1]:] + shift  # (N, C)
+        text = (mask.cumsum(-1) - 1)[:, -ids.shape[1]:] + cache.rope_deltas  # (N, C)
         positions = {"position_ids": text.expand(3, -1, -1)}  # of text: the same in time, height and width
     return vlm.model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True,
                                 **positions).last_hidden_state
@@ -280,9 +329,14 @@ class Room:
         return self.layer.keys, self.layer.values
 
 
-def make_room(cache, more):
-    """Room for `more` tokens in each layer that keeps all it is given (a sliding one forgets, and goes on as it does)."""
+def make_room(cache, more, rows=None):
+    """Room for `more` tokens in each layer that keeps all it is given (a sliding one forgets, and goes on as it does).
+
+    With `rows` (n,) the cache keeps these alone; a layer at a time, so that no two whole caches stand side by side.
+    """
     for layer in cache.layers:
+        if rows is not None:
+            layer.reorder_cache(rows)
         if type(layer).__name__ == "DynamicLayer" and layer.is_initialized:
             layer.update = Room(layer, more)
 
@@ -294,6 +348,8 @@ def hidden_states(vlm, prompts, ids, mask):
     `mask` is 0; the state after a shorter continuation stands at position mask.sum()).
     """
     group = ids.shape[0] // prompts["attention_mask"].shape[0]
+    if group > 1 and not vlm.can_continue:
+        prompts, group = prompts.repeated(group), 1
     if group == 1:  # nothing to share: one pass over prompt and continuation (the only one that gradient checkpointing allows)
         inputs = prompts | {"input_ids": torch.cat([prompts["input_ids"], ids], 1),
                             "attention_mask": torch.cat([prompts["attention_mask"], mask], 1)}
@@ -341,23 +397,36 @@ def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
         if temperature else torch.zeros(rows, max_new_tokens)
     uniform = uniform.to(vlm.device)  # (N, C)
     stops, banned = (torch.tensor(x, dtype=torch.long, device=vlm.device) for x in (vlm.stop_ids, vlm.banned_ids))
-    cache, mask, state = read(vlm, prompts, group)
-    make_room(cache, max_new_tokens)
-    alive = torch.ones(rows, dtype=torch.bool, device=vlm.device)
-    ids, kept = [], []
+    here = torch.arange(rows, device=vlm.device)  # (n,) which rows are still in the batch
+    alive = torch.ones_like(here, dtype=torch.bool)  # (n,)
+    ids = torch.full((rows, max_new_tokens), vlm.tokenizer.pad_token_id, device=vlm.device)
+    kept = torch.zeros_like(ids)  # (N, C)
+    if vlm.can_continue:
+        cache, mask, state = read(vlm, prompts, group)
+        make_room(cache, max_new_tokens)
+    else:
+        prompts, cache = prompts.repeated(group), None
+        state = hidden_states(vlm, prompts, ids[:, :0], kept[:, :0])[:, -1]
     for step in range(max_new_tokens):
-        logits = bent(vlm.head(state).float(), vlm.logit_rule)  # (N, V): one position, not C of them
+        logits = bent(vlm.head(state).float(), vlm.logit_rule)  # (n, V): one position, not C of them
         logits[:, banned] = -torch.inf
-        token = pick(logits, temperature, uniform[:, step])
-        token = torch.where(alive, token, vlm.tokenizer.pad_token_id)
-        ids.append(token)
-        kept.append(alive)
+        token = pick(logits, temperature, uniform[here, step])
+        ids[here, step], kept[here, step] = torch.where(alive, token, vlm.tokenizer.pad_token_id), alive.long()
         alive = alive & ~torch.isin(token, stops)
-        if not alive.any() or step == max_new_tokens - 1:
+        left = int(alive.sum())
+        if not left or step == max_new_tokens - 1:
             break
-        mask = torch.cat([mask, kept[-1][:, None].long()], 1)
-        state = continue_from(vlm, cache, mask, token[:, None])[:, 0]
-    return torch.stack(ids, 1), torch.stack(kept, 1).long()
+        if cache is None:  # a plain pass a token
+            state = hidden_states(vlm, prompts, ids[:, :step + 1], kept[:, :step + 1])[:, -1]
+            continue
+        if left <= len(here) // 2:  # the long tail goes on without the rows that have ended
+            stay = alive.nonzero()[:, 0]
+            here, alive, mask = here[stay], alive[stay], mask[stay]
+            make_room(cache, max_new_tokens - step, stay)
+            cache.rope_deltas = None if cache.rope_deltas is None else cache.rope_deltas[stay]
+        mask = torch.cat([mask, kept[here, step][:, None]], 1)
+        state = continue_from(vlm, cache, mask, ids[here, step][:, None])[:, 0]
+    return ids[:, :step + 1], kept[:, :step + 1]
 
 
 def pick(logits, temperature, uniform):

@@ -186,8 +186,8 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, loss, kl):
-    """Off the policy that sampled, with and without a reference; two groups have no advantage."""
-    some = [copy.copy(g) for g in groups]
+    """Off the policy that sampled, with and without a reference; two groups have no advantage, and without a reference no forward."""
+    some = sorted((copy.copy(g) for g in groups), key=lambda g: -int(g.mask.sum(1).max()))  # in the order in which they are learned
     some[1].advantages = some[4].advantages = torch.zeros(4)
     reference, (prompts, ids, mask, advantages) = vlm.frozen_copy(policy), grpo.collate(policy, some)
     with torch.no_grad():
@@ -196,18 +196,71 @@ def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, lo
         draw = torch.Generator().manual_seed(0)
         noise = torch.randn(mask.shape, generator=draw) + torch.randn((len(mask), 1), generator=draw)  # of tokens and of sequences
         old = (vlm.token_logps(policy, prompts, ids, mask)[0] + 0.3 * noise) * mask
-    grads, metrics, before = gradient(policy, some, reference=reference if kl else None, old=[old], loss=loss, kl=kl)
+    computed = mask.bool() & ((advantages != 0) | (kl > 0))[:, None]
+    rows = computed.any(1)
+    seen = old[rows][:, computed.any(0)]
+    grads, metrics, before = gradient(policy, some, reference=reference if kl else None, old=[seen], loss=loss, kl=kl)
     policy.model.zero_grad()
     logps, entropy = vlm.token_logps(policy, prompts, ids, mask)
     want, sums = grpo.grpo_loss(logps, old, ref_logps, advantages, mask, (24, int(mask.sum()), 24), loss=loss, kl=kl)
     want.backward()
     assert_same({n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}, grads)
     policy.model.zero_grad()
-    computed = mask.bool() & ((advantages != 0) | (kl > 0))[:, None]
     assert metrics["loss"] == pytest.approx(want.item(), rel=1e-4, abs=1e-6)
     assert metrics["entropy"] == pytest.approx(entropy[computed].mean().item(), rel=1e-4)
     assert {k: metrics[k] for k in sums} == pytest.approx({k: v.item() / metrics["tokens"] for k, v in sums.items()}, rel=1e-4, abs=1e-6)
-    assert metrics["clip_low"] + metrics["clip_high"] > 0 and torch.allclose(before[0], logps.detach() * computed, atol=1e-5)
+    assert metrics["clip_low"] + metrics["clip_high"] > 0 and torch.allclose(before[0], (logps.detach() * computed)[rows][:, computed.any(0)], atol=1e-5)
+
+
+def forwards(policy, groups, **over):
+    """(responses, their columns) of each forward pass of `learn`, and its results."""
+    seen, real = [], vlm.hidden_states
+
+    def hidden_states(vlm_, prompts, ids, mask):
+        seen.append((tuple(ids.shape), int(mask.sum())))
+        return real(vlm_, prompts, ids, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlm, "hidden_states", hidden_states)
+        return seen, *gradient(policy, groups, **over)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_a_group_without_advantage_costs_no_forward_and_still_counts(policy, groups, loss):
+    some = [copy.copy(g) for g in groups]
+    for k in (0, 2, 3):
+        some[k].advantages = torch.zeros(4)
+    seen, grads, metrics, before = forwards(policy, some, loss=loss, micro_batch=2)
+    assert [rows for (rows, _), _ in seen] == [8, 4] and [len(b) for b in before] == [8, 4]
+    assert sum(tokens for _, tokens in seen) == sum(int(some[k].mask.sum()) for k in (1, 4, 5))
+    for g in some:  # as good as none, and computed
+        g.advantages = torch.where(g.advantages == 0, 1e-12, g.advantages)
+    seen, computed, again, _ = forwards(policy, some, loss=loss, micro_batch=2)
+    assert len(seen) == 3
+    assert_same(computed, grads)
+    assert metrics["loss"] == pytest.approx(again["loss"], rel=1e-4, abs=1e-6) and metrics["tokens"] == again["tokens"]
+
+
+def test_with_a_kl_term_every_group_is_computed_and_without_any_advantage_one_is(policy, groups):
+    flat = [copy.copy(g) for g in groups]
+    for g in flat:
+        g.advantages = torch.zeros(4)
+    seen, grads, metrics, _ = forwards(policy, flat)
+    assert len(seen) == 1 and seen[0][0][0] == 4, "the gradient is zero and not missing: what every process adds up"
+    assert grads and not any(g.any() for g in grads.values()) and metrics["loss"] == 0 and metrics["tokens"] == sum(int(g.mask.sum()) for g in groups)
+    seen, _, _, _ = forwards(policy, flat, reference=vlm.frozen_copy(policy), kl=0.1)
+    assert sum(rows for (rows, _), _ in seen) == 48, "the policy's and the reference's"
+
+
+def test_micro_batches_hold_groups_of_one_length_whatever_order_they_come_in(policy, groups):
+    some = [copy.copy(g) for g in groups]
+    for g, longest in zip(some, (5, 20, 9, 24, 6, 21)):
+        g.mask = g.mask * (torch.arange(g.mask.shape[1]) < longest)
+        assert g.mask.sum(1).max() == longest
+    seen, grads, _, _ = forwards(policy, some, micro_batch=2)
+    assert [shape for shape, _ in seen] == [(8, 24), (8, 20), (8, 6)]
+    assert_same(grads, gradient(policy, some[::-1], micro_batch=3)[0])
+    old = [torch.zeros(shape) for shape, _ in seen]  # of each micro-batch: must fit in whatever order its groups come
+    assert_same(gradient(policy, some, micro_batch=2, old=old)[0], gradient(policy, some[::-1], micro_batch=2, old=old)[0])
 
 
 def test_what_grpo_loss_says_is_what_is_learned(policy, groups, monkeypatch):

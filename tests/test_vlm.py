@@ -1,6 +1,6 @@
 """vlm.py: a prompt read once and continued many times gives what the plain model gives, one row at a time.
 
-Six architectures, built small with random weights and saved as a hub repository has them, go through `vlm.load`.
+Nine architectures (and a few more that cannot share a prefix), built small with random weights and saved as a hub repository has them, go through `vlm.load`.
 Expected values come from `model(...).logits`, `model.generate` and `log_softmax`, never from vlm.py's own functions.
 """
 import copy
@@ -60,16 +60,18 @@ def save_model(model, folder, end, pad):
     model.save_pretrained(folder)
 
 
-def build_llava(folder):
-    """As LLaVA 1.5: its tokenizer begins with <s>, and its chat does not."""
-    from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config,
-                              SiglipImageProcessorPil, SiglipVisionConfig)
+def build_llava(folder, family="Qwen2", **more):
+    """As LLaVA 1.5: its tokenizer begins with <s>, and its chat does not. `family`: of the decoder."""
+    import transformers
+    from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessorPil,
+                              SiglipVisionConfig)
     tokenizer = build_tokenizer(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<s>"], True,
                                 pad_token="<|pad|>", eos_token="<|end|>", bos_token="<s>")
     LlavaProcessor(SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, patch_size=4,
                    vision_feature_select_strategy="full", chat_template=LLAVA_CHAT).save_pretrained(folder)
-    text = Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, tie_word_embeddings=True,
-                       eos_token_id=1, pad_token_id=0, bos_token_id=5)
+    text = getattr(transformers, f"{family}Config")(
+        **SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
+        bos_token_id=5, **more)
     config = LlavaConfig(vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False), text_config=text,
                          image_token_index=4, vision_feature_layer=-1, vision_feature_select_strategy="full",
                          image_seq_length=16, tie_word_embeddings=True)
@@ -97,27 +99,68 @@ def build_qwen(folder, family):
                           fullatt_block_indexes=[1])),
         "Qwen3": (dict(text, head_dim=16), dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32,
                                                 deepstack_visual_indexes=[0], num_position_embeddings=16)),
+        "Qwen3_5": (dict(text, head_dim=16, eos_token_id=2, layer_types=["linear_attention", "full_attention"], linear_key_head_dim=16,
+                         linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2),
+                    dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=16)),
     }[family]
-    config = getattr(transformers, f"{family}VLConfig")(text_config=text, vision_config=tower, vision_start_token_id=3,
+    family += "" if family == "Qwen3_5" else "VL"
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=tower, vision_start_token_id=3,
                                                         vision_end_token_id=4, image_token_id=5, video_token_id=6)
-    save_model(getattr(transformers, f"{family}VLForConditionalGeneration")(config), folder, [2, 0], 0)
+    save_model(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder, [2, 0], 0)
 
 
-def build_idefics3(folder):
-    from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil,
-                              Idefics3Processor)
+def build_idefics3(folder, family="Idefics3"):
+    """SmolVLM is written as on the hub: to make its processor demands num2words, which only a video needs."""
+    import transformers
     special = ["<|pad|>", "<end_of_utterance>", "<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>",
                *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
     tokenizer = build_tokenizer(special, pad_token="<|pad|>", eos_token="<end_of_utterance>", bos_token="<|im_start|>")
-    try:
-        images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    except ImportError:
-        pytest.skip("this transformers asks for torchvision to read images for Idefics3")
-    Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=IDEFICS_CHAT).save_pretrained(folder)
+    images = getattr(transformers, f"{family}ImageProcessorPil")(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    for part in (tokenizer, images):
+        part.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(IDEFICS_CHAT)
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": f"{family}Processor", "image_seq_len": 4}))
     text = dict(SIZES, model_type="llama", num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=1,
                 pad_token_id=0, bos_token_id=2)
-    config = Idefics3Config(vision_config=TOWER, text_config=text, image_token_id=3, scale_factor=2)
-    save_model(Idefics3ForConditionalGeneration(config), folder, 1, 0)
+    config = getattr(transformers, f"{family}Config")(vision_config=TOWER, text_config=text, image_token_id=3, scale_factor=2)
+    save_model(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder, 1, 0)
+
+
+def build_onevision(folder):
+    """As LLaVA-OneVision: an image is seen whole and in tiles, so that each has its own number of tokens."""
+    import transformers
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<video>"]
+    tokenizer = build_tokenizer(special, pad_token="<|pad|>", eos_token="<|end|>")
+    grid = [[16, 16], [16, 32], [32, 16]]
+    images = transformers.LlavaOnevisionImageProcessorPil(size={"height": 16, "width": 16}, image_grid_pinpoints=grid)
+    for part in (tokenizer, images):
+        part.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(LLAVA_CHAT)
+    (folder / "processor_config.json").write_text(json.dumps({
+        "processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 16, "vision_feature_select_strategy": "full"}))
+    text = transformers.Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=1,
+                                    pad_token_id=0, bos_token_id=None)
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, vision_use_head=False), text_config=text,
+        image_token_index=4, video_token_index=5, image_grid_pinpoints=grid)
+    save_model(transformers.LlavaOnevisionForConditionalGeneration(config), folder, 1, 0)
+
+
+def build_internvl(folder):
+    import transformers
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    tokenizer = build_tokenizer(special, pad_token="<|endoftext|>", eos_token="<|im_end|>", extra_special_tokens={
+        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"})
+    images = transformers.GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=3)
+    for part in (tokenizer, images):
+        part.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>"))
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "InternVLProcessor", "image_seq_length": 4}))
+    text = transformers.Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=2,
+                                    pad_token_id=0, bos_token_id=None)
+    config = transformers.InternVLConfig(vision_config=transformers.InternVLVisionConfig(**TOWER), text_config=text,
+                                         image_token_id=5, image_seq_length=4)
+    save_model(transformers.InternVLForConditionalGeneration(config), folder, 2, 0)
 
 
 def build_gemma3(folder):
@@ -139,10 +182,11 @@ def build_gemma3(folder):
 
 
 BUILD = {"llava": build_llava, "idefics3": build_idefics3, "gemma3": build_gemma3,
+         "smolvlm": lambda folder: build_idefics3(folder, "SmolVLM"), "llava_onevision": build_onevision, "internvl": build_internvl,
          "qwen2_vl": lambda folder: build_qwen(folder, "Qwen2"),
          "qwen2_5_vl": lambda folder: build_qwen(folder, "Qwen2_5_"),
          "qwen3_vl": lambda folder: build_qwen(folder, "Qwen3")}
-STOPS = {"llava": [1], "idefics3": [1], "gemma3": [1, 5], "qwen2_vl": [0, 2], "qwen2_5_vl": [0, 2], "qwen3_vl": [0, 2]}
+STOPS = {"llava": [1], "idefics3": [1], "gemma3": [1, 5], "smolvlm": [1], "llava_onevision": [1], "internvl": [2], "qwen2_vl": [0, 2], "qwen2_5_vl": [0, 2], "qwen3_vl": [0, 2]}
 
 
 @pytest.fixture(scope="session")
@@ -376,6 +420,19 @@ def test_the_name_of_a_special_token_in_a_prompt_is_plain_text(vlm_):
     vlm.read(vlm_, prompts)
 
 
+def test_of_images_smolvlm_s_own_processor_makes_what_is_made_in_its_place(built, monkeypatch):
+    import transformers
+    from transformers.models.smolvlm import processing_smolvlm
+    folder = built("smolvlm")
+    ours = vlm.load_processor(str(folder))
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # what it asks for
+    monkeypatch.setattr(transformers.SmolVLMProcessor, "get_attributes", classmethod(lambda _: ["image_processor", "tokenizer"]))
+    own = transformers.SmolVLMProcessor(ours.image_processor, ours.tokenizer, None, image_seq_len=4)
+    chats = [f"<|im_start|>user:<image>{text}<end_of_utterance>\nAssistant:" for text in TEXTS]
+    made, expected = (p(text=chats, images=[[i] for i in IMAGES], padding=True, padding_side="left", return_tensors="pt") for p in (ours, own))
+    assert made.keys() == expected.keys() and all(made[k].equal(expected[k]) for k in made) and made["pixel_values"].shape[1] > 1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Sampling.
 
@@ -507,6 +564,97 @@ def test_pick_at_temperature_zero_is_the_largest_logit_whatever_the_uniform():
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Architectures with recurrent layers, of which some cannot continue a prompt.
+
+MAMBA = dict(mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_chunk_size=8)
+RECURRENT = {  # how to build it, what it can, and what the line at loading says
+    "lfm2": (lambda folder: build_llava(folder, "Lfm2", layer_types=["conv", "full_attention"]), "always", ""),
+    "qwen3_5": (lambda folder: build_qwen(folder, "Qwen3_5"), "without gradient", "can only without gradient continue a prompt"),
+    "bamba": (lambda folder: build_llava(folder, "Bamba", attn_layer_indices=[1], **MAMBA), "never", "can not continue a prompt"),
+    "jamba": (lambda folder: build_llava(folder, "Jamba", attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
+                                         num_experts=1, mamba_d_state=8), "never", "can not continue a prompt")}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_and_says_so_once(name, tmp_path, capsys):
+    build, shares, line = RECURRENT[name]
+    build(tmp_path)
+    vlm_ = vlm.load(str(tmp_path), "cpu")
+    said = capsys.readouterr().out
+    assert vlm_.shares == shares and said.count("\n") == bool(line) and line in said and (not line or str(tmp_path) in said)
+    passes = []
+    hook = vlm_.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+    inputs = encoded(vlm_, 2)
+    with torch.no_grad():
+        vlm.token_logps(vlm_, *inputs)
+    assert [rows for rows, _ in passes] == ([6] if shares == "never" else [3, 6]), "rows of each pass"
+    hook.remove()
+    test_log_probabilities_and_entropy_are_those_of_plain_rows(vlm_, 2, 0.7)
+    test_gradients_through_the_shared_prompt_are_those_of_plain_rows(vlm_)
+    for ends in (False, True):
+        test_greedy_sampling_is_generate_token_for_token(vlm_, ends)
+    test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm_, 1.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_reads_no_plain_row_of_prompt_and_answer_is_refused(built, monkeypatch):
+    from transformers import LlavaModel
+    real = LlavaModel.forward
+
+    def forward(self, *args, attention_mask=None, **kwargs):  # as one whose image inputs are as wide as the prompt
+        assert kwargs["pixel_values"] is None or attention_mask.shape[1] == width, "cross attention of another width"
+        return real(self, *args, attention_mask=attention_mask, **kwargs)
+    width = plain_prompt(vlm.load(str(built("llava")), "cpu"), image(1), "?")["input_ids"].shape[1]
+    monkeypatch.setattr(LlavaModel, "forward", forward)
+    with pytest.raises(vlm.ModelError, match="does not fit the model: cross attention of another width") as refused:
+        vlm.load(str(built("llava")), "cpu")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeypatch):
+    assert vlm.how_it_shares(vlm_) == "always"
+    real = vlm.continue_from
+
+    def forgets(vlm_, cache, mask, ids):
+        return real(vlm_, cache, mask, ids) * 1.01
+
+    def detaches(*args):
+        return real(*args).detach().requires_grad_()
+
+    def raises(*args):
+        raise NotImplementedError
+    for wrong, found in ((forgets, "never"), (raises, "never"), (detaches, "without gradient")):
+        monkeypatch.setattr(vlm, "continue_from", wrong)
+        assert vlm.how_it_shares(vlm_) == found
+        assert vlm_.shares == "always" and not any(p.grad is not None for p in vlm_.model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows that have ended.
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_rows_that_have_ended_leave_the_batch_and_no_row_changes(vlm_, greedy, monkeypatch):
+    images, texts, seeds, lengths = [*IMAGES, *IMAGES[::-1]], [*TEXTS, *TEXTS], list(range(6)), torch.tensor([1, 4, 12, 3, 7, 2])
+    real, widths = vlm.pick, []
+    uniforms = torch.stack([torch.rand(20, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+    def ends(logits, temperature, uniform):
+        """A row, told by its uniform number, ends after its `lengths` tokens and not before."""
+        row = (uniforms[:, len(widths)] == uniform[:, None]).nonzero()[:, 1]  # (n,)
+        widths.append(len(row))
+        logits[:, vlm_.stop_ids] = -torch.inf
+        return torch.where(len(widths) >= lengths[row], vlm_.end_id, real(logits, 0 if greedy else 1.0, uniform))
+    monkeypatch.setattr(vlm, "pick", ends)
+    ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, images, texts), seeds, 20)
+    assert widths == [6, 6, 6, 3, 3, 3, 3, 1, 1, 1, 1, 1] and mask.sum(1).equal(lengths) and ids.shape == mask.shape == (6, 12)
+    assert (ids[mask == 0] == vlm_.tokenizer.pad_token_id).all()
+    for n, row in enumerate(kept(ids, mask)):  # a row alone leaves nothing
+        widths.clear()
+        assert [row] == kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, [images[n]], [texts[n]]), [seeds[n]], 20))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # No trace of one call in another.
 
 def test_sampling_and_scoring_leave_their_inputs_as_they_were(vlm_):
@@ -591,6 +739,7 @@ def test_a_prompt_without_an_image_is_read_alike_before_and_after_one_with(vlm_)
 
 FROZEN = {  # what stands in the vision tower, and what of that goes on learning
     "llava": ("model.vision_tower.", ()), "gemma3": ("model.vision_tower.", ()), "idefics3": ("model.vision_model.", ()),
+    "smolvlm": ("model.vision_model.", ()), "llava_onevision": ("model.vision_tower.", ()), "internvl": ("model.vision_tower.", ()),
     "qwen2_vl": ("model.visual.", ("model.visual.merger.",)), "qwen2_5_vl": ("model.visual.", ("model.visual.merger.",)),
     "qwen3_vl": ("model.visual.", ("model.visual.merger.", "model.visual.deepstack_merger_list."))}
 
