@@ -279,6 +279,7 @@ def train(args):
     run = runs.start(args, [args.model, *args.data, *args.rollouts])
     rows = [r for file in args.data for r in records.read(file, ("image",), args.image_root)]
     rows = [r for r in rows if "answer" in r or "report" in r]
+    records.demand(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
     parts = records.split(rows, (1 - args.holdout, 0, args.holdout), args.seed)
     held_images = {r["image"] for r in parts["test"]}
     groups = build_levels(parts["train"], args.resamples, args.seed)

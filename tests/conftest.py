@@ -36,6 +36,7 @@ def finished(tmp_path_factory):
     return out, cycle(out, **guarded(out.parent / "network.log"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which looks for these marks
 def pytest_collection_modifyitems(items):
     """For tests/run.sh: a file's tests share a process, because they share its fixtures; those of `finished` share that one."""
     for item in items:

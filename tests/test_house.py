@@ -31,6 +31,12 @@ def imports(tree):
             yield node.module.split(".")[0]
 
 
+def test_tests_that_share_a_fixture_share_a_process(request):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("one process runs all")
+    assert request.node.nodeid.endswith("@test_house.py")
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
 def test_a_room_imports_only_what_it_may(file):
     room = "toy" if file.parent.name == "toy" else file.stem

@@ -299,5 +299,5 @@ def test_the_reward_model_learns_without_its_backbone_frozen(monkeypatch, rows, 
 
 def test_a_file_without_questions_or_reports_is_one_line(monkeypatch, rows, tmp_path):
     records.write(tmp_path / "images.jsonl", [{"id": r["id"], "image": r["image"]} for r in rows[:4]])
-    with pytest.raises(records.RecordError, match="too few records"):
+    with pytest.raises(records.RecordError, match="neither questions with answers nor reports"):
         run(monkeypatch, ["train", "--model", ROOT / "toy/policy", "--data", tmp_path / "images.jsonl", "--out", tmp_path / "rm"])
