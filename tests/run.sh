@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 . ./setup.sh requirements.txt tests/requirements.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ $# -gt 0 ] || set -- tests
-exec "$PYTHON" -m pytest -q -rs -n 2 --dist loadgroup "$@"
+exec "$PYTHON" -m pytest -q -rs -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -105,6 +105,8 @@ def test_a_cycle_that_was_killed_and_stopped_ends_as_if_it_had_not_been(finished
     shutil.copytree(out, again)
     for path in [again / "settings", again / "table.txt", again / "report.html", *again.glob("cycle1/*sft*"), *again.glob("cycle1/*grpo")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in again.rglob("args.json"):
+        path.write_text(path.read_text().replace(str(out), str(again)))
     there = files_in(again)
     moments = sorted(there + rng.random() * 0.9 * (files_in(out) - there) for _ in range(4))
     for moment, how in zip(moments, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
