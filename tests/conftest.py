@@ -41,4 +41,4 @@ def pytest_collection_modifyitems(items):
     """For tests/run.sh: a file's tests share a process, because they share its fixtures; those of `finished` share that one."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("cycle" if "finished" in item.fixturenames else item.path.name))
-    items.sort(key=lambda item: "finished" not in item.fixturenames)  # the longest first, so that no process waits for it at the end
+    items.sort(key=lambda item: ("finished" not in item.fixturenames, item.path.name != "test_kill.py"))  # the longest first: no waiting at the end

@@ -99,11 +99,11 @@ def files_in(out):
 
 
 def test_a_cycle_that_was_killed_and_stopped_ends_as_if_it_had_not_been(finished, tmp_path):
-    """From its training on: that saves a minute, and tests/test_kill.py kills the stages before."""
+    """Its last stages: that saves minutes, and tests/test_kill.py kills those before."""
     out, _ = finished
     again, rng = tmp_path / out.name, random.Random("kill the cycle")
     shutil.copytree(out, again)
-    for path in [again / "settings", again / "table.txt", again / "report.html", *again.glob("cycle1/*sft*"), *again.glob("cycle1/*grpo")]:
+    for path in [again / "settings", again / "table.txt", again / "report.html", *again.glob("cycle1/*sft_both"), *again.glob("cycle1/*grpo")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in again.rglob("args.json"):
         path.write_text(path.read_text().replace(str(out), str(again)))
