@@ -17,6 +17,7 @@ what the process held before the first call: resident on a CPU, allocated on a G
 
     python benchmarks/logprob.py                 writes benchmarks/results/logprob_cpu.json (logprob_cuda.json on a GPU), prints tables
     python benchmarks/logprob.py --sizes toy --rounds 1 --out /tmp/quick.json
+    python benchmarks/logprob.py --readme        writes the README's table anew, from the committed result file
 """
 import argparse
 import ctypes
@@ -31,6 +32,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import readme  # noqa: E402
 import runs  # noqa: E402
 
 SIZES = {"cpu": {"toy": (4096, 735, 128, "float32"), "medium": (4096, 32000, 512, "float32")},  # N, V, D, dtype
@@ -49,6 +51,7 @@ def parse_args():
     p.add_argument("--tasks", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="tasks to measure")
     p.add_argument("--seconds", type=float, default=3, help="a process repeats a call at least twice and for this long")
     p.add_argument("--out", help="result file (benchmarks/results/logprob_DEVICE.json)")
+    p.add_argument("--readme", action=argparse.BooleanOptionalAction, default=False, help="only write the README's table, from the result file")
     p.add_argument("--one", help=argparse.SUPPRESS)  # device,size,task,way,inputs,mode: measure it in this process
     return p.parse_args()
 
@@ -254,8 +257,27 @@ def print_table(rows):
     print(runs.table(cells, ["way", "seconds", "of the rounds", "× plain", "extra MB", "× plain", "loss"]), flush=True)
 
 
+def readme_table(result):
+    """The README's block: a row a comparison; every way's seconds over the plain way's, and our extra memory over its."""
+    ways = [w for w in dict.fromkeys(r["way"] for r in result["rows"]) if w not in ("plain", "ours")]
+    lines = []
+    for task, size, inputs, mode in dict.fromkeys(tuple(r[k] for k in ("task", "size", "inputs", "mode")) for r in result["rows"]):
+        found = {r["way"]: r for r in result["rows"] if (r["task"], r["size"], r["inputs"], r["mode"]) == (task, size, inputs, mode)}
+        times = lambda way, key="seconds", f=found: f"{f[way][key] / f['plain'][key]:.2f}" if key in f.get(way, ()) else ""  # noqa: E731
+        lines.append([size, task, "forward + backward" if mode == "both" else mode, inputs, f"{found['plain']['seconds']:.3f}", times("ours"),
+                      times("ours", "megabytes"), *map(times, ways)])
+    sizes = "; ".join(f"{name}: N = {s['N']:,}, V = {s['V']:,}, D = {s['D']}, {s['dtype']}" for name, s in result["sizes"].items())
+    table = runs.table(lines, ["size", "loss", "pass", "inputs", "plain s", "ours", "ours, memory", *ways], markdown=True)
+    where = ", ".join(result["hardware"]["gpus"]) or f"one thread of {result['hardware']['cpus']} CPU cores ({result['hardware']['machine']})"
+    return (f"{table}\n\n{sizes}. Command `{result['command']}`; commit `{(result['git']['commit'] or '?')[:10]}`; {where}, torch "
+            f"{result['versions']['torch']}.")
+
+
 def main(args):
     import torch
+    if args.readme:
+        with open(args.out or os.path.join(ROOT, "benchmarks", "results", "logprob_cpu.json"), encoding="utf-8") as f:
+            return readme.write_block("logprob", readme_table(json.load(f)))
     if args.one:
         print(json.dumps(measure(*args.one.split(","), args.seconds)))
         return

@@ -121,3 +121,14 @@ def test_one_time_the_items_is_the_toy_clinic_as_it_comes(monkeypatch):
 def test_a_mistake_is_one_line_before_anything_is_run(tmp_path, flags, why):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "benchmarks", "cycle.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and why in done.stderr and not os.listdir(tmp_path), done.stderr
+
+
+def test_the_table_of_losses_has_multiples_of_the_plain_way_and_leaves_out_what_was_not_measured():
+    import logprob
+    row = {"task": "ce", "size": "toy", "inputs": "random", "mode": "both"}
+    rows = [row | {"way": "plain", "seconds": 2.0, "megabytes": 100.0}, row | {"way": "ours", "seconds": 3.0, "megabytes": 10.0},
+            row | {"way": "torch", "error": "no such function"}, row | {"way": "gemms", "seconds": 1.0, "megabytes": 1.0}]
+    result = {"rows": rows, "sizes": {"toy": {"N": 1, "V": 2, "D": 3, "dtype": "float32"}}, "command": "c", "git": {"commit": "abc"},
+              "hardware": {"gpus": [], "cpus": 2, "machine": "m"}, "versions": {"torch": "t"}}
+    cells = [c.strip() for c in logprob.readme_table(result).splitlines()[2].strip("|").split("|")]
+    assert cells == ["toy", "ce", "forward + backward", "random", "2.000", "1.50", "0.10", "", "0.50"]

@@ -1,6 +1,7 @@
 """Killed anywhere, any number of times, every stage ends with the records and weights of a run that was left alone.
 
-    python tests/test_kill.py --kills 300 --out benchmarks/results/kills.json      the soak: so many kills, and a table of them
+    python tests/test_kill.py --kills 300      the soak: so many kills, counted in benchmarks/results/kills.json
+    python tests/test_kill.py --readme         writes the README's table of them anew
 
 A stage runs in a process of its own, forked from a server that has imported torch; it is killed by SIGKILL at a random
 time within what the undisturbed run took, started again by the same command, and so on, then left to finish.
@@ -190,14 +191,29 @@ def soak(kills, out):
     fields = ("runs", "kills", "lost records", "differing runs")
     runs.write_json(out, {"command": f"python tests/test_kill.py --kills {kills}", "differences": differences,
                           "stages": {name: dict(zip(fields, row)) for name, row in rows.items()}, **runs.provenance()})
-    rows["all"] = [sum(column) for column in zip(*rows.values())]
-    print(runs.table([(name, *row) for name, row in rows.items()], ("stage", *fields), markdown=True))
     return differences
 
 
+def table(path):
+    """The soak's result as Markdown, all stages last."""
+    import runs
+    result = json.loads(Path(path).read_text())
+    rows = [[name, *row.values()] for name, row in result["stages"].items()]
+    rows.append(["all", *map(sum, list(zip(*rows))[1:])])
+    return (runs.table(rows, ["stage", *next(iter(result["stages"].values()))], markdown=True)
+            + f"\n\nCommand `{result['command']}`; commit `{(result['git']['commit'] or '?')[:10]}`; {result['hardware']['cpus']} CPU cores.")
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser()
-    p.add_argument("--kills", type=int, required=True)
-    p.add_argument("--out", required=True)
+    sys.path.append(str(ROOT / "benchmarks"))
+    import readme
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--kills", type=int, help="go on until there were so many")
+    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "kills.json"), help="result file")
+    p.add_argument("--readme", action="store_true", help="write the README's table from the result file")
     a = p.parse_args()
-    sys.exit(bool(soak(a.kills, a.out)))
+    found = soak(a.kills, a.out) if a.kills else []
+    print(table(a.out))
+    if a.readme:
+        readme.write_block("kills", table(a.out))
+    sys.exit(bool(found))
