@@ -10,9 +10,12 @@ and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group 
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = π_ref/π - log(π_ref/π) - 1      (k3, Schulman 2020)
 
     --loss grpo      as above (DeepSeekMath, arXiv 2402.03300)
-    --loss dapo      1 / Σ|y_i| over the whole batch: every token weighs the same (arXiv 2503.14476)
+    --loss dapo      1 / Σ|y_i| over the whole batch: every token weighs the same; DAPO's other parts are --epsilon-high 0.28
+                     and --drop-zero-variance (arXiv 2503.14476)
     --loss dr_grpo   1 / (N · max_new_tokens): no bias by length; use with --scale-rewards none (arXiv 2503.20783)
-    --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio a sequence (arXiv 2507.18071)
+    --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio a sequence; its ε is far smaller, about 3e-4 (arXiv 2507.18071)
+
+With one update a batch of rollouts (--iterations 1, the default) every ρ is 1 and nothing is clipped, whatever the loss.
 
 Every denominator counts the whole batch, so the step does not depend on micro-batches or processes.
 
@@ -47,7 +50,7 @@ def parse_args():
     p.add_argument("--max-new-tokens", type=runs.number(int, 1), default=96, help="longest response")
     p.add_argument("--loss", choices=("grpo", "dr_grpo", "dapo", "gspo"), default="grpo", help="see above")
     p.add_argument("--epsilon", type=runs.number(float, 0, 1), default=0.2, help="the ratio is clipped below at 1 - this")
-    p.add_argument("--epsilon-high", type=runs.number(float, 0), help="and above at 1 + this (--epsilon)")
+    p.add_argument("--epsilon-high", type=runs.number(float, 0), help="and above at 1 + this; without it, at 1 + --epsilon")
     p.add_argument("--kl", type=runs.number(float, 0), default=0.02, help="weight of the KL term; 0 loads no reference")
     p.add_argument("--alpha", type=runs.number(float, 0), default=0.8, help="weight of the reward model")
     p.add_argument("--beta", type=runs.number(float, 0), default=0.2, help="weight of the answer match")
@@ -60,7 +63,7 @@ def parse_args():
     p.add_argument("--lr", type=runs.number(float, 0), default=1e-4, help="learning rate (the toy's; about 1e-6 for a 7B model)")
     p.add_argument("--clip", type=runs.number(float, 0), default=1.0, help="largest gradient norm")
     p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
-    p.add_argument("--micro-batch", type=runs.number(int, 1), default=8, help="groups at a time: less memory, same result")
+    p.add_argument("--micro-batch", type=runs.number(int, 1), default=8, help="groups to learn from at a time: less memory, same result (sampling takes all)")
     p.add_argument("--watch-every", type=runs.number(int, 1), default=10, help="steps between looks at the truth on --val")
     p.add_argument("--watch-items", type=runs.number(int, 1), default=200, help="records of --val to look at")
     p.add_argument("--test", help="the test file: refuse to train on what it holds (leakage.py)")
@@ -186,7 +189,7 @@ def roll_out(policy, reward_model, examples, cursor, args, accelerator):
         missing = accelerator.reduce(torch.tensor(len(share) - len(groups), device=policy.device).clamp(min=0), "sum")
         if not missing.item():  # every process has enough: all stop at the same cursor
             break
-    groups = groups[:len(share)] or fresh[:1]  # nothing with spread anywhere: one group, so that there is a step
+    groups = groups[:len(share)] or fresh[:1]  # this process found none with spread: one that has none, so that there is a step
     judge(reward_model, groups, args.alpha, args.beta, args.reward_scale)
     return groups, 1 - spread / seen, cursor
 
@@ -223,9 +226,9 @@ def learn(policy, reference, groups, args, accelerator, old=None):
     """
     masks = [g.mask * ~g.truncated[:, None] if args.mask_truncated else g.mask for g in groups]
     local = torch.tensor([sum(int((m.sum(1) > 0).sum()) for m in masks), sum(int(m.sum()) for m in masks)], device=policy.device)
-    sequences, tokens = accelerator.reduce(local, "sum").clamp(min=1).tolist()  # of all groups, also of those dropped here
-    groups = [g for g in groups if args.kl or g.advantages.any()] or groups[:1]  # without advantage no gradient; of one, zeros
-    groups = sorted(groups, key=lambda g: -int(g.mask.sum(1).max()))  # neighbours of one length: less padding
+    sequences, tokens = accelerator.reduce(local, "sum").clamp(min=1).tolist()  # counted before the next line drops any
+    groups = [g for g in groups if args.kl or g.advantages.any()] or groups[:1]  # no KL, no advantage: no gradient; one stays, for zeros
+    groups = sorted(groups, key=lambda g: -int(g.mask.sum(1).max()))  # less padding; the same order at every update, as `old` asks
     sums, before = {}, []
     for k, part in enumerate(groups[i:i + args.micro_batch] for i in range(0, len(groups), args.micro_batch)):
         prompts, ids, mask, advantages = collate(policy, part)
@@ -241,17 +244,17 @@ def learn(policy, reference, groups, args, accelerator, old=None):
                                                 epsilon=args.epsilon, epsilon_high=args.epsilon_high, kl=args.kl, **head)
         loss.backward()
         before.append(logps)
-        for name, value in (metrics | {"loss": loss.detach() * tokens}).items():
+        for name, value in (metrics | {"loss": loss.detach() * tokens}).items():  # sums over tokens, but the loss is a mean already
             sums[name] = sums.get(name, 0) + value / tokens
     names = sorted(sums)
     reduced = accelerator.reduce(torch.stack([sums[n].float() for n in names]), "sum")
     means = dict(zip(names, reduced.tolist())) | {"tokens": tokens}
-    means["entropy"] /= means.pop("rows") or 1  # of the tokens that were computed: without a KL term not those of advantage 0
+    means["entropy"] /= means.pop("rows") or 1  # rows: the tokens that linear_grpo_loss computed, without KL not those of advantage 0
     return means, before
 
 
 def rollout_metrics(groups):
-    """Means over this process's responses."""
+    """Means over this process's responses: with several, metrics.jsonl has the first one's. What `learn` returns is of all."""
     flat = {"reward": torch.cat([g.rewards for g in groups]),
             "reward_model": torch.tensor([s for g in groups for s in g.scores["overall"]]),
             "match": torch.tensor([float(m) for g in groups for m in g.match]),

@@ -1,6 +1,7 @@
 """The rules of the house, as DESIGN has them: who may import whom, how long a function is, what --help costs."""
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,14 @@ def imports(tree):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module.split(".")[0]
+
+
+def test_no_table_of_the_readme_is_empty_and_every_result_it_names_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = dict(re.findall(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->", text, re.DOTALL))
+    assert {"results", "grpo_step", "logprob", "cycle", "scorers", "kills"} == set(tables) and all("|" in table for table in tables.values())
+    named = re.findall(r"benchmarks/results/\w+\.json", text)
+    assert named and all((ROOT / name).is_file() for name in named)
 
 
 def test_tests_that_share_a_fixture_share_a_process(request):
