@@ -274,3 +274,14 @@ def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
 def test_a_table_lines_up_and_puts_numbers_to_the_right():
     text = runs.table([("a", 1.5, 10), ("bbb", None, 7)], ("name", "x", "n")).splitlines()
     assert text == ["name      x   n", "----  -----  --", "a     1.500  10", "bbb           7"]
+
+
+def test_where_images_may_lie_may_change_before_a_resume_and_another_argument_may_not(tmp_path):
+    args = args_of(tmp_path)
+    args.image_root = "here"
+    runs.start(args).commit(step=3)
+    args.image_root = "there"
+    assert runs.start(args).state["step"] == 3
+    args.seed += 1
+    with pytest.raises(runs.RunError, match="--seed"):
+        runs.start(args)
