@@ -29,8 +29,10 @@ is 1.5% of the spread); a watch compares the reward with the truth on expert ite
         --val runs/toy/data/val.jsonl --image-root runs/toy --out runs/mine
 """
 import argparse
+import copy
 import random
 import time
+from dataclasses import replace
 
 import leakage
 import records
@@ -62,8 +64,10 @@ def parse_args():
                    help="skip groups all right or all wrong, and refill the batch with other questions")
     p.add_argument("--lr", type=runs.number(float, 0), default=1e-4, help="learning rate (the toy's; about 1e-6 for a 7B model)")
     p.add_argument("--clip", type=runs.number(float, 0), default=1.0, help="largest gradient norm")
-    p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
-    p.add_argument("--micro-batch", type=runs.number(int, 1), default=8, help="groups to learn from at a time: less memory, same result (sampling takes all)")
+    p.add_argument("--freeze", choices=("images", "vision", "nothing"), default="images",
+                   help="what does not learn: the vision tower and its projector (each image is then read once), the tower alone, nothing")
+    p.add_argument("--micro-batch", type=runs.number(int, 1), default=8,
+                   help="groups to learn from at a time: less memory, same result (sampling takes all)")
     p.add_argument("--watch-every", type=runs.number(int, 1), default=10, help="steps between looks at the truth on --val")
     p.add_argument("--watch-items", type=runs.number(int, 1), default=200, help="records of --val to look at")
     p.add_argument("--test", help="the test file: refuse to train on what it holds (leakage.py)")
@@ -137,8 +141,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, counts, *, loss="gr
 class Group:
     """One question and its G responses: texts, ids and mask (G, C), truncated (G,), match (G,), then rewards and advantages."""
 
-    def __init__(self, record, image, ids, mask, texts, stop_ids):
-        self.record, self.image, self.prompt = record, image, records.policy_prompt(record)
+    def __init__(self, record, prompt, ids, mask, texts, stop_ids):
+        self.record, self.prompt = record, prompt
         self.ids, self.mask, self.texts = ids, mask, texts
         self.parsed = [records.parse_response(t, record.get("options")) for t in texts]
         self.match = [records.is_match(p.prediction, record["answer"]) for p in self.parsed]
@@ -151,20 +155,34 @@ class Group:
         return 0 < sum(self.match) < len(self.match)
 
 
-def sample_groups(policy, rows, group, max_new_tokens, *seed):
+def prepare(policy, rows):
+    """Records → their vlm.Prompts."""
+    return [vlm.prepare(policy, records.open_image(r["image"]), records.policy_prompt(r)) for r in rows]
+
+
+def batches(policy, examples, cursor, args, accelerator):
+    """Without end, from `cursor` on: (the next cursor, this process's share of a batch of P records, their Prompts)."""
+    policy = replace(policy, processor=copy.deepcopy(policy.processor))  # this may run in a thread, and a tokenizer serves one at a time
+    while True:
+        index = runs.batch_at(cursor, args.prompts, len(examples), args.seed)
+        cursor += 1
+        rows = [examples[i] for i in index[accelerator.process_index::accelerator.num_processes]]
+        yield cursor, rows, prepare(policy, rows)
+
+
+def sample_groups(policy, rows, prompts, group, max_new_tokens, *seed):
     """G responses to each of the records, in one batch; each row's randomness is its own."""
-    images = [records.open_image(r["image"]) for r in rows]
-    prompts = vlm.encode_prompts(policy, images, [records.policy_prompt(r) for r in rows])
+    prompts = [vlm.look(policy, p) for p in prompts]
     seeds = [runs.seed_of(*seed, r["id"], g) for r in rows for g in range(group)]
-    ids, mask = vlm.sample(policy, prompts, seeds, max_new_tokens, 1.0, group)
+    ids, mask = vlm.sample(policy, vlm.side_by_side(policy, prompts), seeds, max_new_tokens, 1.0, group)
     texts = vlm.decode(policy, ids, mask)
     cut = [slice(b * group, (b + 1) * group) for b in range(len(rows))]
-    return [Group(r, i, ids[c], mask[c], texts[c], policy.stop_ids) for r, i, c in zip(rows, images, cut)]
+    return [Group(r, p, ids[c], mask[c], texts[c], policy.stop_ids) for r, p, c in zip(rows, prompts, cut)]
 
 
 def judge(reward_model, groups, alpha, beta, scale):
     """Give each group its hybrid rewards (G,), and keep the two parts beside."""
-    scores = reward_model([g.image for g in groups], [g.prompt for g in groups], [t for g in groups for t in g.texts])
+    scores = reward_model([g.prompt.image for g in groups], [g.prompt.text for g in groups], [t for g in groups for t in g.texts])
     size = len(groups[0].texts)
     for b, g in enumerate(groups):
         g.scores = {head: values[b * size:(b + 1) * size] for head, values in scores.items()}
@@ -174,22 +192,19 @@ def judge(reward_model, groups, alpha, beta, scale):
         g.rewards = torch.where(formed, alpha * part + beta * torch.tensor(g.match, dtype=torch.float32), alpha * least)
 
 
-def roll_out(policy, reward_model, examples, cursor, args, accelerator):
-    """One batch of P judged groups (this process's share) → groups, share of groups without spread, cursor."""
-    share = range(accelerator.process_index, args.prompts, accelerator.num_processes)
+def roll_out(policy, reward_model, coming, args, accelerator):
+    """One batch of P judged groups (this process's share) of the `coming` batches → groups, share of groups without spread, cursor."""
     groups, seen, spread = [], 0, 0
     for _ in range(REFILLS if args.drop_zero_variance else 1):
-        index = runs.batch_at(cursor, args.prompts, len(examples), args.seed)
-        cursor += 1
-        rows = [examples[index[i]] for i in share]
+        cursor, rows, prompts = next(coming)
         with accelerator.autocast():
-            fresh = sample_groups(policy, rows, args.group, args.max_new_tokens, args.seed, cursor)
+            fresh = sample_groups(policy, rows, prompts, args.group, args.max_new_tokens, args.seed, cursor)
         seen, spread = seen + len(fresh), spread + sum(g.has_spread for g in fresh)
         groups += [g for g in fresh if g.has_spread or not args.drop_zero_variance]
-        missing = accelerator.reduce(torch.tensor(len(share) - len(groups), device=policy.device).clamp(min=0), "sum")
+        missing = accelerator.reduce(torch.tensor(len(rows) - len(groups), device=policy.device).clamp(min=0), "sum")
         if not missing.item():  # every process has enough: all stop at the same cursor
             break
-    groups = groups[:len(share)] or fresh[:1]  # this process found none with spread: one that has none, so that there is a step
+    groups = groups[:len(rows)] or fresh[:1]  # this process found none with spread: one that has none, so that there is a step
     judge(reward_model, groups, args.alpha, args.beta, args.reward_scale)
     return groups, 1 - spread / seen, cursor
 
@@ -214,7 +229,7 @@ def collate(policy, groups):
     wide = lambda x, value: torch.nn.functional.pad(x, (0, max(0, width - x.shape[1])), value=value)[:, :width]  # noqa: E731
     ids = torch.cat([wide(g.ids, policy.tokenizer.pad_token_id) for g in groups])
     mask = torch.cat([wide(g.mask, 0) for g in groups])
-    prompts = vlm.encode_prompts(policy, [g.image for g in groups], [g.prompt for g in groups])
+    prompts = vlm.side_by_side(policy, [g.prompt for g in groups])
     return prompts, ids, mask, torch.cat([g.advantages for g in groups]).to(policy.device)
 
 
@@ -301,14 +316,15 @@ def main(args):
         raise runs.RunError(f"--prompts {args.prompts}: {accelerator.num_processes} processes need at least one each")
     policy, reward_model = vlm.load(args.model, accelerator.device), RewardModel.load(args.reward)
     reference = vlm.frozen_copy(policy) if args.kl else None
-    if args.freeze == "vision":
-        vlm.freeze_vision(policy)
+    if args.freeze != "nothing":
+        vlm.freeze_images(policy) if args.freeze == "images" else vlm.freeze_vision(policy)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
     if "optimizer" in run.state:
         policy.model.load_state_dict(run.state["model"], strict=False)
         optimizer.load_state_dict(run.state["optimizer"])
-    cursor, first, seen = run.state.get("cursor", 0), run.state.get("first"), run.state.get("seen", {})
+    first, seen = run.state.get("first"), run.state.get("seen", {})
+    coming = runs.ahead(batches(policy, examples, run.state.get("cursor", 0), args, accelerator))
     look = lambda: watch(policy, reward_model, watched, args.max_new_tokens, args.micro_batch * args.group, accelerator)  # noqa: E731
 
     for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
@@ -319,7 +335,7 @@ def main(args):
                 print(f"step {step}: reward hacking? reward {first['watch_reward']:.2f} → {seen['watch_reward']:.2f}, "
                       f"true accuracy {first['watch_accuracy']:.3f} → {seen['watch_accuracy']:.3f}", flush=True)
         start = time.perf_counter()
-        groups, flat, cursor = roll_out(policy, reward_model, examples, cursor, args, accelerator)
+        groups, flat, cursor = roll_out(policy, reward_model, coming, args, accelerator)
         std = torch.tensor(gather_object(torch.cat([g.rewards for g in groups]).tolist())).std()  # of the whole batch
         for g in groups:
             g.advantages = advantages_of(g.rewards[None], args.scale_rewards, std)[0]

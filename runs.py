@@ -31,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 
 # the disk is full or over quota, read-only, not ours, or the path leads through a file
@@ -113,6 +114,15 @@ def batch_at(step, size, n, seed):
     for epoch in {i // n for i in picked}:
         orders[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(n), n)
     return [orders[i // n][i % n] for i in picked]
+
+
+def ahead(items):
+    """The items of an endless iterator, each made in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items)
+        while True:
+            item, coming = coming.result(), thread.submit(next, items)
+            yield item
 
 
 def sum_gradients(parameters, accelerator):

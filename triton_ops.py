@@ -48,8 +48,8 @@ LOWEST = -1e4  # exp of this is 0 in any precision, and 0 times it is 0, where 0
 # ---- row operations in plain PyTorch; like the Triton ones they may overwrite `x`, the caller's scratch buffer
 
 
-def _statistics_torch(x, targets, temperature, softcap):
-    """(n, V) x, (n,) targets -> (logps, entropy), each (n,); and what the gradient needs."""
+def _statistics_torch(x, targets, temperature, softcap, with_entropy=True):
+    """(n, V) x, (n,) targets -> (logps, entropy), each (n,), without entropy NaN in its place; and what the gradient needs."""
     slope = None
     if softcap:
         x.div_(softcap).tanh_()
@@ -58,6 +58,10 @@ def _statistics_torch(x, targets, temperature, softcap):
     z = x if temperature == 1 else x.div_(temperature)  # (n, V)
     z.sub_(z.amax(-1, keepdim=True))
     z_target = z.gather(-1, targets[:, None])[:, 0]  # (n,)
+    if not with_entropy:  # two passes over (n, V) less
+        e = z.exp_()  # (n, V)
+        s = e.sum(-1)  # (n,)
+        return (z_target - s.log(), torch.full_like(s, torch.nan)), (e, None, s, slope)
     e = z.clamp_(min=LOWEST).exp()  # (n, V)
     s = e.sum(-1)  # (n,)
     ez = z.mul_(e)  # (n, V)
@@ -150,7 +154,7 @@ def _launch(kernel, x, *args):
             kernel[(n,)](x, *args, V, BLOCK=min(MAX_BLOCK, triton.next_power_of_2(V)), num_warps=8)
 
 
-def _statistics_triton(x, targets, temperature, softcap):
+def _statistics_triton(x, targets, temperature, softcap, with_entropy=True):  # with or without: the kernel waits for memory
     logps, entropy, *saved = x.new_empty(4, len(x)).unbind()  # saved: row_max, log_sum; each (n,)
     _launch(_statistics_kernel, x, targets, logps, entropy, *saved, temperature, softcap)
     return (logps, entropy), saved
@@ -184,8 +188,8 @@ def _matmul_into(out, a, b, beta=0):
         out.copy_(a @ b) if beta == 0 else out.add_(a @ b)
 
 
-def _run(hidden, weight, bias, targets, pieces, temperature, softcap, backend, asked=None, wanted=(False, False, False)):
-    """All chunks -> logps (N,), entropy (N,), and where wanted the gradients of hidden, weight and bias, else None.
+def _run(hidden, weight, bias, targets, pieces, temperature, softcap, backend, asked=None, wanted=(False, False, False), with_entropy=True):
+    """All chunks -> logps (N,), entropy (N,) if any asks for it, and where wanted the gradients of hidden, weight and bias, else None.
 
     pieces: slices of rows, a chunk each. asked(k, rows, logps, entropy) -> d loss / d logps, d loss / d entropy (or None)
     of the rows of piece k, (n,) each; None for no gradient.
@@ -201,7 +205,7 @@ def _run(hidden, weight, bias, targets, pieces, temperature, softcap, backend, a
         _matmul_into(x, hidden[rows], weight.T)  # 2 n V D FLOPs; reads all of weight, writes 4 n V bytes
         if bias is not None:
             x.add_(bias)
-        (logps[rows], entropy[rows]), saved = _STATISTICS[backend](x, targets[rows], temperature, softcap)
+        (logps[rows], entropy[rows]), saved = _STATISTICS[backend](x, targets[rows], temperature, softcap, with_entropy)
         coefficients = asked(k, rows, logps[rows], entropy[rows]) if asked else None
         if any(wanted):
             dtype = exact if wanted[2] else hidden.dtype  # d bias is summed before rounding
@@ -238,7 +242,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, pieces, options, loss_of, wanted):
+    def forward(ctx, hidden, weight, bias, targets, pieces, options, loss_of, wanted, with_entropy):
         """The sum over the pieces of loss_of(k, logps, entropy), its gradient formed on the way; all logps, all entropies."""
         losses = []
 
@@ -249,7 +253,7 @@ class _LinearLoss(torch.autograd.Function):
                 losses.append(loss.detach())
                 return torch.autograd.grad(loss, logps)[0].contiguous(), None
 
-        logps, entropy, ctx.grads = _run(hidden, weight, bias, targets, pieces, *options, asked, wanted)
+        logps, entropy, ctx.grads = _run(hidden, weight, bias, targets, pieces, *options, asked, wanted, with_entropy)
         ctx.mark_non_differentiable(logps, entropy)
         return torch.stack(losses).sum() if losses else logps.new_zeros(()), logps, entropy
 
@@ -259,7 +263,7 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the gradient of this loss has been handed out already: compute the loss again")
         grads, ctx.grads = ctx.grads, None  # scaled in place, so a second time would scale twice
-        return *(g if g is None else g.mul_(grad_loss) for g in grads), None, None, None, None, None
+        return *(g if g is None else g.mul_(grad_loss) for g in grads), None, None, None, None, None, None
 
 
 def _check(hidden, weight, targets, bias, temperature, softcap, chunk, backend):
@@ -353,7 +357,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, *, reductio
     chunk, options = _settle(hidden, weight, targets, bias, temperature, softcap, chunk, backend)
     count = max(1, len(hidden)) if reduction == "mean" else 1
     return _LinearLoss.apply(hidden, weight, bias, targets, _even_pieces(len(hidden), chunk), options,
-                             lambda k, logps, entropy: -logps.sum() / count, _wanted(hidden, weight, bias))[0]  # fmt: skip
+                             lambda k, logps, entropy: -logps.sum() / count, _wanted(hidden, weight, bias), False)[0]  # fmt: skip
 
 
 def linear_grpo_loss(objective, hidden, weight, targets, old_logps, ref_logps, advantages, mask, counts, *, kl=0.0, temperature=1.0,
@@ -384,5 +388,6 @@ def linear_grpo_loss(objective, hidden, weight, targets, old_logps, ref_logps, a
             metrics[name] = metrics.get(name, 0) + value
         return loss
 
-    loss, logps, _ = _LinearLoss.apply(rows, weight, bias, words, [p[1] for p in pieces], options, loss_of, _wanted(rows, weight, bias))
+    loss, logps, _ = _LinearLoss.apply(rows, weight, bias, words, [p[1] for p in pieces], options, loss_of,
+                                         _wanted(rows, weight, bias), True)
     return loss, metrics | {"rows": logps.new_tensor(len(rows))}, logps.new_zeros(keep.shape).masked_scatter(keep, logps)

@@ -8,12 +8,14 @@ tokens, `D` hidden size, `V` vocabulary. Prompts are padded on the left, continu
 two meet: row i reads [pad pad prompt | continuation pad]. Rows of one prompt stand together: row b·G + g.
 """
 import copy
+import inspect
 import os
 import re
 import shutil
 import textwrap
 import weakref
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -36,6 +38,7 @@ class VLM:
     special: re.Pattern  # finds the names of special tokens in a text
     logit_rule: tuple = (1.0, None)  # (divisor, softcap): logits = softcap · tanh(head(state) / softcap) / divisor
     shares: str = "always"  # whether a prompt read once can be continued: "always", "without gradient" or "never" (plain rows)
+    keeps: bool = False  # whether `look` keeps an image's features (freeze_images)
 
     @property
     def tokenizer(self):
@@ -236,6 +239,31 @@ def freeze_vision(vlm):
         parameter.requires_grad_(False)
 
 
+def freeze_images(vlm):
+    """Leave the vision tower and the projector as they are: an image's features stay the same, and `look` keeps them."""
+    learning = {id(p) for part in (vlm.model.get_decoder(), vlm.head) for p in part.parameters()}
+    for parameter in vlm.model.parameters():
+        parameter.requires_grad_(id(parameter) in learning)
+    vlm.keeps = can_keep(vlm)
+    if not vlm.keeps:
+        print(f"{type(vlm.model).__name__}: this architecture takes no features that were computed before: its vision tower reads an "
+              "image at every pass, the same results, slower", flush=True)
+
+
+@torch.no_grad()
+def can_keep(vlm):
+    """Whether kept features give the states that pixels give: tried with two images, and two texts of which one is padded."""
+    images, texts = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white")], ["?", "Which side?"]
+    answers = encode_continuations(vlm, ["left", "x"])
+    try:
+        looking = replace(vlm, keeps=True)
+        kept = side_by_side(vlm, [look(looking, prepare(looking, i, t)) for i, t in zip(images, texts)])
+        kept, plain = (hidden_states(vlm, p, *answers)[:, 0].float() for p in (kept, encode_prompts(vlm, images, texts)))
+    except Exception:  # the library raises whatever it likes where a thing was not meant to be done
+        return False
+    return bool((kept - plain).norm() <= (1e-3 if vlm.model.dtype == torch.float32 else 0.1) * plain.norm())
+
+
 def frozen_copy(vlm):
     """The same model with weights of its own that no optimiser moves: GRPO's reference."""
     return replace(vlm, model=copy.deepcopy(vlm.model).eval().requires_grad_(False))
@@ -264,6 +292,54 @@ def encode_prompts(vlm, images, texts):
     prompts = Prompts((k, v.to(vlm.device)) for k, v in inputs.items())
     prompts.repeated = again
     return prompts
+
+
+@dataclass
+class Prompt:
+    """An image and a text; and where its image's features are kept the model's inputs, (1, P), `look` puts them in place of the pixels."""
+    image: Image.Image
+    text: str
+    inputs: dict = None
+
+
+def prepare(vlm, image, text):
+    """A Prompt, its pixels prepared. The processor's work alone, so another thread can do it (with a processor of its own)."""
+    return Prompt(image, text, encode_prompts(vlm, [image], [text]) if vlm.keeps else None)
+
+
+@torch.no_grad()
+def look(vlm, prompt):
+    """The Prompt for side_by_side. After freeze_images the vision tower reads its image here, once for samples, reference and updates."""
+    if not vlm.keeps:
+        return prompt
+    base = vlm.model.base_model
+    asked = inspect.signature(base.get_image_features).parameters
+    out = base.get_image_features(**{k: v for k, v in prompt.inputs.items() if k in asked}, return_dict=True)
+    features = SimpleNamespace(pooler_output=out.pooler_output, deepstack_features=getattr(out, "deepstack_features", None))
+    rest = {k: v for k, v in prompt.inputs.items() if not k.startswith("pixel_")}
+    return replace(prompt, inputs=rest | {"mm_encoder_outputs": {"image": features}})
+
+
+def side_by_side(vlm, prompts):
+    """B Prompts → the model's inputs, left-padded to (B, P), as encode_prompts makes them."""
+    if prompts[0].inputs is None:
+        return encode_prompts(vlm, [p.image for p in prompts], [p.text for p in prompts])
+    rows, batch = [p.inputs for p in prompts], Prompts()
+    width = max(row["input_ids"].shape[1] for row in rows)
+    for key, value in rows[0].items():
+        if key == "mm_encoder_outputs":  # a list an image, or one tensor (1, tokens, D); deepstack (Qwen3-VL): such a list a layer
+            seen = [row[key]["image"] for row in rows]
+            whole = [s.pooler_output for s in seen]
+            whole = torch.cat(whole) if torch.is_tensor(whole[0]) else sum(map(list, whole), [])
+            layers = zip(*(s.deepstack_features for s in seen)) if seen[0].deepstack_features else []
+            batch[key] = {"image": SimpleNamespace(pooler_output=whole, deepstack_features=[sum(map(list, s), []) for s in layers])}
+        elif value.shape == rows[0]["input_ids"].shape:  # a number a token
+            fill = vlm.tokenizer.pad_token_id if key == "input_ids" else 0
+            batch[key] = torch.cat([torch.nn.functional.pad(row[key], (width - row[key].shape[1], 0), value=fill) for row in rows])
+        else:  # a row an image
+            batch[key] = torch.cat([row[key] for row in rows])
+    batch.repeated = lambda group: side_by_side(vlm, [p for p in prompts for _ in range(group)])
+    return batch
 
 
 def encode_continuations(vlm, texts, end=True):

@@ -2,7 +2,8 @@
 
 A step takes P questions about images, samples G = 8 responses of C = 32 tokens to each (no token that ends a turn may be
 sampled, so all are of one length), rewards them by a number that their ids give (so that no reward model counts), learns from
-them by the GRPO loss (β = 0, ε = 0.2, no update but one a rollout) and moves AdamW. The vision tower is frozen on both sides.
+them by the GRPO loss (β = 0, ε = 0.2, no update but one a rollout) and moves AdamW. The vision tower and the
+projector are frozen on both sides, as grpo.py has it.
 
     ours     grpo.py's sample_groups, advantages_of and learn, and then what its main does; its default micro-batch of 8 questions
     trl      GRPOTrainer, tuned: no gradient checkpointing, our dtype, the largest micro-batch that is at hand (see ROWS)
@@ -208,7 +209,7 @@ def ours(row, folder, steps, cuda, check=False):
     import vlm
     accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
     policy = unending(vlm.load(os.path.join(folder, "model"), accelerator.device))
-    vlm.freeze_vision(policy)
+    vlm.freeze_images(policy)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
     rows, meter = questions(folder), Meter(cuda)
@@ -218,10 +219,11 @@ def ours(row, folder, steps, cuda, check=False):
         with accelerator.autocast():
             if check:
                 fed = fed_completions(policy, row.prompts).to(policy.device).split(G)
-                groups = [grpo.Group(r, records.open_image(r["image"]), i, torch.ones_like(i), vlm.decode(policy, i, torch.ones_like(i)),
-                                     policy.stop_ids) for r, i in zip(batch, fed)]
+                looked = [vlm.look(policy, p) for p in grpo.prepare(policy, batch)]
+                groups = [grpo.Group(r, p, i, torch.ones_like(i), vlm.decode(policy, i, torch.ones_like(i)), policy.stop_ids)
+                          for r, p, i in zip(batch, looked, fed)]
             else:
-                groups = grpo.sample_groups(policy, batch, G, C, SEED, step)
+                groups = grpo.sample_groups(policy, batch, grpo.prepare(policy, batch), G, C, SEED, step)
         for g in groups:
             g.rewards = torch.tensor([reward(ids) for ids in g.ids.tolist()])
             g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]
@@ -235,7 +237,7 @@ def ours(row, folder, steps, cuda, check=False):
         optimizer.step()
         optimizer.zero_grad()
         meter.tick()
-    inputs = vlm.encode_prompts(policy, [g.image for g in groups], [g.prompt for g in groups])["attention_mask"]
+    inputs = vlm.side_by_side(policy, [g.prompt for g in groups])["attention_mask"]
     size = {"parameters": sum(p.numel() for p in policy.model.parameters()), "prompt_tokens": inputs.shape[1]}
     return meter.result() | size | {"response_tokens": int(sum(g.mask.sum() for g in groups))}
 
@@ -265,7 +267,7 @@ def trl(row, folder, steps, cuda, side="trl", check=False):
     import records
     import vlm
     policy = unending(vlm.load(os.path.join(folder, "model"), "cuda" if cuda else "cpu"))
-    vlm.freeze_vision(policy)
+    vlm.freeze_images(policy)
     rows = questions(folder)
     data = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": records.policy_prompt(r)}] for r in rows],
                                        "image": [r["image"] for r in rows]}).cast_column("image", datasets.Image())

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import clinic
 import grpo
 import records
+import runs
 import vlm
 from reward import Heads, RewardModel
 
@@ -122,7 +124,7 @@ def groups(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clinic")
     clinic.write_clinic(str(folder), (3, 1, 1, 1, 1), seed=5)
     rows = list(records.read(folder / "expert.jsonl"))[:6]
-    made = grpo.sample_groups(policy, rows, 4, 24, 0, 0)
+    made = grpo.sample_groups(policy, rows, grpo.prepare(policy, rows), 4, 24, 0, 0)
     for k, g in enumerate(made):
         g.rewards = torch.tensor([0.1, 0.5, 0.4, 0.9]) * (k + 1)
         g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]
@@ -173,7 +175,7 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
     policy.model.zero_grad()
     for g in groups:  # -Σ Â/|y| ∇ log π, one sequence at a time through the model's own logits
         for k in range(4):
-            prompt = vlm.encode_prompts(policy, [g.image], [g.prompt])
+            prompt = vlm.encode_prompts(policy, [g.prompt.image], [g.prompt.text])
             ids = g.ids[k][g.mask[k].bool()][None]
             inputs = prompt | {"input_ids": torch.cat([prompt["input_ids"], ids], 1), "attention_mask": torch.ones(1, prompt["input_ids"].shape[1] + ids.shape[1])}
             logits = policy.model(**inputs).logits[:, -ids.shape[1] - 1:-1].log_softmax(-1)
@@ -263,6 +265,40 @@ def test_micro_batches_hold_groups_of_one_length_whatever_order_they_come_in(pol
     assert_same(gradient(policy, some, micro_batch=2, old=old)[0], gradient(policy, some[::-1], micro_batch=2, old=old)[0])
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_with_frozen_images_the_tower_reads_each_image_once_for_samples_reference_and_updates(policy, groups, kl):
+    frozen = vlm.load(str(ROOT / "toy" / "policy"))
+    vlm.freeze_images(frozen)
+    reference = vlm.frozen_copy(frozen) if kl else None
+    read = []
+    for model in (frozen.model, reference and reference.model):
+        if model:
+            model.base_model.vision_tower.register_forward_pre_hook(lambda tower, args, kwargs: read.append(len(args[0])), with_kwargs=True)
+    rows = [g.record for g in groups]
+    made = grpo.sample_groups(frozen, rows, grpo.prepare(frozen, rows), 4, 24, 0, 0)
+    assert [g.texts for g in made] == [g.texts for g in groups]
+    for new, g in zip(made, groups):
+        new.advantages = g.advantages
+    for _ in range(2):
+        grads, metrics, _ = gradient(frozen, made, reference=reference, kl=kl, micro_batch=2)
+    assert read == [1] * 6, "images at each pass of the tower"
+    plain, again, _ = gradient(policy, groups, reference=vlm.frozen_copy(policy) if kl else None, kl=kl, micro_batch=2)
+    assert metrics == pytest.approx(again, rel=1e-4, abs=1e-6)
+    assert_same({n: plain[n] for n in grads}, grads)
+    assert {n for n in plain.keys() - grads.keys()} == {n for n in plain if n.startswith(("model.vision_tower.", "model.multi_modal_projector."))}
+
+
+@pytest.mark.parametrize("freeze, still", [("images", ("model.vision_tower.", "model.multi_modal_projector.")),
+                                           ("vision", ("model.vision_tower.",)), ("nothing", ())])
+def test_what_is_frozen_stays_to_the_bit_and_all_else_moves(monkeypatch, folder, tmp_path, freeze, still, policy):
+    run_grpo(monkeypatch, folder, tmp_path / "run", "--freeze", freeze)
+    after = vlm.load(str(tmp_path / "run")).model.state_dict()
+    unused = "model.vision_tower.encoder.layers.3.", "model.vision_tower.post_layernorm."  # LLaVA reads the layer before the last
+    moved = {n for n, before in policy.model.state_dict().items() if not before.equal(after[n])}
+    for name in policy.model.state_dict():
+        assert (name in moved) == (not name.startswith((*still, *unused))) or name.endswith("position_ids"), name
+
+
 def test_what_grpo_loss_says_is_what_is_learned(policy, groups, monkeypatch):
     base, _, _ = gradient(policy, groups)
     real = grpo.grpo_loss
@@ -326,6 +362,25 @@ def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
 
 
 # ---- the stage itself
+
+def test_batches_are_prepared_in_another_thread_go_on_from_their_cursor_and_are_shared_out(policy, groups):
+    examples, args = [g.record for g in groups], argparse.Namespace(prompts=4, seed=3)
+    process = lambda k, n: argparse.Namespace(process_index=k, num_processes=n)  # noqa: E731
+    ids = lambda batch: [r["id"] for r in batch[1]]  # noqa: E731
+    threads, real = set(), records.open_image
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "open_image", lambda path: (threads.add(threading.current_thread()), real(path))[1])
+        coming = runs.ahead(grpo.batches(policy, examples, 5, args, process(0, 1)))
+        whole = [next(coming) for _ in range(4)]
+    assert threads and threading.current_thread() not in threads
+    assert [cursor for cursor, _, _ in whole] == [6, 7, 8, 9]
+    assert sorted(ids(whole[1]) + ids(whole[2]) + ids(whole[3])) == sorted(2 * [r["id"] for r in examples]), "two epochs of six"
+    later = grpo.batches(policy, examples, 7, args, process(0, 1))
+    assert [ids(next(later)) for _ in range(2)] == [ids(b) for b in whole[2:]]
+    shares = [next(grpo.batches(policy, examples, 5, args, process(k, 3))) for k in range(3)]
+    assert [ids(s) for s in shares] == [ids(whole[0])[k::3] for k in range(3)]
+    assert all(p.text == records.policy_prompt(r) for r, p in zip(*whole[0][1:]))
+
 
 def run_grpo(monkeypatch, folder, out, *extra):
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--model", str(ROOT / "toy/policy"), "--reward", str(folder / "rm"), "--data", str(folder / "expert.jsonl"),

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -285,3 +286,29 @@ def test_where_images_may_lie_may_change_before_a_resume_and_another_argument_ma
     args.seed += 1
     with pytest.raises(runs.RunError, match="--seed"):
         runs.start(args)
+
+def test_the_next_item_is_made_in_another_thread_while_the_caller_works_on_one():
+    made, working = [threading.Event() for _ in range(4)], []
+
+    def items():
+        for k, event in enumerate(made):
+            working.append(threading.current_thread())
+            event.set()
+            yield k
+    ahead = runs.ahead(items())
+    for k in range(3):
+        assert next(ahead) == k
+        assert made[k + 1].wait(10), "made while the caller has the one before"
+        assert not any(event.is_set() for event in made[k + 2:]), "and no more than one"
+    assert len(set(working)) == 1 and threading.current_thread() not in working
+
+
+def test_an_error_in_an_item_comes_when_that_item_is_due_and_not_before():
+    def items():
+        yield 0
+        yield 1
+        raise runs.RunError("item 2")
+    ahead = runs.ahead(items())
+    assert [next(ahead), next(ahead)] == [0, 1]
+    with pytest.raises(runs.RunError, match="item 2"):
+        next(ahead)

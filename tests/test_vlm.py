@@ -595,7 +595,9 @@ def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_a
     for ends in (False, True):
         test_greedy_sampling_is_generate_token_for_token(vlm_, ends)
     test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm_, 1.0)
-    assert capsys.readouterr().out == ""
+    vlm.freeze_images(vlm_)
+    test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any_order_and_number((vlm_, None))
+    assert vlm_.keeps and capsys.readouterr().out == ""
 
 
 def test_a_model_that_reads_no_plain_row_of_prompt_and_answer_is_refused(built, monkeypatch):
@@ -735,6 +737,85 @@ def test_a_prompt_without_an_image_is_read_alike_before_and_after_one_with(vlm_)
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Kept features.
+
+@pytest.fixture
+def keeping(architecture, built):
+    """A model whose images are frozen, and a list that each pass of its vision tower adds to."""
+    vlm_, read = vlm.load(str(built(architecture)), "cpu"), []
+    vlm.freeze_images(vlm_)
+    base, prefix = vlm_.model.base_model, FROZEN[architecture][0].split(".")[1]
+    getattr(base, prefix).register_forward_pre_hook(lambda *_, **__: read.append(1))
+    return vlm_, read
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_prompt_that_was_looked_at_gives_the_log_probabilities_and_gradients_of_plain_rows(keeping, group):
+    vlm_, read = keeping
+    assert vlm_.keeps
+    prompts = vlm.side_by_side(vlm_, [vlm.look(vlm_, vlm.prepare(vlm_, i, t)) for i, t in zip(IMAGES, TEXTS)])
+    assert len(read) == 3
+    ids, mask = vlm.encode_continuations(vlm_, ANSWERS[:3 * group])
+    sampled = vlm.sample(vlm_, prompts, range(3 * group), 6, group=group)
+    logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask, 0.7)
+    learning = [p for p in vlm_.model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(logps.sum(), learning, allow_unused=True)
+    assert len(read) == 3, "no image is read again"
+    same = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), range(3 * group), 6, group=group)
+    assert kept(*sampled) == kept(*same)
+    want, spread = plain_logps(vlm_, IMAGES, TEXTS, ids, mask, 0.7)
+    wanted = torch.autograd.grad(want.sum(), learning, allow_unused=True)
+    assert largest(logps - want) < 1e-5 and largest(entropy - spread) < 1e-5
+    flat = lambda gs: torch.cat([g.flatten() for g in gs if g is not None]).double()  # noqa: E731
+    assert torch.nn.functional.cosine_similarity(flat(grads), flat(wanted), dim=0) > 1 - 1e-6
+
+
+def test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any_order_and_number(keeping):
+    vlm_, _ = keeping
+    looked = [vlm.look(vlm_, vlm.prepare(vlm_, i, t)) for i, t in zip(IMAGES, TEXTS)]
+    for order in ([0, 1, 2], [2, 0], [1], [2, 2, 1]):
+        prompts = vlm.side_by_side(vlm_, [looked[k] for k in order])
+        plain = vlm.encode_prompts(vlm_, [IMAGES[k] for k in order], [TEXTS[k] for k in order])
+        assert prompts.keys() - {"mm_encoder_outputs"} == {k for k in plain if not k.startswith("pixel_")}
+        assert all(prompts[k].equal(plain[k]) for k in prompts.keys() - {"mm_encoder_outputs"})
+        inputs = vlm.encode_continuations(vlm_, ANSWERS[:len(order)])
+        with torch.no_grad():
+            assert largest(vlm.token_logps(vlm_, prompts, *inputs)[0] - vlm.token_logps(vlm_, plain, *inputs)[0]) < 1e-5
+            doubled = vlm.token_logps(vlm_, prompts.repeated(2), *(x.repeat_interleave(2, 0) for x in inputs))[0]
+            assert largest(doubled[1::2] - vlm.token_logps(vlm_, plain, *inputs)[0]) < 1e-5
+
+
+def test_while_the_projector_learns_nothing_is_kept(architecture, built):
+    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    vlm.freeze_vision(vlm_)
+    looked = [vlm.look(vlm_, vlm.prepare(vlm_, i, t)) for i, t in zip(IMAGES, TEXTS)]
+    prompts, plain = vlm.side_by_side(vlm_, looked), vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    assert [p.inputs for p in looked] == [None] * 3 and prompts.keys() == plain.keys() and all(prompts[k].equal(plain[k]) for k in plain)
+
+
+@pytest.mark.parametrize("spoil", ["refuses", "ignores", "confuses"])
+def test_a_model_that_takes_no_kept_features_reads_each_image_anew_and_says_so(spoil, built, monkeypatch, capsys):
+    from transformers import LlavaModel
+    real, vlm_ = LlavaModel.forward, vlm.load(str(built("llava")), "cpu")
+
+    def forward(self, *args, mm_encoder_outputs=None, **kwargs):
+        if mm_encoder_outputs and spoil == "refuses":  # as a library of before they were taken
+            raise TypeError("unexpected keyword argument")
+        if mm_encoder_outputs and spoil == "confuses":
+            mm_encoder_outputs = {"image": SimpleNamespace(pooler_output=mm_encoder_outputs["image"].pooler_output[::-1])}
+        return real(self, *args, mm_encoder_outputs=None if spoil == "ignores" else mm_encoder_outputs, **kwargs)
+    monkeypatch.setattr(LlavaModel, "forward", forward)
+    vlm.freeze_images(vlm_)
+    said = capsys.readouterr().out
+    assert not vlm_.keeps and said.count("\n") == 1 and "takes no features" in said
+    looked = [vlm.look(vlm_, vlm.prepare(vlm_, i, t)) for i, t in zip(IMAGES, TEXTS)]
+    ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
+    with torch.no_grad():
+        got = vlm.token_logps(vlm_, vlm.side_by_side(vlm_, looked), ids, mask)[0]
+        assert largest(got - plain_logps(vlm_, IMAGES, TEXTS, ids, mask)[0]) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Weights.
 
 FROZEN = {  # what stands in the vision tower, and what of that goes on learning
@@ -757,6 +838,15 @@ def test_freezing_vision_freezes_the_tower_and_nothing_else(architecture, built)
     bridge = [p for name, p in vlm_.model.named_parameters()
               if any(part in name for part in ("projector", "connector", "merger"))]
     assert bridge and all(p.grad is not None and p.grad.any() for p in bridge)
+
+
+def test_freezing_images_freezes_the_projector_too_and_nothing_of_the_language_model(architecture, built):
+    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    vlm.freeze_images(vlm_)
+    tower, _ = FROZEN[architecture]
+    bridge = ("model.multi_modal_projector.", "model.connector.", "model.image_newline", "model.visual.")
+    for name, parameter in vlm_.model.named_parameters():
+        assert parameter.requires_grad == (not name.startswith((tower, *bridge))), name
 
 
 def test_freezing_a_tower_that_has_an_unknown_name_is_an_error():
