@@ -17,7 +17,11 @@ and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group 
 
 With one update a batch of rollouts (--iterations 1, the default) every ρ is 1 and nothing is clipped, whatever the loss.
 
-Every denominator counts the whole batch, so the step does not depend on micro-batches or processes.
+Every denominator counts the whole batch, so the step does not depend on micro-batches or processes (with --drop-zero-variance on
+processes, each of which refills its own share).
+
+What makes an image's features stays as SFT left it, tower and projector (--freeze images): an image is read once for its samples, the
+reference and every update. The next batch's pixels are prepared in a thread meanwhile.
 
 Reads   question records; a reward model; expert records for the watch
 Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl
@@ -155,19 +159,18 @@ class Group:
         return 0 < sum(self.match) < len(self.match)
 
 
-def prepare(policy, rows):
-    """Records → their vlm.Prompts."""
+def prompts_of(policy, rows):
+    """Records → a vlm.Prompt each."""
     return [vlm.prepare(policy, records.open_image(r["image"]), records.policy_prompt(r)) for r in rows]
 
 
 def batches(policy, examples, cursor, args, accelerator):
-    """Without end, from `cursor` on: (the next cursor, this process's share of a batch of P records, their Prompts)."""
-    policy = replace(policy, processor=copy.deepcopy(policy.processor))  # this may run in a thread, and a tokenizer serves one at a time
+    """Without end, from `cursor` on: (the next cursor, this process's share of a batch of P records, a Prompt each)."""
     while True:
         index = runs.batch_at(cursor, args.prompts, len(examples), args.seed)
         cursor += 1
         rows = [examples[i] for i in index[accelerator.process_index::accelerator.num_processes]]
-        yield cursor, rows, prepare(policy, rows)
+        yield cursor, rows, prompts_of(policy, rows)
 
 
 def sample_groups(policy, rows, prompts, group, max_new_tokens, *seed):
@@ -315,21 +318,24 @@ def main(args):
     if args.prompts < accelerator.num_processes:
         raise runs.RunError(f"--prompts {args.prompts}: {accelerator.num_processes} processes need at least one each")
     policy, reward_model = vlm.load(args.model, accelerator.device), RewardModel.load(args.reward)
+    if args.freeze == "images":
+        vlm.freeze_images(policy)
+    if args.freeze == "vision":
+        vlm.freeze_vision(policy)
     reference = vlm.frozen_copy(policy) if args.kl else None
-    if args.freeze != "nothing":
-        vlm.freeze_images(policy) if args.freeze == "images" else vlm.freeze_vision(policy)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
     if "optimizer" in run.state:
-        policy.model.load_state_dict(run.state["model"], strict=False)
-        optimizer.load_state_dict(run.state["optimizer"])
+        policy.model.load_state_dict(run.state.pop("model"), strict=False)
+        optimizer.load_state_dict(run.state.pop("optimizer"))
     first, seen = run.state.get("first"), run.state.get("seen", {})
-    coming = runs.ahead(batches(policy, examples, run.state.get("cursor", 0), args, accelerator))
-    look = lambda: watch(policy, reward_model, watched, args.max_new_tokens, args.micro_batch * args.group, accelerator)  # noqa: E731
+    own = replace(policy, processor=copy.deepcopy(policy.processor))  # the thread's: a tokenizer must not serve two at a time
+    coming = runs.ahead(batches(own, examples, run.state.get("cursor", 0), args, accelerator))
+    check = lambda: watch(policy, reward_model, watched, args.max_new_tokens, args.micro_batch * args.group, accelerator)  # noqa: E731
 
     for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
         if watched and step % args.watch_every == 0:
-            seen = look()
+            seen = check()
             first = first or seen
             if run.main and hacking(first, seen, len(watched)):
                 print(f"step {step}: reward hacking? reward {first['watch_reward']:.2f} → {seen['watch_reward']:.2f}, "
@@ -339,6 +345,8 @@ def main(args):
         std = torch.tensor(gather_object(torch.cat([g.rewards for g in groups]).tolist())).std()  # of the whole batch
         for g in groups:
             g.advantages = advantages_of(g.rewards[None], args.scale_rewards, std)[0]
+            if args.drop_zero_variance and not g.has_spread:  # there for want of another (roll_out)
+                g.advantages = torch.zeros_like(g.advantages)
         sampled, old = time.perf_counter(), None
         for _ in range(args.iterations):
             with accelerator.autocast():
@@ -358,7 +366,7 @@ def main(args):
             run.commit(step=step + 1, cursor=cursor, first=first, seen=seen, optimizer=optimizer.state_dict(),
                        model={n: p.detach() for n, p in parameters.items()})
 
-    result = {"steps": args.steps, "first": first, "last": look() if watched else None}
+    result = {"steps": args.steps, "first": first, "last": check() if watched else None}
     if run.main:
         vlm.save(policy, run.part)
     run.finish(result, f"accuracy on the watch {first['watch_accuracy']:.3f} → {result['last']['watch_accuracy']:.3f}, "

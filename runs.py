@@ -16,7 +16,8 @@ same command again either finds it complete, or goes on where the last `commit` 
             run.commit(step=step + 1)
     run.finish({"loss": loss})
 
-SIGTERM (a scheduler's grace period) ends a run after its next commit, SIGKILL at once: the same command goes on from there.
+SIGTERM (a scheduler's grace period) ends a run of one process after its next commit; SIGKILL, and SIGTERM where there are several,
+at once. The same command goes on from the last commit.
 """
 import argparse
 import datetime
@@ -397,7 +398,7 @@ def restore(part, main):
     for name in sorted(os.listdir(os.path.join(part, "state")), reverse=True):
         path = os.path.join(part, "state", name)
         if not state and sha256(path).startswith(name.partition("-")[2].removesuffix(".pt") or "none"):
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # every process reads it: not all onto GPU 0
         elif not state and main and name.endswith(".pt"):
             print(f"{path}: damaged, set aside; taking the commit before it")
             os.replace(path, os.path.join(part, name + ".damaged"))

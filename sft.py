@@ -140,8 +140,8 @@ def main(args):
     parameters = {n: p for n, p in vlm_.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
     if "optimizer" in run.state:
-        vlm_.model.load_state_dict(run.state["model"], strict=False)
-        optimizer.load_state_dict(run.state["optimizer"])
+        vlm_.model.load_state_dict(run.state.pop("model"), strict=False)
+        optimizer.load_state_dict(run.state.pop("optimizer"))
 
     steps, loss = math.ceil(args.epochs * len(examples) / args.batch), run.state.get("loss")
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):

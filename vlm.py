@@ -242,6 +242,8 @@ def freeze_vision(vlm):
 def freeze_images(vlm):
     """Leave the vision tower and the projector as they are: an image's features stay the same, and `look` keeps them."""
     learning = {id(p) for part in (vlm.model.get_decoder(), vlm.head) for p in part.parameters()}
+    if all(id(p) in learning for p in vlm.model.parameters()):
+        raise ModelError(f"{type(vlm.model).__name__}: nothing found beside the language model that could make an image's features; train it whole")
     for parameter in vlm.model.parameters():
         parameter.requires_grad_(id(parameter) in learning)
     vlm.keeps = can_keep(vlm)
@@ -252,8 +254,8 @@ def freeze_images(vlm):
 
 @torch.no_grad()
 def can_keep(vlm):
-    """Whether kept features give the states that pixels give: tried with two images, and two texts of which one is padded."""
-    images, texts = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white")], ["?", "Which side?"]
+    """Whether kept features give the states that pixels give: tried with two images of two sizes, and two texts."""
+    images, texts = [Image.new("RGB", (64, 64), "black"), Image.new("RGB", (96, 64), "white")], ["?", "Which side?"]
     answers = encode_continuations(vlm, ["left", "x"])
     try:
         looking = replace(vlm, keeps=True)
@@ -265,19 +267,20 @@ def can_keep(vlm):
 
 
 def frozen_copy(vlm):
-    """The same model with weights of its own that no optimiser moves: GRPO's reference."""
-    return replace(vlm, model=copy.deepcopy(vlm.model).eval().requires_grad_(False))
+    """The same model with weights of its own that no optimiser moves, GRPO's reference; those that are frozen already it shares."""
+    shared = {id(p): p for p in vlm.model.parameters() if not p.requires_grad}
+    return replace(vlm, model=copy.deepcopy(vlm.model, shared).eval().requires_grad_(False))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Encoding.
 
-class Prompts(dict):
+class Inputs(dict):
     """The model's inputs, one row a prompt, and `repeated(G)`: the same with G rows a prompt (of many models an image has no row)."""
 
 
-def encode_prompts(vlm, images, texts):
-    """Images (PIL, RGB) and user texts, one of each a prompt → the model's inputs, left-padded to (B, P).
+def encode_prompts(vlm, images, texts, device=None):
+    """Images (PIL, RGB) and user texts, one of each a prompt → the model's Inputs, left-padded to (B, P).
 
     A special token's name in a text is plain text: a space after its first character tells it from the token.
     """
@@ -289,14 +292,14 @@ def encode_prompts(vlm, images, texts):
     begun = vlm.tokenizer.bos_token is not None and chats[0].startswith(vlm.tokenizer.bos_token)  # no second <bos>
     inputs = vlm.processor(text=chats, images=[[i] for i in images], padding=True, padding_side="left",
                            add_special_tokens=not begun, return_tensors="pt")
-    prompts = Prompts((k, v.to(vlm.device)) for k, v in inputs.items())
+    prompts = Inputs((k, v.to(device or vlm.device)) for k, v in inputs.items())
     prompts.repeated = again
     return prompts
 
 
 @dataclass
 class Prompt:
-    """An image and a text; and where its image's features are kept the model's inputs, (1, P), `look` puts them in place of the pixels."""
+    """An image and a text. inputs: None where features are not kept, else the model's, (1, P): with pixels until `look`, then with features."""
     image: Image.Image
     text: str
     inputs: dict = None
@@ -304,7 +307,7 @@ class Prompt:
 
 def prepare(vlm, image, text):
     """A Prompt, its pixels prepared. The processor's work alone, so another thread can do it (with a processor of its own)."""
-    return Prompt(image, text, encode_prompts(vlm, [image], [text]) if vlm.keeps else None)
+    return Prompt(image, text, encode_prompts(vlm, [image], [text], "cpu") if vlm.keeps else None)
 
 
 @torch.no_grad()
@@ -312,19 +315,19 @@ def look(vlm, prompt):
     """The Prompt for side_by_side. After freeze_images the vision tower reads its image here, once for samples, reference and updates."""
     if not vlm.keeps:
         return prompt
-    base = vlm.model.base_model
+    base, inputs = vlm.model.base_model, {k: v.to(vlm.device) for k, v in prompt.inputs.items()}
     asked = inspect.signature(base.get_image_features).parameters
-    out = base.get_image_features(**{k: v for k, v in prompt.inputs.items() if k in asked}, return_dict=True)
+    out = base.get_image_features(**{k: v for k, v in inputs.items() if k in asked}, return_dict=True)
     features = SimpleNamespace(pooler_output=out.pooler_output, deepstack_features=getattr(out, "deepstack_features", None))
-    rest = {k: v for k, v in prompt.inputs.items() if not k.startswith("pixel_")}
+    rest = {k: v for k, v in inputs.items() if not k.startswith("pixel_")}
     return replace(prompt, inputs=rest | {"mm_encoder_outputs": {"image": features}})
 
 
 def side_by_side(vlm, prompts):
-    """B Prompts → the model's inputs, left-padded to (B, P), as encode_prompts makes them."""
+    """B Prompts that were looked at → the model's Inputs, left-padded to (B, P), as encode_prompts makes them."""
     if prompts[0].inputs is None:
         return encode_prompts(vlm, [p.image for p in prompts], [p.text for p in prompts])
-    rows, batch = [p.inputs for p in prompts], Prompts()
+    rows, batch = [p.inputs for p in prompts], Inputs()
     width = max(row["input_ids"].shape[1] for row in rows)
     for key, value in rows[0].items():
         if key == "mm_encoder_outputs":  # a list an image, or one tensor (1, tokens, D); deepstack (Qwen3-VL): such a list a layer

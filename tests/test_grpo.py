@@ -124,7 +124,7 @@ def groups(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clinic")
     clinic.write_clinic(str(folder), (3, 1, 1, 1, 1), seed=5)
     rows = list(records.read(folder / "expert.jsonl"))[:6]
-    made = grpo.sample_groups(policy, rows, grpo.prepare(policy, rows), 4, 24, 0, 0)
+    made = grpo.sample_groups(policy, rows, grpo.prompts_of(policy, rows), 4, 24, 0, 0)
     for k, g in enumerate(made):
         g.rewards = torch.tensor([0.1, 0.5, 0.4, 0.9]) * (k + 1)
         g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]
@@ -275,7 +275,7 @@ def test_with_frozen_images_the_tower_reads_each_image_once_for_samples_referenc
         if model:
             model.base_model.vision_tower.register_forward_pre_hook(lambda tower, args, kwargs: read.append(len(args[0])), with_kwargs=True)
     rows = [g.record for g in groups]
-    made = grpo.sample_groups(frozen, rows, grpo.prepare(frozen, rows), 4, 24, 0, 0)
+    made = grpo.sample_groups(frozen, rows, grpo.prompts_of(frozen, rows), 4, 24, 0, 0)
     assert [g.texts for g in made] == [g.texts for g in groups]
     for new, g in zip(made, groups):
         new.advantages = g.advantages
@@ -420,6 +420,15 @@ def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypat
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     lines = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [0, 1, 2] and ["watch_accuracy" in line for line in lines] == [True, False, True]
+
+
+def test_where_no_group_has_spread_one_fills_the_step_and_teaches_nothing(monkeypatch, folder, tmp_path, policy):
+    monkeypatch.setattr(grpo.Group, "has_spread", False)
+    run_grpo(monkeypatch, folder, tmp_path / "run", "--drop-zero-variance", "--kl", "0")
+    after = vlm.load(str(tmp_path / "run")).model.state_dict()
+    assert all(before.equal(after[name]) for name, before in policy.model.state_dict().items())
+    rows = list(records.read(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
+    assert len(rows) == 3 * 4 and {r["advantage"] for r in rows} == {0.0} and len({r["rollout_reward"] for r in rows}) > 3
 
 
 def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path):

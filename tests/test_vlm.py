@@ -854,6 +854,21 @@ def test_freezing_a_tower_that_has_an_unknown_name_is_an_error():
         vlm.freeze_vision(SimpleNamespace(model=torch.nn.Linear(2, 2)))
 
 
+def test_a_frozen_copy_shares_what_is_frozen_already_and_nothing_that_learns(architecture, built):
+    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    vlm.freeze_images(vlm_)
+    twin = dict(vlm.frozen_copy(vlm_).model.named_parameters())
+    for name, parameter in vlm_.model.named_parameters():
+        assert (twin[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad), name
+
+
+def test_freezing_images_of_a_model_that_has_nothing_but_its_language_model_is_an_error(llava, monkeypatch):
+    monkeypatch.setattr(type(llava.model), "get_decoder", lambda self: self)  # the library's answer where it knows no better
+    with pytest.raises(vlm.ModelError, match="LlavaForConditionalGeneration: nothing found beside the language model"):
+        vlm.freeze_images(llava)
+    assert all(p.requires_grad for p in llava.model.parameters())
+
+
 def test_a_frozen_copy_computes_the_same_shares_no_storage_and_cannot_learn(vlm_):
     before = [p.requires_grad for p in vlm_.model.parameters()]
     vlm_.model.train()
