@@ -159,23 +159,24 @@ class Group:
         return 0 < sum(self.match) < len(self.match)
 
 
-def prompts_of(policy, rows):
-    """Records → a vlm.Prompt each."""
-    return [vlm.prepare(policy, records.open_image(r["image"]), records.policy_prompt(r)) for r in rows]
+def prepare(policy, rows):
+    """What vlm.look asks for of the records: (images, texts, prepared)."""
+    images, texts = [records.open_image(r["image"]) for r in rows], [records.policy_prompt(r) for r in rows]
+    return images, texts, vlm.prepare(policy, images, texts)
 
 
 def batches(policy, examples, cursor, args, accelerator):
-    """Without end, from `cursor` on: (the next cursor, this process's share of a batch of P records, a Prompt each)."""
+    """Without end, from `cursor` on: (the next cursor, this process's share of a batch of P records, what `prepare` makes of them)."""
     while True:
         index = runs.batch_at(cursor, args.prompts, len(examples), args.seed)
         cursor += 1
         rows = [examples[i] for i in index[accelerator.process_index::accelerator.num_processes]]
-        yield cursor, rows, prompts_of(policy, rows)
+        yield cursor, rows, prepare(policy, rows)
 
 
-def sample_groups(policy, rows, prompts, group, max_new_tokens, *seed):
+def sample_groups(policy, rows, prepared, group, max_new_tokens, *seed):
     """G responses to each of the records, in one batch; each row's randomness is its own."""
-    prompts = [vlm.look(policy, p) for p in prompts]
+    prompts = vlm.look(policy, *prepared)
     seeds = [runs.seed_of(*seed, r["id"], g) for r in rows for g in range(group)]
     ids, mask = vlm.sample(policy, vlm.side_by_side(policy, prompts), seeds, max_new_tokens, 1.0, group)
     texts = vlm.decode(policy, ids, mask)
@@ -199,9 +200,9 @@ def roll_out(policy, reward_model, coming, args, accelerator):
     """One batch of P judged groups (this process's share) of the `coming` batches → groups, share of groups without spread, cursor."""
     groups, seen, spread = [], 0, 0
     for _ in range(REFILLS if args.drop_zero_variance else 1):
-        cursor, rows, prompts = next(coming)
+        cursor, rows, prepared = next(coming)
         with accelerator.autocast():
-            fresh = sample_groups(policy, rows, prompts, args.group, args.max_new_tokens, args.seed, cursor)
+            fresh = sample_groups(policy, rows, prepared, args.group, args.max_new_tokens, args.seed, cursor)
         seen, spread = seen + len(fresh), spread + sum(g.has_spread for g in fresh)
         groups += [g for g in fresh if g.has_spread or not args.drop_zero_variance]
         missing = accelerator.reduce(torch.tensor(len(rows) - len(groups), device=policy.device).clamp(min=0), "sum")

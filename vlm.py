@@ -259,7 +259,7 @@ def can_keep(vlm):
     answers = encode_continuations(vlm, ["left", "x"])
     try:
         looking = replace(vlm, keeps=True)
-        kept = side_by_side(vlm, [look(looking, prepare(looking, i, t)) for i, t in zip(images, texts)])
+        kept = side_by_side(vlm, look(looking, images, texts, prepare(looking, images, texts)))
         kept, plain = (hidden_states(vlm, p, *answers)[:, 0].float() for p in (kept, encode_prompts(vlm, images, texts)))
     except Exception:  # the library raises whatever it likes where a thing was not meant to be done
         return False
@@ -299,28 +299,37 @@ def encode_prompts(vlm, images, texts, device=None):
 
 @dataclass
 class Prompt:
-    """An image and a text. inputs: None where features are not kept, else the model's, (1, P): with pixels until `look`, then with features."""
+    """An image and a text; inputs: the model's, (1, P), with the image's features in place of its pixels, or None where none are kept."""
     image: Image.Image
     text: str
     inputs: dict = None
 
 
-def prepare(vlm, image, text):
-    """A Prompt, its pixels prepared. The processor's work alone, so another thread can do it (with a processor of its own)."""
-    return Prompt(image, text, encode_prompts(vlm, [image], [text], "cpu") if vlm.keeps else None)
+def prepare(vlm, images, texts):
+    """What `look` needs of B images and texts, on the CPU. The processor's work alone: a thread can do it, with a processor of its own."""
+    return encode_prompts(vlm, images, texts, "cpu") if vlm.keeps else None
 
 
 @torch.no_grad()
-def look(vlm, prompt):
-    """The Prompt for side_by_side. After freeze_images the vision tower reads its image here, once for samples, reference and updates."""
-    if not vlm.keeps:
-        return prompt
-    base, inputs = vlm.model.base_model, {k: v.to(vlm.device) for k, v in prompt.inputs.items()}
+def look(vlm, images, texts, prepared):
+    """B images and texts → a Prompt each. After freeze_images the vision tower reads them here, once for samples, reference and updates."""
+    if prepared is None:
+        return [Prompt(*both) for both in zip(images, texts)]
+    base, inputs = vlm.model.base_model, {k: v.to(vlm.device) for k, v in prepared.items()}
     asked = inspect.signature(base.get_image_features).parameters
-    out = base.get_image_features(**{k: v for k, v in inputs.items() if k in asked}, return_dict=True)
-    features = SimpleNamespace(pooler_output=out.pooler_output, deepstack_features=getattr(out, "deepstack_features", None))
-    rest = {k: v for k, v in inputs.items() if not k.startswith("pixel_")}
-    return replace(prompt, inputs=rest | {"mm_encoder_outputs": {"image": features}})
+    seen = base.get_image_features(**{k: v for k, v in inputs.items() if k in asked}, return_dict=True)
+    if len(images) > 1 and len(seen.pooler_output) != len(images):  # several rows an image (InternVL's tiles): whose they are is not said
+        return [look(vlm, [i], [t], prepare(vlm, [i], [t]))[0] for i, t in zip(images, texts)]
+    prompts = []
+    for b, (image, text) in enumerate(zip(images, texts)):
+        one = lambda x: x[b:b + 1] if len(images) > 1 else x  # noqa: E731
+        width = int(inputs["attention_mask"][b].sum())
+        row = {k: one(v)[:, -width:] if v.shape == inputs["input_ids"].shape else one(v)
+               for k, v in inputs.items() if not k.startswith("pixel_")}
+        layers = getattr(seen, "deepstack_features", None) or []  # Qwen3-VL's
+        row["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=one(seen.pooler_output), deepstack_features=[one(x) for x in layers])}
+        prompts.append(Prompt(image, text, row))
+    return prompts
 
 
 def side_by_side(vlm, prompts):
@@ -330,12 +339,12 @@ def side_by_side(vlm, prompts):
     rows, batch = [p.inputs for p in prompts], Inputs()
     width = max(row["input_ids"].shape[1] for row in rows)
     for key, value in rows[0].items():
-        if key == "mm_encoder_outputs":  # a list an image, or one tensor (1, tokens, D); deepstack (Qwen3-VL): such a list a layer
+        if key == "mm_encoder_outputs":  # each a list of (tokens, D), or a tensor of rows of them
             seen = [row[key]["image"] for row in rows]
-            whole = [s.pooler_output for s in seen]
-            whole = torch.cat(whole) if torch.is_tensor(whole[0]) else sum(map(list, whole), [])
-            layers = zip(*(s.deepstack_features for s in seen)) if seen[0].deepstack_features else []
-            batch[key] = {"image": SimpleNamespace(pooler_output=whole, deepstack_features=[sum(map(list, s), []) for s in layers])}
+            whole = lambda parts: torch.cat(parts) if torch.is_tensor(parts[0]) else [x for part in parts for x in part]  # noqa: E731
+            layers = zip(*(s.deepstack_features for s in seen))
+            batch[key] = {"image": SimpleNamespace(pooler_output=whole([s.pooler_output for s in seen]),
+                                                   deepstack_features=[whole(parts) for parts in layers])}
         elif value.shape == rows[0]["input_ids"].shape:  # a number a token
             fill = vlm.tokenizer.pad_token_id if key == "input_ids" else 0
             batch[key] = torch.cat([torch.nn.functional.pad(row[key], (width - row[key].shape[1], 0), value=fill) for row in rows])

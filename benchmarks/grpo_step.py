@@ -219,11 +219,11 @@ def ours(row, folder, steps, cuda, check=False):
         with accelerator.autocast():
             if check:
                 fed = fed_completions(policy, row.prompts).to(policy.device).split(G)
-                looked = [vlm.look(policy, p) for p in grpo.prompts_of(policy, batch)]
+                looked = vlm.look(policy, *grpo.prepare(policy, batch))
                 groups = [grpo.Group(r, p, i, torch.ones_like(i), vlm.decode(policy, i, torch.ones_like(i)), policy.stop_ids)
                           for r, p, i in zip(batch, looked, fed)]
             else:
-                groups = grpo.sample_groups(policy, batch, grpo.prompts_of(policy, batch), G, C, SEED, step)
+                groups = grpo.sample_groups(policy, batch, grpo.prepare(policy, batch), G, C, SEED, step)
         for g in groups:
             g.rewards = torch.tensor([reward(ids) for ids in g.ids.tolist()])
             g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]

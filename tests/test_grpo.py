@@ -124,7 +124,7 @@ def groups(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clinic")
     clinic.write_clinic(str(folder), (3, 1, 1, 1, 1), seed=5)
     rows = list(records.read(folder / "expert.jsonl"))[:6]
-    made = grpo.sample_groups(policy, rows, grpo.prompts_of(policy, rows), 4, 24, 0, 0)
+    made = grpo.sample_groups(policy, rows, grpo.prepare(policy, rows), 4, 24, 0, 0)
     for k, g in enumerate(made):
         g.rewards = torch.tensor([0.1, 0.5, 0.4, 0.9]) * (k + 1)
         g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]
@@ -275,13 +275,13 @@ def test_with_frozen_images_the_tower_reads_each_image_once_for_samples_referenc
         if model:
             model.base_model.vision_tower.register_forward_pre_hook(lambda tower, args, kwargs: read.append(len(args[0])), with_kwargs=True)
     rows = [g.record for g in groups]
-    made = grpo.sample_groups(frozen, rows, grpo.prompts_of(frozen, rows), 4, 24, 0, 0)
+    made = grpo.sample_groups(frozen, rows, grpo.prepare(frozen, rows), 4, 24, 0, 0)
     assert [g.texts for g in made] == [g.texts for g in groups]
     for new, g in zip(made, groups):
         new.advantages = g.advantages
     for _ in range(2):
         grads, metrics, _ = gradient(frozen, made, reference=reference, kl=kl, micro_batch=2)
-    assert read == [1] * 6, "images at each pass of the tower"
+    assert read == [6], "images at each pass of the tower"
     plain, again, _ = gradient(policy, groups, reference=vlm.frozen_copy(policy) if kl else None, kl=kl, micro_batch=2)
     assert metrics == pytest.approx(again, rel=1e-4, abs=1e-6)
     assert_same({n: plain[n] for n in grads}, grads)
@@ -379,7 +379,7 @@ def test_batches_are_prepared_in_another_thread_go_on_from_their_cursor_and_are_
     assert [ids(next(later)) for _ in range(2)] == [ids(b) for b in whole[2:]]
     shares = [next(grpo.batches(policy, examples, 5, args, process(k, 3))) for k in range(3)]
     assert [ids(s) for s in shares] == [ids(whole[0])[k::3] for k in range(3)]
-    assert all(p.text == records.policy_prompt(r) for r, p in zip(*whole[0][1:]))
+    assert whole[0][2][1] == [records.policy_prompt(r) for r in whole[0][1]]
 
 
 def run_grpo(monkeypatch, folder, out, *extra):
