@@ -171,30 +171,48 @@ def how_it_shares(vlm):
     """VLM.shares: tried with two prompts, one of them padded, and two continuations of each, against plain rows.
 
     A cache fails in several ways: it cannot be repeated (as some recurrent layers' cannot), or is continued by one token alone
-    (Jamba), or from position 0 (Bamba), or the backward pass would read what has been overwritten (Qwen3.5).
+    (Jamba), or from position 0 (Bamba), or the backward pass would read what has been overwritten (Qwen3.5). That last is tried
+    without images: the activations of a large model over an image's tokens may be more than there is memory for.
     """
-    prompts = encode_prompts(vlm, [Image.new("RGB", (64, 64))] * 2, ["?", "Which side?"])
-    ids, mask = encode_continuations(vlm, ["left", "x", "", "a cyst"])  # (4, C)
+    texts, (ids, mask) = ["?", "Which side?"], encode_continuations(vlm, ["left", "x", "", "a cyst"])  # (4, C) each
     real = torch.nn.functional.pad(mask, (1, 0), value=1).bool()  # (4, C+1)
-    learned = [p for p in vlm.model.parameters() if p.ndim == 1 and p.requires_grad]  # norms and biases: few numbers, in every layer
+
+    def plain(prompts):
+        return hidden_states(replace(vlm, shares="never"), prompts, ids, mask)[real].float()
+
+    def shared(prompts):
+        cache, seen, last = read(vlm, prompts, 2)
+        first = continue_from(vlm, cache, torch.cat([seen, mask[:, :1]], 1), ids[:, :1])  # a token alone, as `sample` goes on
+        others = continue_from(vlm, cache, torch.cat([seen, mask], 1), ids[:, 1:])  # several at once
+        return torch.cat([last[:, None], first, others], 1)[real].float()
+
     exact = vlm.model.dtype == torch.float32  # else it answers and scores, and does not learn
     close = lambda a, b: (a - b).norm() <= (1e-3 if exact else 0.1) * b.norm()  # noqa: E731
-    slopes = lambda states: torch.cat([g for g in torch.autograd.grad(states.sin().sum(), learned, allow_unused=True)  # noqa: E731
-                                       if g is not None])
+    prompts = encode_prompts(vlm, [Image.new("RGB", (64, 64))] * 2, texts)
     found = "never"
-    with torch.set_grad_enabled(exact):
-        plain = hidden_states(replace(vlm, shares="never"), prompts, ids, mask)[real].float()
-        try:
-            cache, seen, last = read(vlm, prompts, 2)
-            first = continue_from(vlm, cache, torch.cat([seen, mask[:, :1]], 1), ids[:, :1])  # a token alone, as `sample` goes on
-            others = continue_from(vlm, cache, torch.cat([seen, mask], 1), ids[:, 1:])  # several at once
-            shared = torch.cat([last[:, None], first, others], 1)[real].float()
-            if close(shared, plain):
-                found = "without gradient"
-                found = "always" if not exact or close(slopes(shared), slopes(plain)) else found
-        except Exception:  # the library raises whatever it likes where a thing was not meant to be done
-            pass
+    try:
+        with torch.no_grad():
+            if not close(shared(prompts), plain(prompts)):
+                return found
+        found = "without gradient"
+        learned = [p for p in vlm.model.parameters() if p.ndim == 1 and p.requires_grad]  # norms and biases: few numbers, in every layer
+        slopes = lambda states: torch.cat([g for g in torch.autograd.grad(states.sin().sum(), learned, allow_unused=True)  # noqa: E731
+                                           if g is not None])
+        with torch.enable_grad():
+            words = lambda group: words_alone(vlm, [t for t in texts for _ in range(group)], words)  # noqa: E731
+            if not exact or close(slopes(shared(words(1))), slopes(plain(words(1)))):
+                found = "always"
+    except Exception:  # the library raises whatever it likes where a thing was not meant to be done
+        pass
     return found
+
+
+def words_alone(vlm, texts, repeated):
+    """Texts as they are, without a chat or an image → Inputs."""
+    inputs = vlm.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    prompts = Inputs((k, inputs[k].to(vlm.device)) for k in ("input_ids", "attention_mask"))
+    prompts.repeated = repeated
+    return prompts
 
 
 def wrap(model, processor):

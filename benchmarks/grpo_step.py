@@ -384,8 +384,9 @@ def table(result, markdown=False):
 def readme_table(result):
     """The README's block: the table, and where its rows come from."""
     first = next(iter(result["rows"].values()))
+    commits = dict.fromkeys(r["git"]["commit"][:10] for r in result["rows"].values())
     gpus = first["hardware"]["gpus"]
-    return (f"{table(result, True)}\n\nCommand `python benchmarks/grpo_step.py`; commit `{first['git']['commit'][:10]}`; "
+    return (f"{table(result, True)}\n\nCommand `python benchmarks/grpo_step.py`; commit {', '.join(f'`{c}`' for c in commits)}; "
             f"{', '.join(gpus) or str(first['threads']) + ' CPU cores'} ({first['hardware']['machine']}), torch {first['versions']['torch']}, "
             f"transformers {first['versions']['transformers']}, TRL {first['versions']['trl']}.")
 
@@ -418,7 +419,8 @@ def main(args):
         with open(out, encoding="utf-8") as f:
             result = json.load(f)
     for name in [n for n in names if n not in skipped]:
-        command = f"python benchmarks/grpo_step.py --rows {name} --rounds {args.rounds}" + (f" --steps {args.steps}" if args.steps else "")
+        command = (f"python benchmarks/grpo_step.py --rows {name} --rounds {args.rounds}" + (f" --steps {args.steps}" if args.steps else "")
+                   + (f" --sides {' '.join(args.sides)}" if args.sides else ""))
         result["rows"][name] = measure(name, args) | {"command": command, "threads": args.threads, **here}
         runs.write_json(out, result)
     print(table(result))

@@ -614,6 +614,19 @@ def test_a_model_that_reads_no_plain_row_of_prompt_and_answer_is_refused(built, 
     assert "\n" not in str(refused.value)
 
 
+def test_loading_holds_no_activations_of_an_image_for_a_backward_pass(architecture, built, monkeypatch):
+    """A large model's, over hundreds of image tokens, would not fit: gradients are tried on a few words."""
+    widths, real = [], vlm.read
+
+    def read(vlm_, prompts, group=1):
+        widths.append((torch.is_grad_enabled(), prompts["input_ids"].shape[1]))
+        return real(vlm_, prompts, group)
+    monkeypatch.setattr(vlm, "read", read)
+    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    words = max(len(vlm_.tokenizer(t)["input_ids"]) for t in ("?", "Which side?"))
+    assert [w for grad, w in widths if grad] == [words] and all(w > words for grad, w in widths if not grad)
+
+
 def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeypatch):
     assert vlm.how_it_shares(vlm_) == "always"
     real = vlm.continue_from
