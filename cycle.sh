@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The self-improving cycle: the stages in sequence, CYCLES times over. By default on the toy clinic, into runs/toy.
 #
-#   bash cycle.sh                          10 to 15 minutes on 2 CPU cores; again: does nothing, or goes on where it was stopped
+#   bash cycle.sh                          about 15 minutes on 2 CPU cores; again: does nothing, or goes on where it was stopped
 #   OUT=runs/seed1 SEED=1 bash cycle.sh    another seed
 #   GRPO=my_grpo.py OUT=runs/mine bash cycle.sh    an ablation: any stage's script can be swapped for another
 #
@@ -52,7 +52,7 @@ evaluate() {  # evaluate MODEL [FOLDER]: beside the model, eval_ before its name
 
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
-  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes 10 to 15 minutes on 2 CPU cores."
+  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 15 minutes on 2 CPU cores."
   "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CLINIC_FLAGS:-}
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl

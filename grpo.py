@@ -17,8 +17,8 @@ and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group 
 
 With one update a batch of rollouts (--iterations 1, the default) every ρ is 1 and nothing is clipped, whatever the loss.
 
-Every denominator counts the whole batch, so the step does not depend on micro-batches or processes (with --drop-zero-variance on
-processes, each of which refills its own share).
+Every denominator counts the whole batch, so the step does not depend on micro-batches or processes (but with
+--drop-zero-variance each process refills its own share).
 
 What makes an image's features stays as SFT left it, tower and projector (--freeze images): an image is read once for its samples, the
 reference and every update. The next batch's pixels are prepared in a thread meanwhile.

@@ -189,7 +189,7 @@ def _matmul_into(out, a, b, beta=0):
 
 
 def _run(hidden, weight, bias, targets, pieces, temperature, softcap, backend, asked=None, wanted=(False, False, False), with_entropy=True):
-    """All chunks -> logps (N,), entropy (N,) if any asks for it, and where wanted the gradients of hidden, weight and bias, else None.
+    """All chunks -> logps (N,), entropy (N,) (without it anything), and where wanted the gradients of hidden, weight and bias, else None.
 
     pieces: slices of rows, a chunk each. asked(k, rows, logps, entropy) -> d loss / d logps, d loss / d entropy (or None)
     of the rows of piece k, (n,) each; None for no gradient.
@@ -243,7 +243,7 @@ class _LinearLogprob(torch.autograd.Function):
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, pieces, options, loss_of, wanted, with_entropy):
-        """The sum over the pieces of loss_of(k, logps, entropy), its gradient formed on the way; all logps, all entropies."""
+        """The sum over the pieces of loss_of(k, logps, entropy), its gradient formed on the way; all logps, all entropies (or NaN)."""
         losses = []
 
         def asked(k, rows, logps, entropy):
@@ -388,6 +388,6 @@ def linear_grpo_loss(objective, hidden, weight, targets, old_logps, ref_logps, a
             metrics[name] = metrics.get(name, 0) + value
         return loss
 
-    loss, logps, _ = _LinearLoss.apply(rows, weight, bias, words, [p[1] for p in pieces], options, loss_of,
-                                         _wanted(rows, weight, bias), True)
+    loss, logps, _ = _LinearLoss.apply(rows, weight, bias, words, [p[1] for p in pieces], options,
+                                       loss_of, _wanted(rows, weight, bias), True)  # fmt: skip
     return loss, metrics | {"rows": logps.new_tensor(len(rows))}, logps.new_zeros(keep.shape).masked_scatter(keep, logps)

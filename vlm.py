@@ -176,9 +176,9 @@ def how_it_shares(vlm):
     """
     texts, (ids, mask) = ["?", "Which side?"], encode_continuations(vlm, ["left", "x", "", "a cyst"])  # (4, C) each
     real = torch.nn.functional.pad(mask, (1, 0), value=1).bool()  # (4, C+1)
-
-    def plain(prompts):
-        return hidden_states(replace(vlm, shares="never"), prompts, ids, mask)[real].float()
+    exact = vlm.model.dtype == torch.float32  # else it answers and scores, and does not learn
+    close = lambda a, b: (a - b).norm() <= (1e-3 if exact else 0.1) * b.norm()  # noqa: E731
+    plain = lambda rows: hidden_states(vlm, rows, ids, mask)[real].float()  # noqa: E731; of 4 prompts for 4 continuations
 
     def shared(prompts):
         cache, seen, last = read(vlm, prompts, 2)
@@ -186,33 +186,27 @@ def how_it_shares(vlm):
         others = continue_from(vlm, cache, torch.cat([seen, mask], 1), ids[:, 1:])  # several at once
         return torch.cat([last[:, None], first, others], 1)[real].float()
 
-    exact = vlm.model.dtype == torch.float32  # else it answers and scores, and does not learn
-    close = lambda a, b: (a - b).norm() <= (1e-3 if exact else 0.1) * b.norm()  # noqa: E731
+    def words(group):
+        inputs = vlm.tokenizer([t for t in texts for _ in range(group)], padding=True, padding_side="left", return_tensors="pt")
+        return {k: inputs[k].to(vlm.device) for k in ("input_ids", "attention_mask")}
+
+    def slopes(states):
+        norms = [p for p in vlm.model.parameters() if p.ndim == 1 and p.requires_grad]  # and biases: few numbers, in every layer
+        return torch.cat([g for g in torch.autograd.grad(states.sin().sum(), norms, allow_unused=True) if g is not None])
+
     prompts = encode_prompts(vlm, [Image.new("RGB", (64, 64))] * 2, texts)
     found = "never"
     try:
         with torch.no_grad():
-            if not close(shared(prompts), plain(prompts)):
+            if not close(shared(prompts), plain(prompts.repeated(2))):
                 return found
         found = "without gradient"
-        learned = [p for p in vlm.model.parameters() if p.ndim == 1 and p.requires_grad]  # norms and biases: few numbers, in every layer
-        slopes = lambda states: torch.cat([g for g in torch.autograd.grad(states.sin().sum(), learned, allow_unused=True)  # noqa: E731
-                                           if g is not None])
         with torch.enable_grad():
-            words = lambda group: words_alone(vlm, [t for t in texts for _ in range(group)], words)  # noqa: E731
-            if not exact or close(slopes(shared(words(1))), slopes(plain(words(1)))):
+            if not exact or close(slopes(shared(words(1))), slopes(plain(words(2)))):
                 found = "always"
     except Exception:  # the library raises whatever it likes where a thing was not meant to be done
         pass
     return found
-
-
-def words_alone(vlm, texts, repeated):
-    """Texts as they are, without a chat or an image → Inputs."""
-    inputs = vlm.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-    prompts = Inputs((k, inputs[k].to(vlm.device)) for k in ("input_ids", "attention_mask"))
-    prompts.repeated = repeated
-    return prompts
 
 
 def wrap(model, processor):
@@ -336,17 +330,19 @@ def look(vlm, images, texts, prepared):
     base, inputs = vlm.model.base_model, {k: v.to(vlm.device) for k, v in prepared.items()}
     asked = inspect.signature(base.get_image_features).parameters
     seen = base.get_image_features(**{k: v for k, v in inputs.items() if k in asked}, return_dict=True)
-    if len(images) > 1 and len(seen.pooler_output) != len(images):  # several rows an image (InternVL's tiles): whose they are is not said
-        return [look(vlm, [i], [t], prepare(vlm, [i], [t]))[0] for i, t in zip(images, texts)]
+    features, layers = seen.pooler_output, getattr(seen, "deepstack_features", None) or []  # these of Qwen3-VL: a list an image each
+    if torch.is_tensor(features):  # (rows, tokens, D), of an image in tiles several; else a list of (tokens, D), one an image
+        tokens = (inputs["input_ids"] == vlm.model.config.image_token_id).sum(1)  # (B,)
+        features = features.split((tokens // features.shape[1]).tolist())
+    else:
+        features = [[x] for x in features]
     prompts = []
     for b, (image, text) in enumerate(zip(images, texts)):
-        one = lambda x: x[b:b + 1] if len(images) > 1 else x  # noqa: E731
         width = int(inputs["attention_mask"][b].sum())
-        row = {k: one(v)[:, -width:] if v.shape == inputs["input_ids"].shape else one(v)
+        row = {k: v[b:b + 1, -width:] if v.shape == inputs["input_ids"].shape else v[b:b + 1]
                for k, v in inputs.items() if not k.startswith("pixel_")}
-        layers = getattr(seen, "deepstack_features", None) or []  # Qwen3-VL's
-        row["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=one(seen.pooler_output), deepstack_features=[one(x) for x in layers])}
-        prompts.append(Prompt(image, text, row))
+        kept = SimpleNamespace(pooler_output=features[b], deepstack_features=[x[b:b + 1] for x in layers])
+        prompts.append(Prompt(image, text, row | {"mm_encoder_outputs": {"image": kept}}))
     return prompts
 
 
@@ -357,7 +353,7 @@ def side_by_side(vlm, prompts):
     rows, batch = [p.inputs for p in prompts], Inputs()
     width = max(row["input_ids"].shape[1] for row in rows)
     for key, value in rows[0].items():
-        if key == "mm_encoder_outputs":  # each a list of (tokens, D), or a tensor of rows of them
+        if key == "mm_encoder_outputs":  # as `look` cut them: lists of (tokens, D), or tensors (rows, tokens, D)
             seen = [row[key]["image"] for row in rows]
             whole = lambda parts: torch.cat(parts) if torch.is_tensor(parts[0]) else [x for part in parts for x in part]  # noqa: E731
             layers = zip(*(s.deepstack_features for s in seen))

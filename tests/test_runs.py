@@ -287,6 +287,7 @@ def test_where_images_may_lie_may_change_before_a_resume_and_another_argument_ma
     with pytest.raises(runs.RunError, match="--seed"):
         runs.start(args)
 
+
 def test_the_next_item_is_made_in_another_thread_while_the_caller_works_on_one():
     made, working = [threading.Event() for _ in range(4)], []
 
