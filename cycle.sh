@@ -105,10 +105,10 @@ for c in $(seq "$CYCLES"); do
   fi
 done
 
-{ "$PYTHON" runs.py "${rows[@]}" --fields accuracy low high auroc ${TRUTH:+right_scored right_accepted}
+{ "$PYTHON" -m analysis.summarize "${rows[@]}" --fields accuracy low high auroc ${TRUTH:+right_scored right_accepted}
   echo "accuracy on TEST, its 95% interval; beside + GRPO what its cycle began with: AUROC of the reward model, right against wrong,"
   [ -n "$TRUTH" ] && echo "on the candidates; share of right candidates, of all scored and of the accepted" || echo "on held-out expert items"
 } | tee "$OUT/table.txt.tmp"
 mv "$OUT/table.txt.tmp" "$OUT/table.txt"
-"$PYTHON" report.py --run "$OUT" --image-root "$IMAGE_ROOT" --out "$OUT/report.html"
+"$PYTHON" -m analysis.report --run "$OUT" --image-root "$IMAGE_ROOT" --out "$OUT/report.html"
 echo "all in $OUT; this call took $(((SECONDS - started + 30) / 60)) minutes"

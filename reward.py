@@ -21,87 +21,142 @@ the backbone is frozen unless `--freeze nothing`, and there are three heads more
     python reward.py score --model runs/toy/cycle1/reward --data runs/toy/cycle1/candidates/candidates.jsonl --keep 0.5 \\
         --image-root runs/toy --out runs/toy/cycle1/scored
 """
+
 import argparse
 import json
 import os
 import random
 
-import records
-import runs
-from levels import LEVELS, build_levels, build_rollouts
+from medgr2 import cli, records, runs
+from medgr2.errors import ModelError, RecordError, require
+from medgr2.images import find_unreadable, open_image
+from medgr2.levels import LEVELS, build_levels, build_rollouts
+from medgr2.measures import auroc, ranks
+from medgr2.prompts import policy_prompt, reference_response, report_prompt
 
 HEADS = ("overall", "relevant", "coherent", "faithful")
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__)
+    p = cli.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     t = commands.add_parser("train", help="train a reward model on expert records")
     t.add_argument("--model", required=True, help="backbone: folder or hub name of a VLM")
     t.add_argument("--data", required=True, nargs="+", help="expert record files: questions, reports")
-    t.add_argument("--rollouts", nargs="*", default=[], help="rollouts.jsonl of the policy; those on expert questions are used")
-    t.add_argument("--holdout", type=runs.number(float, 0, 1), default=0.2, help="share of the images kept for the report")
-    t.add_argument("--freeze", choices=("backbone", "nothing"), default="backbone", help="what does not learn")
-    t.add_argument("--likelihood", action=argparse.BooleanOptionalAction, default=True,
-                   help="heads read token log-probabilities beside the hidden state")
-    t.add_argument("--resamples", type=runs.number(int, 1), default=3, help="times that the levels are drawn from each record")
-    t.add_argument("--hidden", type=runs.number(int, 1), default=64, help="width of the heads' shared layer")
-    t.add_argument("--steps", type=runs.number(int, 1), default=800, help="steps of training")
-    t.add_argument("--lr", type=runs.number(float, 0), default=2e-3, help="learning rate (about 1e-5 with --freeze nothing)")
+    t.add_argument(
+        "--rollouts",
+        nargs="*",
+        default=[],
+        help="rollouts.jsonl of the policy; those on expert questions are used",
+    )
+    t.add_argument(
+        "--holdout", type=cli.number(float, 0, 1), default=0.2, help="share of the images kept for the report"
+    )
+    t.add_argument(
+        "--freeze", choices=("backbone", "nothing"), default="backbone", help="what does not learn"
+    )
+    t.add_argument(
+        "--likelihood",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="heads read token log-probabilities beside the hidden state",
+    )
+    t.add_argument(
+        "--resamples",
+        type=cli.number(int, 1),
+        default=3,
+        help="times that the levels are drawn from each record",
+    )
+    t.add_argument("--hidden", type=cli.number(int, 1), default=64, help="width of the heads' shared layer")
+    t.add_argument("--steps", type=cli.number(int, 1), default=800, help="steps of training")
+    t.add_argument(
+        "--lr",
+        type=cli.number(float, 0),
+        default=2e-3,
+        help="learning rate (about 1e-5 with --freeze nothing)",
+    )
     s = commands.add_parser("score", help="score candidates and keep the best")
     s.add_argument("--model", required=True, help="folder of a trained reward model")
     s.add_argument("--data", required=True, help="candidates.jsonl")
     keep = s.add_mutually_exclusive_group(required=True)
-    keep.add_argument("--threshold", type=runs.number(float, -6, 10), help="τ: accept what scores at least this")
-    keep.add_argument("--top-k", type=runs.number(int, 1), help="accept the k best")
-    keep.add_argument("--keep", type=runs.number(float, 0, 1), help="accept this share, the best")
-    s.add_argument("--on-error", choices=("stop", "skip"), default="stop",
-                   help="at an unreadable image: skip puts its candidates into rejected.jsonl")
-    s.add_argument("--max-rejected", type=runs.number(float, 0, 1), default=0.1,
-                   help="with skip: stop where more than this share is unreadable")
-    s.add_argument("--per", nargs="*", choices=("task", "modality"), default=["task", "modality"],
-                   help="share --top-k or --keep out over these cells by their size, so that none starves")
+    keep.add_argument(
+        "--threshold", type=cli.number(float, -6, 10), help="τ: accept what scores at least this"
+    )
+    keep.add_argument("--top-k", type=cli.number(int, 1), help="accept the k best")
+    keep.add_argument("--keep", type=cli.number(float, 0, 1), help="accept this share, the best")
+    s.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at an unreadable image: skip puts its candidates into rejected.jsonl",
+    )
+    s.add_argument(
+        "--max-rejected",
+        type=cli.number(float, 0, 1),
+        default=0.1,
+        help="with skip: stop where more than this share is unreadable",
+    )
+    s.add_argument(
+        "--per",
+        nargs="*",
+        choices=("task", "modality"),
+        default=["task", "modality"],
+        help="share --top-k or --keep out over these cells by their size, so that none starves",
+    )
     for command in (t, s):
-        command.add_argument("--batch", type=runs.number(int, 1), default=32, help="questions at a time")
-        runs.add_arguments(command)
+        command.add_argument("--batch", type=cli.number(int, 1), default=32, help="questions at a time")
+        cli.add_run_arguments(command)
     return p.parse_args()
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before torch is imported: --help answers at once
+    # before torch is imported: --help answers at once
+    ARGS = parse_args()
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss
 
-import vlm  # noqa: E402
-from measures import auroc, ranks  # noqa: E402
-
+from medgr2 import loading, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # The reward model.
 
+
 def prompt_of(record):
-    return records.report_prompt() if "report" in record else records.policy_prompt(record)
+    return report_prompt() if "report" in record else policy_prompt(record)
 
 
 def answer_mask(vlm_, responses, mask):
     """(N, C) bool: the tokens from `<answer>` on; none in a report."""
     starts = [t.find("<answer>") if "<answer>" in t else len(t) + 1 for t in responses]
-    offsets = [vlm_.tokenizer(t, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)["offset_mapping"]
-               for t in responses]  # cut as vlm.encode_continuations does
-    rows = [[a >= start for a, _ in row] + [start <= len(t)] for row, start, t in zip(offsets, starts, responses)]
+    offsets = [
+        vlm_.tokenizer(t, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        # cut as vlm.encode_continuations does
+        for t in responses
+    ]
+    rows = [
+        [a >= start for a, _ in row] + [start <= len(t)] for row, start, t in zip(offsets, starts, responses)
+    ]
     return torch.tensor([r + [False] * (mask.shape[1] - len(r)) for r in rows], device=mask.device)
 
 
 def summary(x, part):
     """Sum, mean and the three lowest of x (N, C) over `part` (N, C) bool → (N, 5); zeros over nothing."""
     total, count = (x * part).sum(1), part.sum(1)
-    lowest = torch.nn.functional.pad(x.masked_fill(~part, torch.inf), (0, 3), value=torch.inf).topk(3, largest=False).values
-    return torch.cat([total[:, None], (total / count.clamp(min=1))[:, None], lowest.masked_fill(lowest.isinf(), 0.0)], 1)
+    lowest = (
+        torch.nn.functional.pad(x.masked_fill(~part, torch.inf), (0, 3), value=torch.inf)
+        .topk(3, largest=False)
+        .values
+    )
+    return torch.cat(
+        [total[:, None], (total / count.clamp(min=1))[:, None], lowest.masked_fill(lowest.isinf(), 0.0)], 1
+    )
 
 
 def read_features(vlm_, images, prompts, responses, likelihood):
@@ -113,7 +168,8 @@ def read_features(vlm_, images, prompts, responses, likelihood):
     ids, mask = vlm.encode_continuations(vlm_, responses)  # (N, C)
     inputs = vlm.encode_prompts(vlm_, images, prompts)
     states = vlm.hidden_states(vlm_, inputs, ids, mask)  # (N, C+1, D)
-    last = states[torch.arange(len(ids)), mask.sum(1)]  # (N, D): the state after the end of turn
+    # (N, D): the state after the end of turn
+    last = states[torch.arange(len(ids)), mask.sum(1)]
     if not likelihood:
         return last.float()
     seen, entropy = vlm.token_logps(vlm_, inputs, ids, mask, states=states)
@@ -155,10 +211,16 @@ class RewardModel:
         return dict(zip(HEADS, torch.cat([overall[:, None], out[:, 1:].sigmoid()], 1).T.tolist()))
 
     def save(self, folder):
-        vlm.save(self.backbone, os.path.join(folder, "backbone"))
+        loading.save(self.backbone, os.path.join(folder, "backbone"))
         save_file(self.heads.state_dict(), os.path.join(folder, "heads.safetensors"))
-        runs.write_json(os.path.join(folder, "heads.json"), {
-            "features": self.heads.mean.numel(), "hidden": self.heads.out.in_features, "likelihood": self.likelihood})
+        runs.write_json(
+            os.path.join(folder, "heads.json"),
+            {
+                "features": self.heads.mean.numel(),
+                "hidden": self.heads.out.in_features,
+                "likelihood": self.likelihood,
+            },
+        )
 
     @classmethod
     def load(cls, folder):
@@ -169,29 +231,35 @@ class RewardModel:
             heads = Heads(config["features"], config["hidden"])
             heads.load_state_dict(load_file(os.path.join(folder, "heads.safetensors")))
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as e:
-            raise vlm.ModelError(f"{folder}: not a reward model (reward.py train makes one): {vlm.in_one_line(e)}") from e
-        backbone = vlm.load(os.path.join(folder, "backbone"), dtype=vlm.best_dtype())
+            raise ModelError(
+                f"{folder}: not a reward model (reward.py train makes one): {loading.in_one_line(e)}"
+            ) from e
+        backbone = loading.load(os.path.join(folder, "backbone"), dtype=loading.best_dtype())
         width = backbone.head.weight.shape[1] + (30 if config["likelihood"] else 0)
         if width != config["features"]:
-            raise vlm.ModelError(f"{folder}: not a reward model: its heads read {config['features']} features, "
-                                 f"its backbone has {width}; train it again")
+            raise ModelError(
+                f"{folder}: not a reward model: its heads read {config['features']} features, "
+                f"its backbone has {width}; train it again"
+            )
         return cls(backbone, heads.to(backbone.device), config["likelihood"])
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Training.
 
+
 def collect(model, groups, batch, progress):
     """Features of all responses, each image and prompt read once: (N, F), and [(record, level)] of the rows."""
     features, rows = [], []
     for i in progress(range(0, len(groups), batch)):
-        part = sorted(groups[i:i + batch], key=lambda g: len(g[1]))
+        part = sorted(groups[i : i + batch], key=lambda g: len(g[1]))
         width = max(len(drawn) for _, drawn in part)
-        padded = [response for _, drawn in part for _, response in (drawn * width)[:width]]  # same G for all
-        images = [records.open_image(r["image"]) for r, _ in part]
+        # same G for all
+        padded = [response for _, drawn in part for _, response in (drawn * width)[:width]]
+        images = [open_image(r["image"]) for r, _ in part]
         out = model.features(images, [prompt_of(r) for r, _ in part], padded)  # (B·width, F)
         for k, (record, drawn) in enumerate(part):
-            features.append(out[k * width:k * width + len(drawn)])
+            features.append(out[k * width : k * width + len(drawn)])
             rows += [(record, level) for level, _ in drawn]
     return torch.cat(features), rows
 
@@ -238,6 +306,7 @@ def fit(model, groups, args, run):
 # ---------------------------------------------------------------------------------------------------------
 # The report on held-out images.
 
+
 def spearman(x, y):
     """Correlation of the ranks; None where either is constant."""
     x, y = ranks(x), ranks(y)
@@ -252,62 +321,104 @@ def report(model, groups, batch, seed):
     level = np.array([l for _, l in rows])
     truth = np.array([LEVELS[l][0] for l in level])
     present = [l for l in LEVELS if (level == l).any()]
-    ordered = {f"{a} > {b}": auroc(np.concatenate([scores[level == a], scores[level == b]]),
-                                   np.repeat([True, False], [(level == a).sum(), (level == b).sum()]))
-               for i, a in enumerate(present) for b in present[i + 1:] if LEVELS[a][0] > LEVELS[b][0]}
+    ordered = {
+        f"{a} > {b}": auroc(
+            np.concatenate([scores[level == a], scores[level == b]]),
+            np.repeat([True, False], [(level == a).sum(), (level == b).sum()]),
+        )
+        for i, a in enumerate(present)
+        for b in present[i + 1 :]
+        if LEVELS[a][0] > LEVELS[b][0]
+    }
     originals = [r for r, drawn in groups if drawn[0][0] == "original" or ("original" in dict(drawn))]
     swapped = random.Random(seed).sample(originals, len(originals))
     pairs = [(a, b) for a, b in zip(originals, swapped) if a["image"] != b["image"]]
-    drops = [x - y for i in range(0, len(pairs), batch) for x, y in zip(*(
-        model([records.open_image(p[k]["image"]) for p in pairs[i:i + batch]], [prompt_of(a) for a, _ in pairs[i:i + batch]],
-              [records.response_of(a) for a, _ in pairs[i:i + batch]])["overall"] for k in (0, 1)))]
-    answered = np.array(["answer" in r for r, _ in rows]) & np.isin(level, ("original", "incoherent", "irrelevant", "right", "wrong"))
-    return {"levels": {l: {"n": int((level == l).sum()), "mean": float(scores[level == l].mean()),
-                           "mae": float(np.abs(scores - truth)[level == l].mean())} for l in present},
-            "ordered": ordered, "spearman": spearman(scores, truth),
-            "auroc": auroc(scores[answered], np.isin(level, ("original", "right"))[answered]),
-            "image_swap_drop": float(np.mean(drops)) if drops else None}
+    drops = [
+        x - y
+        for i in range(0, len(pairs), batch)
+        for x, y in zip(
+            *(
+                model(
+                    [open_image(p[k]["image"]) for p in pairs[i : i + batch]],
+                    [prompt_of(a) for a, _ in pairs[i : i + batch]],
+                    [reference_response(a) for a, _ in pairs[i : i + batch]],
+                )["overall"]
+                for k in (0, 1)
+            )
+        )
+    ]
+    answered = np.array(["answer" in r for r, _ in rows]) & np.isin(
+        level, ("original", "incoherent", "irrelevant", "right", "wrong")
+    )
+    return {
+        "levels": {
+            l: {
+                "n": int((level == l).sum()),
+                "mean": float(scores[level == l].mean()),
+                "mae": float(np.abs(scores - truth)[level == l].mean()),
+            }
+            for l in present
+        },
+        "ordered": ordered,
+        "spearman": spearman(scores, truth),
+        "auroc": auroc(scores[answered], np.isin(level, ("original", "right"))[answered]),
+        "image_swap_drop": float(np.mean(drops)) if drops else None,
+    }
 
 
 def print_report(found):
-    print(runs.table([(l, m["n"], LEVELS[l][0], m["mean"], m["mae"]) for l, m in found["levels"].items()],
-                     ("level", "n", "target", "mean", "MAE")))
-    print(runs.table(list(found["ordered"].items()), ("pair", "in order")))
+    print(
+        cli.format_table(
+            [(l, m["n"], LEVELS[l][0], m["mean"], m["mae"]) for l, m in found["levels"].items()],
+            ("level", "n", "target", "mean", "MAE"),
+        )
+    )
+    print(cli.format_table(list(found["ordered"].items()), ("pair", "in order")))
 
 
 def train(args):
     run = runs.start(args, [args.model, *args.data, *args.rollouts])
-    rows = [r for file in args.data for r in records.read(file, ("image",), args.image_root)]
+    rows = [r for file in args.data for r in records.read_records(file, ("image",), args.image_root)]
     rows = [r for r in rows if "answer" in r or "report" in r]
-    records.demand(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
-    parts = records.split(rows, (1 - args.holdout, 0, args.holdout), args.seed)
+    require(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
+    parts = records.split_records(rows, (1 - args.holdout, 0, args.holdout), args.seed)
     held_images = {r["image"] for r in parts["test"]}
     groups = build_levels(parts["train"], args.resamples, args.seed)
     held = build_levels(parts["test"], 1, args.seed)
     for record, drawn in build_rollouts(args.rollouts, args.image_root):
         (held if record["image"] in held_images else groups).append((record, drawn))
     if not groups or not held:
-        raise records.RecordError(f"{args.data[0]}: too few records to train on and hold out; more data, or another --holdout")
+        raise RecordError(
+            f"{args.data[0]}: too few records to train on and hold out; more data, or another --holdout"
+        )
     # frozen, it computes in what it will score with; trained, its weights stay fp32
-    backbone = vlm.load(args.model, dtype=vlm.best_dtype() if args.freeze == "backbone" else torch.float32)
+    backbone = loading.load(
+        args.model, dtype=loading.best_dtype() if args.freeze == "backbone" else torch.float32
+    )
     width = backbone.head.weight.shape[1] + (30 if args.likelihood else 0)
     model = RewardModel(backbone, Heads(width, args.hidden).to(backbone.device), args.likelihood)
     fit(model, groups, args, run)
     found = report(model, held, args.batch, args.seed)
     print_report(found)
     model.save(run.part)
-    run.finish(found | {"examples": sum(len(d) for _, d in groups)},
-               "held-out " + ", ".join(f"{k} {found[k]:.3f}" for k in ("auroc", "spearman", "image_swap_drop") if found[k] is not None))
+    run.finish(
+        found | {"examples": sum(len(d) for _, d in groups)},
+        "held-out "
+        + ", ".join(
+            f"{k} {found[k]:.3f}" for k in ("auroc", "spearman", "image_swap_drop") if found[k] is not None
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Scoring and filtering.
 
+
 def shares(sizes, total):
     """`total` places over cells of these sizes, in proportion; what rounding leaves goes to the largest remainders."""
     exact = [total * n / max(1, sum(sizes)) for n in sizes]
     places = [int(x) for x in exact]
-    for i in sorted(range(len(sizes)), key=lambda i: places[i] - exact[i])[:total - sum(places)]:
+    for i in sorted(range(len(sizes)), key=lambda i: places[i] - exact[i])[: total - sum(places)]:
         places[i] += 1
     return places
 
@@ -317,51 +428,90 @@ def choose(rows, seed, per=(), threshold=None, top_k=None, keep=None):
     cells = {}
     for i, r in enumerate(rows):
         cells.setdefault(tuple(r.get(field, "") for field in per), []).append(i)
-    best = [sorted(c, key=lambda i: -rows[i]["reward"]["overall"]) for c in cells.values()]  # ties: order of the file
+    # ties: order of the file
+    best = [sorted(c, key=lambda i: -rows[i]["reward"]["overall"]) for c in cells.values()]
     if threshold is not None:
         places = [sum(rows[i]["reward"]["overall"] >= threshold for i in c) for c in best]
     else:
-        places = shares([len(c) for c in best], min(len(rows), top_k if keep is None else round(keep * len(rows))))
+        places = shares(
+            [len(c) for c in best], min(len(rows), top_k if keep is None else round(keep * len(rows)))
+        )
     rng = random.Random(runs.seed_of(seed, "random"))
-    return (sorted(i for c, k in zip(best, places) for i in c[:k]),
-            sorted(i for c, k in zip(cells.values(), places) for i in rng.sample(c, k)))
+    return (
+        sorted(i for c, k in zip(best, places) for i in c[:k]),
+        sorted(i for c, k in zip(cells.values(), places) for i in rng.sample(c, k)),
+    )
 
 
 def print_summary(rows, accepted):
     """How many were kept by task and modality, and where the scores lie."""
     for field in ("task", "modality"):
         names = sorted({r.get(field, "") for r in rows})
-        print(runs.table([(n, sum(r.get(field, "") == n for r in rows), sum(rows[i].get(field, "") == n for i in accepted))
-                          for n in names], (field, "scored", "accepted")))
+        print(
+            cli.format_table(
+                [
+                    (
+                        n,
+                        sum(r.get(field, "") == n for r in rows),
+                        sum(rows[i].get(field, "") == n for i in accepted),
+                    )
+                    for n in names
+                ],
+                (field, "scored", "accepted"),
+            )
+        )
     counts, edges = np.histogram([r["reward"]["overall"] for r in rows], bins=8, range=(-6, 10))
-    print("\n".join(f"{a:5.0f} to {b:3.0f} {'█' * round(50 * c / max(counts))} {c}" for a, b, c in zip(edges, edges[1:], counts)))
+    print(
+        "\n".join(
+            f"{a:5.0f} to {b:3.0f} {'█' * round(50 * c / max(counts))} {c}"
+            for a, b, c in zip(edges, edges[1:], counts)
+        )
+    )
 
 
 def score(args):
     run = runs.start(args, [args.model, args.data])
-    rows = list(records.read(args.data, records.QUESTION, args.image_root))
-    unreadable = records.unreadable(rows, args.max_rejected) if args.on_error == "skip" else {}
-    rejected = [r | {"reason": "unreadable image", "text": unreadable[r["image"]]} for r in rows if r["image"] in unreadable]
+    rows = list(records.read_records(args.data, records.QUESTION, args.image_root))
+    unreadable = find_unreadable(rows, args.max_rejected) if args.on_error == "skip" else {}
+    rejected = [
+        r | {"reason": "unreadable image", "text": unreadable[r["image"]]}
+        for r in rows
+        if r["image"] in unreadable
+    ]
     rows = [r for r in rows if r["image"] not in unreadable]
     model = RewardModel.load(args.model)
-    here = lambda rows: (records.relative(r, run.folder) for r in rows)  # noqa: E731
+    here = lambda rows: (records.with_relative_image(r, run.folder) for r in rows)  # noqa: E731
     if rejected and not run.state:
         run.append("rejected.jsonl", here(rejected))
     for i in run.progress(range(run.state.get("step", 0), len(rows), args.batch), "score"):
-        part = rows[i:i + args.batch]
-        rewards = model([records.open_image(r["image"]) for r in part], [prompt_of(r) for r in part],
-                        [records.response_of(r) for r in part])
-        run.append("scored.jsonl", here(r | {"reward": {h: round(rewards[h][k], 4) for h in HEADS}} for k, r in enumerate(part)))
+        part = rows[i : i + args.batch]
+        rewards = model(
+            [open_image(r["image"]) for r in part],
+            [prompt_of(r) for r in part],
+            [reference_response(r) for r in part],
+        )
+        run.append(
+            "scored.jsonl",
+            here(r | {"reward": {h: round(rewards[h][k], 4) for h in HEADS}} for k, r in enumerate(part)),
+        )
         run.commit(step=i + args.batch)
-    rows = list(records.read(run.path("scored.jsonl"), root=records.ANYWHERE))
+    rows = list(records.read_records(run.path("scored.jsonl"), root=records.ANYWHERE))
     accepted, drawn = choose(rows, args.seed, args.per, args.threshold, args.top_k, args.keep)
-    records.write(run.path("accepted.jsonl"), (rows[i] for i in accepted))
-    records.write(run.path("random.jsonl"), (rows[i] for i in drawn))
+    records.write_records(run.path("accepted.jsonl"), (rows[i] for i in accepted))
+    records.write_records(run.path("random.jsonl"), (rows[i] for i in drawn))
     print_summary(rows, accepted)
     mean = lambda index: float(np.mean([rows[i]["reward"]["overall"] for i in index])) if index else None  # noqa: E731
-    run.finish({"scored": len(rows), "accepted": len(accepted), "rejected": len(rejected), "mean": mean(range(len(rows))),
-                "mean_accepted": mean(accepted)},
-               f"accepted {len(accepted)} of {len(rows)}" + (f", {len(rejected)} with an unreadable image set aside" if rejected else ""))
+    run.finish(
+        {
+            "scored": len(rows),
+            "accepted": len(accepted),
+            "rejected": len(rejected),
+            "mean": mean(range(len(rows))),
+            "mean_accepted": mean(accepted),
+        },
+        f"accepted {len(accepted)} of {len(rows)}"
+        + (f", {len(rejected)} with an unreadable image set aside" if rejected else ""),
+    )
 
 
 def main(args):
@@ -369,4 +519,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runs.cli(main, ARGS)
+    cli.run_main(main, ARGS)

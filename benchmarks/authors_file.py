@@ -6,6 +6,7 @@
 Writes benchmarks/results/scorers_checkpoint_30.json: every scorer's figures in all, by data set, and by modality where the data
 set has one alone; the interval, and the baselines that never look.
 """
+
 import argparse
 import json
 import os
@@ -13,11 +14,11 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import eval as evaluation  # noqa: E402
-import measures  # noqa: E402
-import readme  # noqa: E402
-import runs  # noqa: E402
-import scorers  # noqa: E402
+import readme
+
+import eval as evaluation
+from medgr2 import cli, measures, runs, scorers
+from medgr2.errors import RunError
 
 RESULT = os.path.join(ROOT, "benchmarks", "results", "scorers_checkpoint_30.json")
 FIELDS = {"id": "question_id", "prediction": "model_answer", "answer": "gt_answer", "image": "image_path"}
@@ -28,38 +29,61 @@ def collect(path):
     read = [scorers.readings(row) for row in rows]
     found = measures.by_group(rows, lambda i: scorers.scores([rows[j] for j in i], [read[j] for j in i]))
     overall = {k: v for k, v in evaluation.metrics(rows, 0).items() if not isinstance(v, dict)}
-    return {"command": f"python benchmarks/authors_file.py {os.path.basename(path)}", "sha256": runs.sha256(path), "unsure_options": unsure,
-            "scorers": found, "letter_or_text": overall, **runs.provenance()}
+    return {
+        "command": f"python benchmarks/authors_file.py {os.path.basename(path)}",
+        "sha256": runs.sha256(path),
+        "unsure_options": unsure,
+        "scorers": found,
+        "letter_or_text": overall,
+        **runs.environment(),
+    }
 
 
 def readme_table(result):
     """The README's block: every scorer in all, then by modality."""
     closed, by = result["scorers"]["closed"], result["scorers"]["modality"]
-    lines = ["| scorer | right, of all | could not read | right, of those read | as published | left out there |", "|---|---:|---:|---:|---:|---:|"]
-    lines += [f"| {name} | {s['accuracy']:.4f} | {s['unread']} | {s['of_read']:.4f} | {s['published']:.4f} | {s['left_out']} |"
-              for name, s in closed.items() if name != "questions"]
+    lines = [
+        "| scorer | right, of all | could not read | right, of those read | as published | left out there |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {name} | {s['accuracy']:.4f} | {s['unread']} | {s['of_read']:.4f} | {s['published']:.4f} | {s['left_out']} |"
+        for name, s in closed.items()
+        if name != "questions"
+    ]
     columns = [name for name in closed if name != "questions"]
     lines += ["", f"| modality | questions | {' | '.join(columns)} |", "|---|---:|" + "---:|" * len(columns)]
-    lines += [f"| {'not known' if name == '(none)' else name} | {group['closed']['questions']} | "
-              + " | ".join(f"{group['closed'][c]['accuracy']:.3f}" for c in columns) + " |"
-              for name, group in sorted(by.items(), key=lambda item: (item[0] == "(none)", item[0]))]
+    lines += [
+        f"| {'not known' if name == '(none)' else name} | {group['closed']['questions']} | "
+        + " | ".join(f"{group['closed'][c]['accuracy']:.3f}" for c in columns)
+        + " |"
+        for name, group in sorted(by.items(), key=lambda item: (item[0] == "(none)", item[0]))
+    ]
     o = result["letter_or_text"]
-    lines += ["", f"{closed['questions']} questions on {o['images']} images. By *letter or text* {o['accuracy']:.3f}, 95% interval over images {o['low']:.3f} to "
-              f"{o['high']:.3f}; always the most frequent position: {o['position']:.3f}. Command `{result['command']}`; result file: "
-              "`benchmarks/results/scorers_checkpoint_30.json`."]
+    lines += [
+        "",
+        f"{closed['questions']} questions on {o['images']} images. By *letter or text* {o['accuracy']:.3f}, 95% interval over images {o['low']:.3f} to "
+        f"{o['high']:.3f}; always the most frequent position: {o['position']:.3f}. Command `{result['command']}`; result file: "
+        "`benchmarks/results/scorers_checkpoint_30.json`.",
+    ]
     return "\n".join(lines)
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("file", nargs="?", help="the authors' checkpoint_30.jsonl")
-    p.add_argument("--readme", action=argparse.BooleanOptionalAction, default=False, help="only write the README's table, from the result file")
+    p.add_argument(
+        "--readme",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="only write the README's table, from the result file",
+    )
     return p.parse_args()
 
 
 def main(args):
     if bool(args.file) == args.readme:
-        raise runs.RunError("give the file, or --readme")
+        raise RunError("give the file, or --readme")
     if args.file:
         runs.write_json(RESULT, collect(args.file))
     with open(RESULT, encoding="utf-8") as f:
@@ -69,4 +93,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runs.cli(main, parse_args())
+    cli.run_main(main, parse_args())

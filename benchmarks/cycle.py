@@ -19,6 +19,7 @@ In pairs, stages are matched by output folder. The ratio is of the sums of their
 one side alone has is listed and not in the sums. Writes benchmarks/results/cycle_DEVICE.json after every run; what else is in it stays, but
 for rows of items that were measured otherwise (commit, sizes, threads): a table is of one kind.
 """
+
 import argparse
 import json
 import os
@@ -31,26 +32,48 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import readme  # noqa: E402
-import runs  # noqa: E402
+import readme
+
+from medgr2 import cli, runs
+from medgr2.errors import RunError
 
 FLAGS = [f"{s}_FLAGS" for s in ("GENERATE", "REWARD", "SCORE", "SFT", "GENERATOR", "GRPO", "EVAL")]
 UNSET = "POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST GENERATE REWARD SFT GRPO EVAL LAUNCH".split()
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__)
-    p.add_argument("--items", type=runs.number(int, 1), nargs="+", default=[], help="times the clinic's images: a row of the table each")
+    p = cli.Parser(description=__doc__)
+    p.add_argument(
+        "--items",
+        type=cli.number(int, 1),
+        nargs="+",
+        default=[],
+        help="times the clinic's images: a row of the table each",
+    )
     p.add_argument("--against", metavar="FOLDER", help="another checkout, to run in turn with this one")
-    p.add_argument("--rounds", type=runs.number(int, 1), default=3, help="pairs of --against")
-    p.add_argument("--cycles", type=runs.number(int, 1), default=1, help="cycles of a run")
-    p.add_argument("--sizes", type=runs.number(int, 1), nargs=5, default=[100, 200, 400, 200, 800], metavar="N",
-                   help="images at 1 time the items: toy/clinic.py's own")
+    p.add_argument("--rounds", type=cli.number(int, 1), default=3, help="pairs of --against")
+    p.add_argument("--cycles", type=cli.number(int, 1), default=1, help="cycles of a run")
+    p.add_argument(
+        "--sizes",
+        type=cli.number(int, 1),
+        nargs=5,
+        default=[100, 200, 400, 200, 800],
+        metavar="N",
+        help="images at 1 time the items: toy/clinic.py's own",
+    )
     p.add_argument("--seed", type=int, default=0, help="of every run")
-    p.add_argument("--threads", type=runs.number(int, 1), default=os.cpu_count(), help="CPU threads of a stage")
+    p.add_argument(
+        "--threads", type=cli.number(int, 1), default=os.cpu_count(), help="CPU threads of a stage"
+    )
     p.add_argument("--out", help="result file (benchmarks/results/cycle_DEVICE.json)")
-    p.add_argument("--readme", action=argparse.BooleanOptionalAction, default=False, help="only write the README's table, from the result file")
-    p.add_argument("--stage", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # LOG SCRIPT ARGS...: what the wrapper calls
+    p.add_argument(
+        "--readme",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="only write the README's table, from the result file",
+    )
+    # LOG SCRIPT ARGS...: what the wrapper calls
+    p.add_argument("--stage", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = p.parse_args()
     if not (args.items or args.against or args.readme or args.stage):
         p.error("nothing to measure; give --items or --against")
@@ -63,50 +86,81 @@ def measure(log, script, *rest):
     """Run a script in a process of its own and add a line about it to `log`; returns its exit status."""
     start = time.perf_counter()
     child = os.posix_spawn(sys.executable, [sys.executable, script, *rest], os.environ)
-    _, status, usage = os.wait4(child, 0)  # this child alone, and what it waited for
-    line = {"script": os.path.basename(script), "command": rest[0] if rest and rest[0].isalpha() else "",
-            "out": rest[rest.index("--out") + 1] if "--out" in rest else None, "seconds": round(time.perf_counter() - start, 3),
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3), "peak_bytes": usage.ru_maxrss * 1024}
+    # this child alone, and what it waited for
+    _, status, usage = os.wait4(child, 0)
+    line = {
+        "script": os.path.basename(script),
+        "command": rest[0] if rest and rest[0].isalpha() else "",
+        "out": rest[rest.index("--out") + 1] if "--out" in rest else None,
+        "seconds": round(time.perf_counter() - start, 3),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
     with open(log, "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
     code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code  # by a signal: as a shell says it
+    # by a signal: as a shell says it
+    return code if code >= 0 else 128 - code
 
 
 def run_cycle(folder, times, args):
     """A checkout's whole cycle, afresh → {output, as a path in OUT: what its process took}, in order. Raises RunError if it fails."""
     with tempfile.TemporaryDirectory() as tmp:
         log, out = os.path.join(tmp, "log.jsonl"), os.path.join(tmp, "run")
-        python = os.path.join(tmp, "measured")  # setup.sh puts its folder first in PATH: there must be no `python` in it
+        # setup.sh puts its folder first in PATH: there must be no `python` in it
+        python = os.path.join(tmp, "measured")
         with open(python, "w", encoding="utf-8") as f:
-            f.write(f'#!/bin/sh\nexec {shlex.join([sys.executable, os.path.abspath(__file__), "--stage", log])} "$@"\n')
+            f.write(
+                f'#!/bin/sh\nexec {shlex.join([sys.executable, os.path.abspath(__file__), "--stage", log])} "$@"\n'
+            )
         os.chmod(python, 0o755)
-        env = os.environ | dict.fromkeys(UNSET, "") | {
-            "PYTHON": python, "OUT": out, "SEED": str(args.seed), "CYCLES": str(args.cycles), "OMP_NUM_THREADS": str(args.threads),
-            "CLINIC_FLAGS": shlex.join(["--sizes", *(str(n * times) for n in args.sizes)])}
+        env = (
+            os.environ
+            | dict.fromkeys(UNSET, "")
+            | {
+                "PYTHON": python,
+                "OUT": out,
+                "SEED": str(args.seed),
+                "CYCLES": str(args.cycles),
+                "OMP_NUM_THREADS": str(args.threads),
+                "CLINIC_FLAGS": shlex.join(["--sizes", *(str(n * times) for n in args.sizes)]),
+            }
+        )
         done = subprocess.run(["bash", "cycle.sh"], cwd=folder, env=env, capture_output=True, text=True)
         if done.returncode:
-            raise runs.RunError(f"{folder}/cycle.sh: exit status {done.returncode}\n{done.stderr[-3000:]}")
+            raise RunError(f"{folder}/cycle.sh: exit status {done.returncode}\n{done.stderr[-3000:]}")
         with open(log, encoding="utf-8") as f:
             lines = [json.loads(line) for line in f]
     for line in lines:
         where = line.pop("out")
-        line["of"] = os.path.relpath(where, out) if where else line["script"]  # the table's script writes no folder
+        # the table's script writes no folder
+        line["of"] = os.path.relpath(where, out) if where else line["script"]
     return {line.pop("of"): line for line in lines}
 
 
 def role(out, line):
     """The table's row of a process: what it did, whatever the cycle; for SFT also on which data."""
     name = os.path.basename(out).removeprefix("sft_")
-    return f"sft {'accepted' if name == 'sft' else name}" if line["script"] == "sft.py" else f"{line['script'][:-3]} {line['command']}".strip()
+    return (
+        f"sft {'accepted' if name == 'sft' else name}"
+        if line["script"] == "sft.py"
+        else f"{line['script'][:-3]} {line['command']}".strip()
+    )
 
 
 def merge(stages):
     """{output: measurements} → {row of the table: processes, seconds, CPU seconds, peak bytes}, the last row the total."""
     found = {}
-    for name, line in [(role(*s), s[1]) for s in stages.items()] + [("total", line) for line in stages.values()]:
+    for name, line in [(role(*s), s[1]) for s in stages.items()] + [
+        ("total", line) for line in stages.values()
+    ]:
         n, seconds, cpu, peak = found.get(name, (0, 0, 0, 0))
-        found[name] = (n + 1, seconds + line["seconds"], cpu + line["cpu_seconds"], max(peak, line["peak_bytes"]))
+        found[name] = (
+            n + 1,
+            seconds + line["seconds"],
+            cpu + line["cpu_seconds"],
+            max(peak, line["peak_bytes"]),
+        )
     return found
 
 
@@ -115,8 +169,14 @@ def compare(rounds):
     ours, theirs = rounds[0]["ours"], rounds[0]["theirs"]
     both = [o for o in ours if o in theirs]
     ratios = [sum(r["ours"][o] for o in both) / sum(r["theirs"][o] for o in both) for r in rounds]
-    return {"rounds": rounds, "matched": both, "only_ours": [o for o in ours if o not in both], "only_theirs": [o for o in theirs if o not in both],
-            "ratios": ratios, "ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}}
+    return {
+        "rounds": rounds,
+        "matched": both,
+        "only_ours": [o for o in ours if o not in both],
+        "only_theirs": [o for o in theirs if o not in both],
+        "ratios": ratios,
+        "ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+    }
 
 
 def kind(row):
@@ -126,8 +186,10 @@ def kind(row):
 
 def source(row):
     h, v = row["hardware"], row["versions"]
-    return (f"Command `{row['command']}`; commit `{(row['git']['commit'] or '?')[:10]}`; {', '.join([*h['gpus'], ''])}OMP_NUM_THREADS={row['threads']}, "
-            f"{h['cpus']} CPU cores ({h['machine']}), torch {v['torch']}, transformers {v['transformers']}.")
+    return (
+        f"Command `{row['command']}`; commit `{(row['git']['commit'] or '?')[:10]}`; {', '.join([*h['gpus'], ''])}OMP_NUM_THREADS={row['threads']}, "
+        f"{h['cpus']} CPU cores ({h['machine']}), torch {v['torch']}, transformers {v['transformers']}."
+    )
 
 
 def items_table(items):
@@ -137,36 +199,63 @@ def items_table(items):
     heads = [f"{what} {t}x" for what in ("seconds", "CPU s", "peak MB") for t in times]
     lines = ["| stage | processes | " + " | ".join(heads) + " |", "|---|" + "---:|" * (1 + len(heads))]
     for name, first in rows[0].items():
-        cells = [form(row[name][k]) for k, form in ((1, "{:.1f}".format), (2, "{:.1f}".format), (3, lambda b: f"{b / 1e6:.0f}")) for row in rows]
+        cells = [
+            form(row[name][k])
+            for k, form in ((1, "{:.1f}".format), (2, "{:.1f}".format), (3, lambda b: f"{b / 1e6:.0f}"))
+            for row in rows
+        ]
         lines.append(f"| {name} | {first[0]} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Images in expert, reports, unlabelled, val, test at 1x: {items[times[0]]['sizes']}. {source(items[times[0]])}"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Images in expert, reports, unlabelled, val, test at 1x: {items[times[0]]['sizes']}. {source(items[times[0]])}",
+        ]
+    )
 
 
 def pair_table(a):
     """CPU seconds by matched stage, medians over rounds, and the sum."""
     middle = lambda side, outs: statistics.median([sum(r[side][o] for o in outs) for r in a["rounds"]])  # noqa: E731
-    rows = [(name, middle("ours", outs), middle("theirs", outs)) for name, outs in [*((o, [o]) for o in a["matched"]), ("sum", a["matched"])]]
-    return runs.table([(*r, r[1] / r[2]) for r in rows], ("stage, CPU seconds", "ours", "theirs", "ours/theirs"))
+    rows = [
+        (name, middle("ours", outs), middle("theirs", outs))
+        for name, outs in [*((o, [o]) for o in a["matched"]), ("sum", a["matched"])]
+    ]
+    return cli.format_table(
+        [(*r, r[1] / r[2]) for r in rows], ("stage, CPU seconds", "ours", "theirs", "ours/theirs")
+    )
 
 
 def pair_line(a):
     r = a["ratio"]
-    alone = [f"; in {whose} alone, not in the sums: {', '.join(a[f'only_{whose}'])}" for whose in ("ours", "theirs") if a[f"only_{whose}"]]
-    return (f"Against commit `{(a['theirs']['commit'] or '?')[:10]}`, in pairs: CPU seconds of the {len(a['matched'])} stages of both, "
-            f"ours over theirs, {r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f}, {len(a['ratios'])} rounds){''.join(alone)}. {source(a)}")
+    alone = [
+        f"; in {whose} alone, not in the sums: {', '.join(a[f'only_{whose}'])}"
+        for whose in ("ours", "theirs")
+        if a[f"only_{whose}"]
+    ]
+    return (
+        f"Against commit `{(a['theirs']['commit'] or '?')[:10]}`, in pairs: CPU seconds of the {len(a['matched'])} stages of both, "
+        f"ours over theirs, {r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f}, {len(a['ratios'])} rounds){''.join(alone)}. {source(a)}"
+    )
 
 
 def readme_text(result):
     """The README's block: the table of items and a line on the pairs, each where it has been measured."""
-    return "\n\n".join(show(result[part]) for part, show in (("items", items_table), ("against", pair_line)) if result.get(part))
+    return "\n\n".join(
+        show(result[part])
+        for part, show in (("items", items_table), ("against", pair_line))
+        if result.get(part)
+    )
 
 
 def machine(folder):
-    """runs.provenance of a checkout, asked of a process that has torch, so that it knows the GPUs."""
-    code = "import json, sys; sys.path[0] = sys.argv[1]; import torch, runs; print(json.dumps(runs.provenance()))"
+    """runs.environment of a checkout, asked of a process that has torch, so that it knows the GPUs."""
+    code = "import json, sys; sys.path[0] = sys.argv[1]; import torch, runs; print(json.dumps(runs.environment()))"
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     if done.returncode:
-        raise runs.RunError(f"{folder}: {done.stderr.strip().splitlines()[-1]}; give the folder of a checkout, and a python that has torch")
+        raise RunError(
+            f"{folder}: {done.stderr.strip().splitlines()[-1]}; give the folder of a checkout, and a python that has torch"
+        )
     return json.loads(done.stdout)
 
 
@@ -174,18 +263,31 @@ def main(args):
     if args.stage:
         sys.exit(measure(*args.stage))
     here = {} if args.readme else machine(ROOT)
-    out = args.out or os.path.join(ROOT, "benchmarks", "results", f"cycle_{'cuda' if here and here['hardware']['gpus'] else 'cpu'}.json")
+    out = args.out or os.path.join(
+        ROOT, "benchmarks", "results", f"cycle_{'cuda' if here and here['hardware']['gpus'] else 'cpu'}.json"
+    )
     result = {"items": {}}
     if args.readme and not os.path.exists(out):
-        raise runs.RunError(f"{out}: no such file; measure first")
+        raise RunError(f"{out}: no such file; measure first")
     if os.path.exists(out):
         with open(out, encoding="utf-8") as f:
             result = json.load(f)
     if args.readme:
         return readme.write_block("cycle", readme_text(result))
     flags = [f"{k}={shlex.quote(os.environ[k])}" for k in FLAGS if os.environ.get(k)]
-    command = " ".join([*flags, "python benchmarks/cycle.py", *("FOLDER" if a == args.against else shlex.quote(a) for a in sys.argv[1:])])
-    about = {"command": command, "flags": flags, **{k: getattr(args, k) for k in ("threads", "sizes", "cycles", "seed")}, **here}
+    command = " ".join(
+        [
+            *flags,
+            "python benchmarks/cycle.py",
+            *("FOLDER" if a == args.against else shlex.quote(a) for a in sys.argv[1:]),
+        ]
+    )
+    about = {
+        "command": command,
+        "flags": flags,
+        **{k: getattr(args, k) for k in ("threads", "sizes", "cycles", "seed")},
+        **here,
+    }
     for times in args.items:
         alike = {t: row for t, row in result["items"].items() if kind(row) == kind(about)}
         result["items"] = alike | {str(times): about | {"stages": run_cycle(ROOT, times, args)}}
@@ -195,12 +297,16 @@ def main(args):
         return
     theirs, rounds = machine(args.against)["git"], []
     for k in range(args.rounds):
-        pair = {side: run_cycle(folder, 1, args) for side, folder in (("ours", ROOT), ("theirs", args.against))}
-        rounds.append({side: {o: line["cpu_seconds"] for o, line in stages.items()} for side, stages in pair.items()})
+        pair = {
+            side: run_cycle(folder, 1, args) for side, folder in (("ours", ROOT), ("theirs", args.against))
+        }
+        rounds.append(
+            {side: {o: line["cpu_seconds"] for o, line in stages.items()} for side, stages in pair.items()}
+        )
         result["against"] = about | {"theirs": theirs} | compare(rounds)
         runs.write_json(out, result)
         print(f"round {k}\n{pair_table(result['against'])}\n{pair_line(result['against'])}", flush=True)
 
 
 if __name__ == "__main__":
-    runs.cli(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -37,5 +37,5 @@ for s in $SEEDS; do
     runs+=("random-k:$k=$d/k$k/eval_random" "top-k:$k=$d/k$k/eval_top" "top-k + GRPO:$k=$d/k$k/eval_grpo")
   done
 done
-stage "$OUT/curve" 0 eval.py --efficiency "${runs[@]}"
+stage "$OUT/curve" 0 -m analysis.efficiency "${runs[@]}"
 echo "all in $OUT"

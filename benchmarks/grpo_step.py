@@ -26,6 +26,7 @@ their gradient before clipping. Loss (zero by construction at a first step: adva
     python benchmarks/grpo_step.py                                  all rows of this machine: writes benchmarks/results/grpo_step_cpu.json
     python benchmarks/grpo_step.py --rows toy-16 --rounds 1 --steps 1 --out /tmp/quick.json     rows are added to those in --out
 """
+
 import argparse
 import json
 import os
@@ -39,50 +40,101 @@ from collections import namedtuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
-import readme  # noqa: E402
-import runs  # noqa: E402
+import readme
 
-G, C, LR, SEED = 8, 32, 1e-5, 0  # responses to a question, tokens of a response
-Row = namedtuple("Row", "shape pixels patch prompts trl_batch steps")  # trl_batch: responses of TRL's tuned micro-batch
-ROWS = {"toy-16": Row("toy", 64, 16, 8, 64, 5), "toy-256": Row("toy", 64, 4, 8, 64, 3), "toy-1024": Row("toy", 128, 4, 8, 64, 1),
-        "mid-64": Row("mid", 64, 8, 4, 32, 1), "mid-256": Row("mid", 64, 4, 2, 16, 1), "mid-1024": Row("mid", 128, 4, 1, 8, 1)}
+from medgr2 import cli, runs
+from medgr2.errors import RunError
+from medgr2.prompts import TASKS, policy_prompt
+
+# responses to a question, tokens of a response
+G, C, LR, SEED = 8, 32, 1e-5, 0
+# trl_batch: responses of TRL's tuned micro-batch
+Row = namedtuple("Row", "shape pixels patch prompts trl_batch steps")
+ROWS = {
+    "toy-16": Row("toy", 64, 16, 8, 64, 5),
+    "toy-256": Row("toy", 64, 4, 8, 64, 3),
+    "toy-1024": Row("toy", 128, 4, 8, 64, 1),
+    "mid-64": Row("mid", 64, 8, 4, 32, 1),
+    "mid-256": Row("mid", 64, 4, 2, 16, 1),
+    "mid-1024": Row("mid", 128, 4, 1, 8, 1),
+}
 GPU_ROWS = {"qwen-256": Row("qwen", 448, 14, 8, 64, 5), "qwen-1024": Row("qwen", 896, 14, 8, 16, 3)}
 TRIAL = {"tiny-64": Row("tiny", 224, 14, 2, 16, 1)}
 SIDES = ("ours", "trl", "default")
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__)
-    p.add_argument("--rows", nargs="+", choices=[*ROWS, *GPU_ROWS, *TRIAL], help="rows to measure (all that this machine can)")
-    p.add_argument("--sides", nargs="+", choices=SIDES, help="sides to measure (all; of 1024 image tokens ours and trl)")
-    p.add_argument("--rounds", type=runs.number(int, 1), default=2, help="processes of each side (`default`: one)")
-    p.add_argument("--steps", type=runs.number(int, 1), help="timed steps of a process, after one to warm up (the row's own)")
-    p.add_argument("--threads", type=runs.number(int, 1), default=os.cpu_count(), help="CPU threads, of every side")
-    p.add_argument("--out", help="result file (benchmarks/results/grpo_step_DEVICE.json); other rows in it stay")
-    p.add_argument("--readme", action=argparse.BooleanOptionalAction, default=False, help="only write the README's table, from the result file")
-    p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # row, task, folder: what to do in this process
+    p = cli.Parser(description=__doc__)
+    p.add_argument(
+        "--rows",
+        nargs="+",
+        choices=[*ROWS, *GPU_ROWS, *TRIAL],
+        help="rows to measure (all that this machine can)",
+    )
+    p.add_argument(
+        "--sides", nargs="+", choices=SIDES, help="sides to measure (all; of 1024 image tokens ours and trl)"
+    )
+    p.add_argument(
+        "--rounds", type=cli.number(int, 1), default=2, help="processes of each side (`default`: one)"
+    )
+    p.add_argument(
+        "--steps",
+        type=cli.number(int, 1),
+        help="timed steps of a process, after one to warm up (the row's own)",
+    )
+    p.add_argument(
+        "--threads", type=cli.number(int, 1), default=os.cpu_count(), help="CPU threads, of every side"
+    )
+    p.add_argument(
+        "--out", help="result file (benchmarks/results/grpo_step_DEVICE.json); other rows in it stay"
+    )
+    p.add_argument(
+        "--readme",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="only write the README's table, from the result file",
+    )
+    # row, task, folder: what to do in this process
+    p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return p.parse_args()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The model and the questions, made once a row.
 
+
 def build_llava(row, folder):
     """A LLaVA of (pixels / patch)² image tokens with the toy's tokenizer and random weights."""
     import torch
     import transformers
-    import vlm
+
+    from medgr2 import loading
+
     policy = os.path.join(ROOT, "toy", "policy")
     config = transformers.AutoConfig.from_pretrained(policy, trust_remote_code=False)
     config.image_seq_length, config.dtype = (row.pixels // row.patch) ** 2, "float32"
-    sizes = {"toy": ({}, {}),
-             "mid": (dict(hidden_size=512, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-                          layer_types=["full_attention"] * 8), dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4))}
+    sizes = {
+        "toy": ({}, {}),
+        "mid": (
+            dict(
+                hidden_size=512,
+                intermediate_size=3072,
+                num_hidden_layers=8,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                layer_types=["full_attention"] * 8,
+            ),
+            dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4),
+        ),
+    }
     text, vision = sizes[row.shape]
     config.text_config.update(text | {"max_position_embeddings": 4096})
     config.vision_config.update(vision | {"image_size": row.pixels, "patch_size": row.patch})
-    processor = vlm.load_processor(policy)
-    processor.patch_size, processor.image_processor.size = row.patch, {"height": row.pixels, "width": row.pixels}
+    processor = loading.load_processor(policy)
+    processor.patch_size, processor.image_processor.size = (
+        row.patch,
+        {"height": row.pixels, "width": row.pixels},
+    )
     processor.save_pretrained(folder)
     torch.manual_seed(SEED)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -94,57 +146,126 @@ def build_qwen(row, folder):
     """A Qwen2.5-VL with random weights; the toy's tokenizer, filled up to 150,000 tokens that no text has."""
     import torch
     import transformers
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(os.path.join(ROOT, "toy", "policy"), trust_remote_code=False)
+
+    special = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        os.path.join(ROOT, "toy", "policy"), trust_remote_code=False
+    )
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = 150000 if row.shape == "qwen" else 1000
     words = raw["model"]["vocab"]
-    words |= {f"unused{i}": i for i in range(max(max(words.values()), max(t["id"] for t in raw["added_tokens"])) + 1, vocab)}
+    words |= {
+        f"unused{i}": i
+        for i in range(max(max(words.values()), max(t["id"] for t in raw["added_tokens"])) + 1, vocab)
+    }
     fast = type(tokenizer.backend_tokenizer).from_str(json.dumps(raw))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<|pad|>", eos_token="<|im_end|>",
-                                                     additional_special_tokens=special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<|pad|>", eos_token="<|im_end|>", additional_special_tokens=special
+    )
     tokenizer.save_pretrained(folder)
-    transformers.Qwen2VLImageProcessorPil(patch_size=row.patch, size={"shortest_edge": row.pixels ** 2, "longest_edge": row.pixels ** 2}
-                                          ).save_pretrained(folder)
-    chat = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|>"
-            "<|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n")
+    transformers.Qwen2VLImageProcessorPil(
+        patch_size=row.patch, size={"shortest_edge": row.pixels**2, "longest_edge": row.pixels**2}
+    ).save_pretrained(folder)
+    chat = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|>"
+        "<|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
     with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
         f.write(chat)
-    text, vision = {  # Qwen2.5-VL-3B's, and something for a CPU
-        "qwen": (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-                      vocab_size=151936), dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)),
-        "tiny": (dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                      vocab_size=1024), dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
-                                             fullatt_block_indexes=[1]))}[row.shape]
-    half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary pairs of a head, shared by time, height and width
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]}
-    ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
-                   tokenizer.convert_tokens_to_ids(special[2:])))
+    # Qwen2.5-VL-3B's, and something for a CPU
+    text, vision = {
+        "qwen": (
+            dict(
+                hidden_size=2048,
+                intermediate_size=11008,
+                num_hidden_layers=36,
+                num_attention_heads=16,
+                num_key_value_heads=2,
+                vocab_size=151936,
+            ),
+            dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048),
+        ),
+        "tiny": (
+            dict(
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=1024,
+            ),
+            dict(
+                depth=2,
+                hidden_size=64,
+                intermediate_size=128,
+                num_heads=4,
+                out_hidden_size=128,
+                fullatt_block_indexes=[1],
+            ),
+        ),
+    }[row.shape]
+    # rotary pairs of a head, shared by time, height and width
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8],
+    }
+    ids = dict(
+        zip(
+            ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
+            tokenizer.convert_tokens_to_ids(special[2:]),
+        )
+    )
     config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(text, rope_parameters=rope, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.pad_token_id, bos_token_id=None),
-        vision_config=dict(vision, patch_size=row.patch), tie_word_embeddings=True, **ids)
+        text_config=dict(
+            text,
+            rope_parameters=rope,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        ),
+        vision_config=dict(vision, patch_size=row.patch),
+        tie_word_embeddings=True,
+        **ids,
+    )
     torch.manual_seed(SEED)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     model.save_pretrained(folder)
 
 
 def build(row, folder, steps):
     """folder/model and folder/questions.jsonl: P questions a step, one an image."""
     import clinic
-    import records
+
+    from medgr2 import records
+
     build_model = build_llava if row.shape in ("toy", "mid") else build_qwen
     build_model(row, os.path.join(folder, "model"))
-    records.write(os.path.join(folder, "questions.jsonl"),
-                  clinic.question_rows(folder, "q", row.prompts * steps, SEED, 1, list(records.TASKS)))
+    records.write_records(
+        os.path.join(folder, "questions.jsonl"),
+        clinic.question_rows(folder, "q", row.prompts * steps, SEED, 1, list(TASKS)),
+    )
     return {}
 
 
 def questions(folder):
-    import records
-    return list(records.read(os.path.join(folder, "questions.jsonl")))
+    from medgr2 import records
+
+    return list(records.read_records(os.path.join(folder, "questions.jsonl")))
 
 
 def reward(ids):
@@ -154,6 +275,7 @@ def reward(ids):
 
 # ---------------------------------------------------------------------------------------------------------
 # A process's measurements.
+
 
 class Meter:
     """Times of the ends of steps, and memory above what was there at the start."""
@@ -166,6 +288,7 @@ class Meter:
         """Bytes held: resident on a CPU, allocated on a GPU."""
         if self.cuda:
             import torch
+
             return torch.cuda.memory_allocated()
         with open("/proc/self/statm", encoding="ascii") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -173,28 +296,38 @@ class Meter:
     def tick(self):
         if self.cuda:
             import torch
+
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     def result(self):
         """Of the steps after the first: seconds each, their median; peak bytes and growth."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        # Linux counts in KiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.cuda:
             import torch
+
             peak = torch.cuda.max_memory_allocated()
         seconds = [b - a for a, b in zip(self.ends, self.ends[1:])]
-        return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_bytes": peak, "growth_bytes": peak - self.start}
+        return {
+            "seconds": statistics.median(seconds),
+            "all_seconds": seconds,
+            "peak_bytes": peak,
+            "growth_bytes": peak - self.start,
+        }
 
 
 def unending(policy):
     """A policy that never samples the end of a turn: all its responses are of the same length."""
     from dataclasses import replace
+
     return replace(policy, banned_ids=sorted({*policy.banned_ids, *policy.stop_ids}))
 
 
 def fed_completions(policy, prompts):
     """(P·G, C) ids that any response might have: the completions of the check."""
     import torch
+
     free = torch.tensor(sorted(set(range(policy.head.weight.shape[0])) - set(unending(policy).banned_ids)))
     return free[torch.randint(len(free), (prompts * G, C), generator=torch.Generator().manual_seed(SEED))]
 
@@ -205,23 +338,40 @@ def ours(row, folder, steps, cuda, check=False):
     from accelerate import Accelerator
 
     import grpo
-    import records
-    import vlm
+    from medgr2 import loading, vlm
+
     accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
-    policy = unending(vlm.load(os.path.join(folder, "model"), accelerator.device))
-    vlm.freeze_images(policy)
+    policy = unending(loading.load(os.path.join(folder, "model"), accelerator.device))
+    loading.freeze_images(policy)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
     rows, meter = questions(folder), Meter(cuda)
-    args = argparse.Namespace(micro_batch=8, mask_truncated=False, max_new_tokens=C, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0)
+    args = argparse.Namespace(
+        micro_batch=8,
+        mask_truncated=False,
+        max_new_tokens=C,
+        loss="grpo",
+        epsilon=0.2,
+        epsilon_high=None,
+        kl=0.0,
+    )
     for step in range(1 + steps):
-        batch = rows[step * row.prompts:(step + 1) * row.prompts]
+        batch = rows[step * row.prompts : (step + 1) * row.prompts]
         with accelerator.autocast():
             if check:
                 fed = fed_completions(policy, row.prompts).to(policy.device).split(G)
-                looked = vlm.look(policy, *grpo.prepare(policy, batch))
-                groups = [grpo.Group(r, p, i, torch.ones_like(i), vlm.decode(policy, i, torch.ones_like(i)), policy.stop_ids)
-                          for r, p, i in zip(batch, looked, fed)]
+                looked = vlm.encode_images(policy, *grpo.prepare(policy, batch))
+                groups = [
+                    grpo.Group(
+                        r,
+                        p,
+                        i,
+                        torch.ones_like(i),
+                        vlm.decode(policy, i, torch.ones_like(i)),
+                        policy.stop_ids,
+                    )
+                    for r, p, i in zip(batch, looked, fed)
+                ]
             else:
                 groups = grpo.sample_groups(policy, batch, grpo.prepare(policy, batch), G, C, SEED, step)
         for g in groups:
@@ -237,7 +387,7 @@ def ours(row, folder, steps, cuda, check=False):
         optimizer.step()
         optimizer.zero_grad()
         meter.tick()
-    inputs = vlm.side_by_side(policy, [g.prompt for g in groups])["attention_mask"]
+    inputs = vlm.collate_prompts(policy, [g.prompt for g in groups])["attention_mask"]
     size = {"parameters": sum(p.numel() for p in policy.model.parameters()), "prompt_tokens": inputs.shape[1]}
     return meter.result() | size | {"response_tokens": int(sum(g.mask.sum() for g in groups))}
 
@@ -249,11 +399,29 @@ def norm_of(gradients):
 def trl_config(row, steps, side, policy, cuda, check):
     """GRPOConfig: what must be the same on both sides; for `trl` also what makes it fast."""
     from trl import GRPOConfig
+
     batch = row.trl_batch if side == "trl" else 8
-    same = dict(num_generations=G, max_completion_length=C, generation_batch_size=row.prompts * G, per_device_train_batch_size=batch,
-                gradient_accumulation_steps=row.prompts * G // batch, max_steps=1 + steps, shuffle_dataset=False, seed=SEED,
-                learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.0 if check else 1.0, loss_type="grpo", beta=0.0, epsilon=0.2,
-                generation_kwargs={"suppress_tokens": policy.banned_ids}, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not cuda)
+    same = dict(
+        num_generations=G,
+        max_completion_length=C,
+        generation_batch_size=row.prompts * G,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=row.prompts * G // batch,
+        max_steps=1 + steps,
+        shuffle_dataset=False,
+        seed=SEED,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0 if check else 1.0,
+        loss_type="grpo",
+        beta=0.0,
+        epsilon=0.2,
+        generation_kwargs={"suppress_tokens": policy.banned_ids},
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not cuda,
+    )
     return GRPOConfig(**same, **({"gradient_checkpointing": False, "bf16": cuda} if side == "trl" else {}))
 
 
@@ -264,13 +432,17 @@ def trl(row, folder, steps, cuda, side="trl", check=False):
     import transformers
     from trl import GRPOTrainer
 
-    import records
-    import vlm
-    policy = unending(vlm.load(os.path.join(folder, "model"), "cuda" if cuda else "cpu"))
-    vlm.freeze_images(policy)
+    from medgr2 import loading
+
+    policy = unending(loading.load(os.path.join(folder, "model"), "cuda" if cuda else "cpu"))
+    loading.freeze_images(policy)
     rows = questions(folder)
-    data = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": records.policy_prompt(r)}] for r in rows],
-                                       "image": [r["image"] for r in rows]}).cast_column("image", datasets.Image())
+    data = datasets.Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": policy_prompt(r)}] for r in rows],
+            "image": [r["image"] for r in rows],
+        }
+    ).cast_column("image", datasets.Image())
     seen = {}
 
     class Fed(GRPOTrainer):
@@ -285,26 +457,36 @@ def trl(row, folder, steps, cuda, side="trl", check=False):
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             if check:
-                seen["gradient"] = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+                seen["gradient"] = {
+                    n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None
+                }
                 control.should_training_stop = True
 
     def score(completion_ids, **kwargs):
         seen["tokens"] = sum(map(len, completion_ids))
         return [reward(ids) for ids in completion_ids]
 
-    trainer = (Fed if check else GRPOTrainer)(policy.model, score, trl_config(row, steps, side, policy, cuda, check), data,
-                                              processing_class=policy.processor, callbacks=[Watch()])
+    trainer = (Fed if check else GRPOTrainer)(
+        policy.model,
+        score,
+        trl_config(row, steps, side, policy, cuda, check),
+        data,
+        processing_class=policy.processor,
+        callbacks=[Watch()],
+    )
     meter = Meter(cuda)
     out = trainer.train()
     if check:
-        return compare(torch.load(os.path.join(folder, "gradient.pt"), weights_only=True), seen["gradient"]) | {"loss": out.training_loss}
+        return compare(
+            torch.load(os.path.join(folder, "gradient.pt"), weights_only=True), seen["gradient"]
+        ) | {"loss": out.training_loss}
     return meter.result() | {"response_tokens": seen["tokens"]}
 
 
 def compare(a, b):
     """Two gradients by parameter name → cosine, and the second one's norm."""
     if a.keys() != b.keys():
-        raise runs.RunError(f"the sides train different parameters: {sorted(a.keys() ^ b.keys())[:3]}")
+        raise RunError(f"the sides train different parameters: {sorted(a.keys() ^ b.keys())[:3]}")
     dot = sum((a[n].double().to(b[n].device) * b[n].double()).sum() for n in a).item()
     return {"cosine": dot / (norm_of(a.values()) * norm_of(b.values())), "grad_norm": norm_of(b.values())}
 
@@ -312,28 +494,49 @@ def compare(a, b):
 def child(args):
     """One task in this process; its result is the last line of stdout."""
     import torch
+
     name, task, folder = args.child
     row = (ROWS | GPU_ROWS | TRIAL)[name]
     cuda = name in GPU_ROWS
     torch.set_num_threads(args.threads)
     steps = args.steps or row.steps
-    tasks = {"build": lambda: build(row, folder, 1 + steps), "ours": lambda: ours(row, folder, steps, cuda),
-             "trl": lambda: trl(row, folder, steps, cuda), "default": lambda: trl(row, folder, steps, cuda, "default"),
-             "check-ours": lambda: ours(row, folder, 0, cuda, check=True), "check-trl": lambda: trl(row, folder, 0, cuda, check=True)}
+    tasks = {
+        "build": lambda: build(row, folder, 1 + steps),
+        "ours": lambda: ours(row, folder, steps, cuda),
+        "trl": lambda: trl(row, folder, steps, cuda),
+        "default": lambda: trl(row, folder, steps, cuda, "default"),
+        "check-ours": lambda: ours(row, folder, 0, cuda, check=True),
+        "check-trl": lambda: trl(row, folder, 0, cuda, check=True),
+    }
     print(json.dumps(tasks[task]()))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # All processes. This one imports no torch: what it holds when it starts a child would count in the child's peak.
 
+
 def call(name, task, folder, args):
     """Run a task in a process of its own → its result."""
-    command = [sys.executable, os.path.abspath(__file__), "--child", name, task, folder, "--threads", str(args.threads)]
+    command = [
+        sys.executable,
+        os.path.abspath(__file__),
+        "--child",
+        name,
+        task,
+        folder,
+        "--threads",
+        str(args.threads),
+    ]
     command += ["--steps", str(args.steps)] if args.steps else []
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(args.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
-        raise runs.RunError(f"{name}, {task}: exit status {done.returncode}\n{done.stderr[-3000:]}")
+        raise RunError(f"{name}, {task}: exit status {done.returncode}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -344,22 +547,38 @@ def spread(values):
 def measure(name, args):
     """All rounds of a row, and the check that both sides do the same work."""
     row = (ROWS | GPU_ROWS | TRIAL)[name]
-    image_tokens = (row.pixels // row.patch) ** 2 // (1 if row.shape in ("toy", "mid") else 4)  # Qwen merges four patches
+    # Qwen merges four patches
+    image_tokens = (row.pixels // row.patch) ** 2 // (1 if row.shape in ("toy", "mid") else 4)
     sides = args.sides or (SIDES if image_tokens <= 256 else SIDES[:2])
     with tempfile.TemporaryDirectory() as folder:
         call(name, "build", folder, args)
         same = {s: call(name, f"check-{s}", folder, args) for s in ("ours", "trl")}
         rounds = []
         for k in range(args.rounds):
-            rounds.append({side: call(name, side, folder, args) for side in sides if side != "default" or k == 0})
-            print(f"{name} round {k}: " + ", ".join(f"{s} {r['seconds']:.2f} s" for s, r in rounds[-1].items()), flush=True)
+            rounds.append(
+                {side: call(name, side, folder, args) for side in sides if side != "default" or k == 0}
+            )
+            print(
+                f"{name} round {k}: " + ", ".join(f"{s} {r['seconds']:.2f} s" for s, r in rounds[-1].items()),
+                flush=True,
+            )
     tokens = {r["response_tokens"] for turn in rounds for r in turn.values()}
     if tokens != {row.prompts * G * C}:
-        raise runs.RunError(f"{name}: responses of {tokens} tokens a step in all; {row.prompts * G * C} were to be")
-    result = row._asdict() | {"image_tokens": image_tokens, "group": G, "completion": C, "same_work": same, "rounds": rounds}
+        raise RunError(
+            f"{name}: responses of {tokens} tokens a step in all; {row.prompts * G * C} were to be"
+        )
+    result = row._asdict() | {
+        "image_tokens": image_tokens,
+        "group": G,
+        "completion": C,
+        "same_work": same,
+        "rounds": rounds,
+    }
     for peer in [s for s in sides if s != "ours" and "ours" in sides]:
-        result[f"{peer}_over_ours"] = {key: spread([r[peer][key] / r["ours"][key] for r in rounds if peer in r])
-                                       for key in ("seconds", "peak_bytes", "growth_bytes")}
+        result[f"{peer}_over_ours"] = {
+            key: spread([r[peer][key] / r["ours"][key] for r in rounds if peer in r])
+            for key in ("seconds", "peak_bytes", "growth_bytes")
+        }
     return result
 
 
@@ -367,18 +586,25 @@ def line_of(name, r):
     """A row of the table: medians over rounds, TRL over ours, cosine of the gradients."""
     middle = lambda side, key: statistics.median([t[side][key] for t in r["rounds"] if side in t])  # noqa: E731
     there = [s for s in SIDES if s in r["rounds"][0]]
-    cells = {f"{s} s": middle(s, "seconds") for s in there} | {f"{s} GB": middle(s, "peak_bytes") / 1e9 for s in there}
+    cells = {f"{s} s": middle(s, "seconds") for s in there} | {
+        f"{s} GB": middle(s, "peak_bytes") / 1e9 for s in there
+    }
     for peer in there:
         if f"{peer}_over_ours" in r:
             ratio, memory = r[f"{peer}_over_ours"]["seconds"], r[f"{peer}_over_ours"]["growth_bytes"]
-            cells |= {f"{peer}/ours": f"{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})", f"{peer}/ours growth": memory["median"]}
-    return {"row": name, "prompts": r["prompts"]} | cells | {"cosine": f"{r['same_work']['trl']['cosine']:.7f}"}
+            cells |= {
+                f"{peer}/ours": f"{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})",
+                f"{peer}/ours growth": memory["median"],
+            }
+    return (
+        {"row": name, "prompts": r["prompts"]} | cells | {"cosine": f"{r['same_work']['trl']['cosine']:.7f}"}
+    )
 
 
 def table(result, markdown=False):
     lines = [line_of(n, r) for n, r in result["rows"].items()]
     headers = list(dict.fromkeys(k for line in lines for k in line))
-    return runs.table([[line.get(h) for h in headers] for line in lines], headers, markdown)
+    return cli.format_table([[line.get(h) for h in headers] for line in lines], headers, markdown)
 
 
 def readme_table(result):
@@ -386,18 +612,22 @@ def readme_table(result):
     first = next(iter(result["rows"].values()))
     commits = dict.fromkeys(r["git"]["commit"][:10] for r in result["rows"].values())
     gpus = first["hardware"]["gpus"]
-    return (f"{table(result, True)}\n\nCommand `python benchmarks/grpo_step.py`; commit {', '.join(f'`{c}`' for c in commits)}; "
-            f"{', '.join(gpus) or str(first['threads']) + ' CPU cores'} ({first['hardware']['machine']}), torch {first['versions']['torch']}, "
-            f"transformers {first['versions']['transformers']}, TRL {first['versions']['trl']}.")
+    return (
+        f"{table(result, True)}\n\nCommand `python benchmarks/grpo_step.py`; commit {', '.join(f'`{c}`' for c in commits)}; "
+        f"{', '.join(gpus) or str(first['threads']) + ' CPU cores'} ({first['hardware']['machine']}), torch {first['versions']['torch']}, "
+        f"transformers {first['versions']['transformers']}, TRL {first['versions']['trl']}."
+    )
 
 
 def machine():
-    """runs.provenance, asked of a process that has torch: versions, commit, hardware with its GPUs; and TRL's version."""
-    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import torch, runs; from importlib.metadata import version; "
-            "p = runs.provenance(); p['versions']['trl'] = version('trl'); print(json.dumps(p))")
+    """runs.environment, asked of a process that has torch: versions, commit, hardware with its GPUs; and TRL's version."""
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import torch, runs; from importlib.metadata import version; "
+        "p = runs.environment(); p['versions']['trl'] = version('trl'); print(json.dumps(p))"
+    )
     done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
     if done.returncode:
-        raise runs.RunError(f"{done.stderr.strip().splitlines()[-1]}; pip install -r benchmarks/requirements.txt")
+        raise RunError(f"{done.stderr.strip().splitlines()[-1]}; pip install -r benchmarks/requirements.txt")
     return json.loads(done.stdout)
 
 
@@ -405,7 +635,9 @@ def main(args):
     if args.child:
         return child(args)
     if args.readme:
-        with open(args.out or os.path.join(ROOT, "benchmarks", "results", "grpo_step_cpu.json"), encoding="utf-8") as f:
+        with open(
+            args.out or os.path.join(ROOT, "benchmarks", "results", "grpo_step_cpu.json"), encoding="utf-8"
+        ) as f:
             return readme.write_block("grpo_step", readme_table(json.load(f)))
     here = machine()
     gpu = bool(here["hardware"]["gpus"])
@@ -413,18 +645,23 @@ def main(args):
     skipped = [n for n in names if n in GPU_ROWS and not gpu]
     if skipped:
         print(f"no CUDA device: {', '.join(skipped)} skipped, not measured")
-    out = args.out or os.path.join(ROOT, "benchmarks", "results", f"grpo_step_{'cuda' if gpu else 'cpu'}.json")
+    out = args.out or os.path.join(
+        ROOT, "benchmarks", "results", f"grpo_step_{'cuda' if gpu else 'cpu'}.json"
+    )
     result = {"rows": {}}
     if os.path.exists(out):
         with open(out, encoding="utf-8") as f:
             result = json.load(f)
     for name in [n for n in names if n not in skipped]:
-        command = (f"python benchmarks/grpo_step.py --rows {name} --rounds {args.rounds}" + (f" --steps {args.steps}" if args.steps else "")
-                   + (f" --sides {' '.join(args.sides)}" if args.sides else ""))
+        command = (
+            f"python benchmarks/grpo_step.py --rows {name} --rounds {args.rounds}"
+            + (f" --steps {args.steps}" if args.steps else "")
+            + (f" --sides {' '.join(args.sides)}" if args.sides else "")
+        )
         result["rows"][name] = measure(name, args) | {"command": command, "threads": args.threads, **here}
         runs.write_json(out, result)
     print(table(result))
 
 
 if __name__ == "__main__":
-    runs.cli(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -19,6 +19,7 @@ what the process held before the first call: resident on a CPU, allocated on a G
     python benchmarks/logprob.py --sizes toy --rounds 1 --out /tmp/quick.json
     python benchmarks/logprob.py --readme        writes the README's table anew, from the committed result file
 """
+
 import argparse
 import ctypes
 import gc
@@ -32,48 +33,72 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import readme  # noqa: E402
-import runs  # noqa: E402
+import readme
 
-SIZES = {"cpu": {"toy": (4096, 735, 128, "float32"), "medium": (4096, 32000, 512, "float32")},  # N, V, D, dtype
-         "cuda": {"8k": (8192, 151936, 4096, "bfloat16"), "16k": (16384, 151936, 4096, "bfloat16")}}
-WAYS = {"ce": ("gemms", "ours", "plain", "compile", "torch", "liger", "trl", "cce"),
-        "grpo": ("gemms", "ours", "replay", "plain", "compile", "trl")}
+from medgr2 import cli, runs
+from medgr2.errors import RunError
+
+# N, V, D, dtype
+SIZES = {
+    "cpu": {"toy": (4096, 735, 128, "float32"), "medium": (4096, 32000, 512, "float32")},
+    "cuda": {"8k": (8192, 151936, 4096, "bfloat16"), "16k": (16384, 151936, 4096, "bfloat16")},
+}
+WAYS = {
+    "ce": ("gemms", "ours", "plain", "compile", "torch", "liger", "trl", "cce"),
+    "grpo": ("gemms", "ours", "replay", "plain", "compile", "trl"),
+}
 CASES = [("forward", "random"), ("both", "random"), ("both", "peaked")]
 PEERS = {"liger": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
-LENGTH, KL = 64, 0.02  # tokens of a sequence; weight of the KL term
+# tokens of a sequence; weight of the KL term
+LENGTH, KL = 64, 0.02
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("--rounds", type=int, default=3, help="processes of each kind")
     p.add_argument("--sizes", nargs="+", help="sizes to measure (all of the device)")
     p.add_argument("--tasks", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="tasks to measure")
-    p.add_argument("--seconds", type=float, default=3, help="a process repeats a call at least twice and for this long")
+    p.add_argument(
+        "--seconds", type=float, default=3, help="a process repeats a call at least twice and for this long"
+    )
     p.add_argument("--out", help="result file (benchmarks/results/logprob_DEVICE.json)")
-    p.add_argument("--readme", action=argparse.BooleanOptionalAction, default=False, help="only write the README's table, from the result file")
-    p.add_argument("--one", help=argparse.SUPPRESS)  # device,size,task,way,inputs,mode: measure it in this process
+    p.add_argument(
+        "--readme",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="only write the README's table, from the result file",
+    )
+    # device,size,task,way,inputs,mode: measure it in this process
+    p.add_argument("--one", help=argparse.SUPPRESS)
     return p.parse_args()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # In a process of its own.
 
+
 def make(device, N, V, D, dtype, inputs):
     """hidden (N, D), weight (V, D), targets (N,); peaked: a state points at its target's row, so far that p is about 1/2."""
     import torch
+
     torch.manual_seed(0)
     weight, targets = torch.randn(V, D, device=device), torch.randint(V, (N,), device=device)
-    hidden = torch.randn(N, D, device=device) / D ** 0.5  # logits of variance 1
+    # logits of variance 1
+    hidden = torch.randn(N, D, device=device) / D**0.5
     if inputs == "peaked":
         rows = weight[targets]
         hidden += rows * (torch.tensor(float(V)).log() + 0.5) / (rows * rows).sum(1, keepdim=True)
-    return hidden.to(getattr(torch, dtype)).requires_grad_(), weight.to(getattr(torch, dtype)).requires_grad_(), targets
+    return (
+        hidden.to(getattr(torch, dtype)).requires_grad_(),
+        weight.to(getattr(torch, dtype)).requires_grad_(),
+        targets,
+    )
 
 
 def plain_logprob(hidden, weight, targets):
     log_p = (hidden @ weight.T).float().log_softmax(-1)  # (N, V)
-    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)  # a metric, without gradient as in linear_grpo_loss
+    # a metric, without gradient as in linear_grpo_loss
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
     return log_p.gather(-1, targets[:, None])[:, 0], entropy
 
 
@@ -83,21 +108,30 @@ def cross_entropy(way, hidden, weight, targets):
     from torch import nn
 
     import triton_ops
+
     if way == "liger":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
         return LigerFusedLinearCrossEntropyLoss()(weight, hidden, targets), None
     if way == "cce":
         from cut_cross_entropy import linear_cross_entropy
+
         return linear_cross_entropy(hidden, weight, targets), None
-    loss_of = {"ours": lambda: triton_ops.linear_cross_entropy(hidden, weight, targets),
-               "plain": lambda: F.cross_entropy((hidden @ weight.T).float(), targets),
-               "trl": lambda: -trl_logprob(hidden, weight, targets)[0].mean(),
-               "torch": lambda: F.linear_cross_entropy(hidden, weight, targets, options=nn.LinearCrossEntropyOptions())}
+    loss_of = {
+        "ours": lambda: triton_ops.linear_cross_entropy(hidden, weight, targets),
+        "plain": lambda: F.cross_entropy((hidden @ weight.T).float(), targets),
+        "trl": lambda: -trl_logprob(hidden, weight, targets)[0].mean(),
+        "torch": lambda: F.linear_cross_entropy(
+            hidden, weight, targets, options=nn.LinearCrossEntropyOptions()
+        ),
+    }
     return loss_of[way](), None
 
 
 def trl_logprob(hidden, weight, targets):
-    from trl.kernels import ChunkedLogProbFunction  # not run by us: no GPU was at hand
+    # not run by us: no GPU was at hand
+    from trl.kernels import ChunkedLogProbFunction
+
     return ChunkedLogProbFunction.apply(hidden, weight, targets)[:2]
 
 
@@ -107,14 +141,25 @@ def grpo(way, hidden, weight, targets):
 
     import triton_ops
     from grpo import grpo_loss
+
     S = len(targets) // LENGTH
     generator = torch.Generator().manual_seed(1)
     advantages = torch.randn(S, generator=generator).to(hidden.device)
     ref_logps = (-6 - torch.rand(S, LENGTH, generator=generator)).to(hidden.device)
     mask, counts = torch.ones_like(ref_logps), (S, S * LENGTH, LENGTH)
     if way == "ours":
-        loss, metrics, _ = triton_ops.linear_grpo_loss(grpo_loss, hidden.view(S, LENGTH, -1), weight, targets.view(S, LENGTH), None,
-                                                       ref_logps, advantages, mask, counts, kl=KL)
+        loss, metrics, _ = triton_ops.linear_grpo_loss(
+            grpo_loss,
+            hidden.view(S, LENGTH, -1),
+            weight,
+            targets.view(S, LENGTH),
+            None,
+            ref_logps,
+            advantages,
+            mask,
+            counts,
+            kl=KL,
+        )
         return loss, metrics["entropy"] / len(targets)
     logprob = {"replay": triton_ops.linear_logprob, "plain": plain_logprob, "trl": trl_logprob}[way]
     logps, entropy = logprob(hidden, weight, targets)
@@ -125,6 +170,7 @@ def grpo(way, hidden, weight, targets):
 def gemms(hidden, weight, mode):
     """The arithmetic that no way can do without, 256 rows (of bf16: 2048) at a time, as fast as anything here does it."""
     import torch
+
     with torch.no_grad():
         n = 2048 if hidden.is_cuda else 256
         grad_weight = torch.zeros_like(weight)
@@ -138,6 +184,7 @@ def gemms(hidden, weight, mode):
 def call(task, way, mode, tensors):
     """A function of no arguments that does the work once and returns the loss, or None for `gemms`."""
     import torch
+
     hidden, weight, _ = tensors
     if way == "gemms":
         return lambda: gemms(hidden, weight, mode)
@@ -155,6 +202,7 @@ def call(task, way, mode, tensors):
         loss, _ = step()
         loss.backward()
         return loss.detach()
+
     return forward if mode == "forward" else both
 
 
@@ -168,6 +216,7 @@ def reset_peak():
 def memory(device, field):
     """Bytes: `VmRSS` now, `VmHWM` at most."""
     import torch
+
     if device == "cuda":
         return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as f:
@@ -177,12 +226,15 @@ def memory(device, field):
 def measure(device, size, task, way, inputs, mode, seconds):
     """Median seconds of a call, peak extra bytes, loss and gradient norms, of this process."""
     import torch
+
     small = make(device, 2 * LENGTH, 300, 32, SIZES[device][size][3], inputs)
-    call(task, "plain" if way == "compile" else way, mode, small)()  # imports and the BLAS's own buffers are nobody's extra
+    # imports and the BLAS's own buffers are nobody's extra
+    call(task, "plain" if way == "compile" else way, mode, small)()
     tensors = make(device, *SIZES[device][size], inputs)
     work = call(task, way, mode, tensors)
     if way == "compile":
-        work()  # so is the compiler's memory
+        # so is the compiler's memory
+        work()
         tensors[0].grad = tensors[1].grad = None
     gc.collect()
     torch.cuda.reset_peak_memory_stats() if device == "cuda" else reset_peak()
@@ -196,12 +248,18 @@ def measure(device, size, task, way, inputs, mode, seconds):
         work()
         device == "cuda" and torch.cuda.synchronize()
         times.append(clock() - start)
-    return {"seconds": statistics.median(times), "repeats": len(times), "bytes": peak, "loss": loss if loss is None else loss.item(),
-            "grad_norms": norms}
+    return {
+        "seconds": statistics.median(times),
+        "repeats": len(times),
+        "bytes": peak,
+        "loss": loss if loss is None else loss.item(),
+        "grad_norms": norms,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
 # All of them.
+
 
 def available(way, device):
     """None, or why this way is not measured here."""
@@ -216,8 +274,13 @@ def available(way, device):
 
 def run_one(seconds, *case):
     """Measure in a new process. A failure is a result too: its last line."""
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--one", ",".join(case), "--seconds", str(seconds)], cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), "--one", ",".join(case), "--seconds", str(seconds)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -229,9 +292,15 @@ def summary(rounds):
     if wrong:
         return {"error": wrong[0]}
     seconds = [r["seconds"] for r in rounds]
-    return {"seconds": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds),
-            "megabytes": statistics.median(r["bytes"] for r in rounds) / 1e6, "loss": rounds[0]["loss"], "grad_norms": rounds[0]["grad_norms"],
-            "rounds": rounds}
+    return {
+        "seconds": statistics.median(seconds),
+        "lowest": min(seconds),
+        "highest": max(seconds),
+        "megabytes": statistics.median(r["bytes"] for r in rounds) / 1e6,
+        "loss": rounds[0]["loss"],
+        "grad_norms": rounds[0]["grad_norms"],
+        "rounds": rounds,
+    }
 
 
 def compare(task, size, inputs, mode, device, rounds, seconds):
@@ -248,35 +317,85 @@ def compare(task, size, inputs, mode, device, rounds, seconds):
 
 def print_table(rows):
     """Seconds and memory, and both as multiples of the plain way's."""
-    plain = next((r for r in rows if r["way"] == "plain" and "seconds" in r), {"seconds": float("nan"), "megabytes": float("nan")})
-    cells = [[r["way"], r["error"]] + [None] * 5 if "error" in r else
-             [r["way"], f"{r['seconds']:.4f}", f"{r['lowest']:.4f} to {r['highest']:.4f}", r["seconds"] / plain["seconds"], r["megabytes"],
-              r["megabytes"] / plain["megabytes"] if plain["megabytes"] else None, r["loss"]] for r in rows]
+    plain = next(
+        (r for r in rows if r["way"] == "plain" and "seconds" in r),
+        {"seconds": float("nan"), "megabytes": float("nan")},
+    )
+    cells = [
+        [r["way"], r["error"]] + [None] * 5
+        if "error" in r
+        else [
+            r["way"],
+            f"{r['seconds']:.4f}",
+            f"{r['lowest']:.4f} to {r['highest']:.4f}",
+            r["seconds"] / plain["seconds"],
+            r["megabytes"],
+            r["megabytes"] / plain["megabytes"] if plain["megabytes"] else None,
+            r["loss"],
+        ]
+        for r in rows
+    ]
     first = rows[0]
     print(f"\n{first['task']}, {first['size']}, {first['inputs']}, {first['mode']}")
-    print(runs.table(cells, ["way", "seconds", "of the rounds", "× plain", "extra MB", "× plain", "loss"]), flush=True)
+    print(
+        cli.format_table(
+            cells, ["way", "seconds", "of the rounds", "× plain", "extra MB", "× plain", "loss"]
+        ),
+        flush=True,
+    )
 
 
 def readme_table(result):
     """The README's block: a row a comparison; every way's seconds over the plain way's, and our extra memory over its."""
     ways = [w for w in dict.fromkeys(r["way"] for r in result["rows"]) if w not in ("plain", "ours")]
     lines = []
-    for task, size, inputs, mode in dict.fromkeys(tuple(r[k] for k in ("task", "size", "inputs", "mode")) for r in result["rows"]):
-        found = {r["way"]: r for r in result["rows"] if (r["task"], r["size"], r["inputs"], r["mode"]) == (task, size, inputs, mode)}
-        times = lambda way, key="seconds", f=found: f"{f[way][key] / f['plain'][key]:.2f}" if key in f.get(way, ()) else ""  # noqa: E731
-        lines.append([size, task, "forward + backward" if mode == "both" else mode, inputs, f"{found['plain']['seconds']:.3f}", times("ours"),
-                      times("ours", "megabytes"), *map(times, ways)])
-    sizes = "; ".join(f"{name}: N = {s['N']:,}, V = {s['V']:,}, D = {s['D']}, {s['dtype']}" for name, s in result["sizes"].items())
-    table = runs.table(lines, ["size", "loss", "pass", "inputs", "plain s", "ours", "ours, memory", *ways], markdown=True)
-    where = ", ".join(result["hardware"]["gpus"]) or f"one thread of {result['hardware']['cpus']} CPU cores ({result['hardware']['machine']})"
-    return (f"{table}\n\n{sizes}. Command `{result['command']}`; commit `{(result['git']['commit'] or '?')[:10]}`; {where}, torch "
-            f"{result['versions']['torch']}.")
+    for task, size, inputs, mode in dict.fromkeys(
+        tuple(r[k] for k in ("task", "size", "inputs", "mode")) for r in result["rows"]
+    ):
+        found = {
+            r["way"]: r
+            for r in result["rows"]
+            if (r["task"], r["size"], r["inputs"], r["mode"]) == (task, size, inputs, mode)
+        }
+        times = lambda way, key="seconds", f=found: (
+            f"{f[way][key] / f['plain'][key]:.2f}" if key in f.get(way, ()) else ""
+        )  # noqa: E731
+        lines.append(
+            [
+                size,
+                task,
+                "forward + backward" if mode == "both" else mode,
+                inputs,
+                f"{found['plain']['seconds']:.3f}",
+                times("ours"),
+                times("ours", "megabytes"),
+                *map(times, ways),
+            ]
+        )
+    sizes = "; ".join(
+        f"{name}: N = {s['N']:,}, V = {s['V']:,}, D = {s['D']}, {s['dtype']}"
+        for name, s in result["sizes"].items()
+    )
+    table = cli.format_table(
+        lines, ["size", "loss", "pass", "inputs", "plain s", "ours", "ours, memory", *ways], markdown=True
+    )
+    where = (
+        ", ".join(result["hardware"]["gpus"])
+        or f"one thread of {result['hardware']['cpus']} CPU cores ({result['hardware']['machine']})"
+    )
+    return (
+        f"{table}\n\n{sizes}. Command `{result['command']}`; commit `{(result['git']['commit'] or '?')[:10]}`; {where}, torch "
+        f"{result['versions']['torch']}."
+    )
 
 
 def main(args):
     import torch
+
     if args.readme:
-        with open(args.out or os.path.join(ROOT, "benchmarks", "results", "logprob_cpu.json"), encoding="utf-8") as f:
+        with open(
+            args.out or os.path.join(ROOT, "benchmarks", "results", "logprob_cpu.json"), encoding="utf-8"
+        ) as f:
             return readme.write_block("logprob", readme_table(json.load(f)))
     if args.one:
         print(json.dumps(measure(*args.one.split(","), args.seconds)))
@@ -288,16 +407,25 @@ def main(args):
         print("no GPU: its sizes are not measured")
     sizes = args.sizes or list(SIZES[device])
     if set(sizes) - set(SIZES[device]):
-        raise runs.RunError(f"--sizes {' '.join(sizes)}: on {device} there are {', '.join(SIZES[device])}")
-    result = {"command": "python " + " ".join([os.path.relpath(__file__, ROOT), *sys.argv[1:]]), **runs.provenance(), "device": device,
-              "threads": 1 if device == "cpu" else None, "sizes": {s: dict(zip("NVD", SIZES[device][s])) | {"dtype": SIZES[device][s][3]}
-                                                                   for s in sizes}, "sequence": LENGTH, "kl": KL, "rows": []}
+        raise RunError(f"--sizes {' '.join(sizes)}: on {device} there are {', '.join(SIZES[device])}")
+    result = {
+        "command": "python " + " ".join([os.path.relpath(__file__, ROOT), *sys.argv[1:]]),
+        **runs.environment(),
+        "device": device,
+        "threads": 1 if device == "cpu" else None,
+        "sizes": {s: dict(zip("NVD", SIZES[device][s])) | {"dtype": SIZES[device][s][3]} for s in sizes},
+        "sequence": LENGTH,
+        "kl": KL,
+        "rows": [],
+    }
     for task, size, inputs, mode in ((t, s, i, m) for s in sizes for t in args.tasks for m, i in CASES):
         rows = compare(task, size, inputs, mode, device, args.rounds, args.seconds)
         print_table(rows)
         result["rows"] += rows
-        runs.write_json(args.out or os.path.join(ROOT, "benchmarks", "results", f"logprob_{device}.json"), result)
+        runs.write_json(
+            args.out or os.path.join(ROOT, "benchmarks", "results", f"logprob_{device}.json"), result
+        )
 
 
 if __name__ == "__main__":
-    runs.cli(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -1,26 +1,29 @@
 """K records of a file at random, of one modality or task where asked for: what benchmarks/transfer.sh trains on.
 
-    python benchmarks/subset.py runs/transfer/data/expert.jsonl --where modality=CT --k 240 --seed 0 --out ct.jsonl
+python benchmarks/subset.py runs/transfer/data/expert.jsonl --where modality=CT --k 240 --seed 0 --out ct.jsonl
 """
+
 import os
 import random
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import records  # noqa: E402
-import runs  # noqa: E402
+from medgr2 import cli, records, runs
+from medgr2.errors import require
 
 
 def subset(rows, k, seed, field=None, value=None):
     """k rows whose `field` is `value`, in the order of the file. Raises RecordError where there are fewer."""
     index = [i for i, row in enumerate(rows) if field is None or row.get(field) == value]
     what = f"records with {field} {value}" if field else "records"
-    records.demand(len(index) >= k, f"--k {k}: there are only {len(index)} {what}: give a larger file, or a smaller k")
+    require(
+        len(index) >= k, f"--k {k}: there are only {len(index)} {what}: give a larger file, or a smaller k"
+    )
     return [rows[i] for i in sorted(random.Random(runs.seed_of(seed, field, value)).sample(index, k))]
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("file", help="records (JSONL)")
     p.add_argument("--out", required=True, help="records to write (JSONL)")
     p.add_argument("--k", type=int, required=True, help="how many")
@@ -30,10 +33,12 @@ def parse_args():
 
 
 def main(args):
-    rows = list(records.read(args.file, root=records.ANYWHERE))
+    rows = list(records.read_records(args.file, root=records.ANYWHERE))
     field, _, value = args.where.partition("=")
-    print(f"{args.out}: {records.write(args.out, subset(rows, args.k, args.seed, field or None, value))} records")
+    print(
+        f"{args.out}: {records.write_records(args.out, subset(rows, args.k, args.seed, field or None, value))} records"
+    )
 
 
 if __name__ == "__main__":
-    runs.cli(main, parse_args())
+    cli.run_main(main, parse_args())

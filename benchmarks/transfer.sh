@@ -34,7 +34,7 @@ for by in $BY; do
     folder=$OUT/$by/${name// /_}
     tune_on "$folder" --where "$by=$name"
     runs+=("$name=$folder/eval")
-  done < <("$PYTHON" -c "import records; print(*sorted(records.$([ "$by" = task ] && echo TASKS || echo MODALITIES)), sep='\n')")
-  stage "$OUT/by_$by" "$SEED" eval.py --transfer "${runs[@]}" "all=$OUT/all/eval" "base=$OUT/eval_base" --by "$by"
+  done < <("$PYTHON" -c "from medgr2 import prompts; print(*sorted(prompts.$([ "$by" = task ] && echo TASKS || echo MODALITIES)), sep='\n')")
+  stage "$OUT/by_$by" "$SEED" -m analysis.transfer "${runs[@]}" "all=$OUT/all/eval" "base=$OUT/eval_base" --by "$by"
 done
 echo "all in $OUT"

@@ -1,7 +1,8 @@
 """What strangers' files do to every reader and stage: one line that names place and remedy and status 2, or they are read right.
 
-    python tests/test_bad_input.py      writes docs/bad_input.md anew, from the table below and what the scripts say
+python tests/test_bad_input.py      writes docs/bad_input.md anew, from the table below and what the scripts say
 """
+
 import json
 import os
 import re
@@ -21,46 +22,65 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
-import eval as evaluation  # noqa: E402
-import generate  # noqa: E402
-import grpo  # noqa: E402
-import leakage  # noqa: E402
-import records  # noqa: E402
-import report  # noqa: E402
-import reward  # noqa: E402
-import runs  # noqa: E402
-import sft  # noqa: E402
-import vlm  # noqa: E402
+import eval as evaluation
+import generate
+import grpo
+import reward
+import sft
+from analysis import report
+from medgr2 import cli, leakage, loading, records
+from medgr2.images import open_image
 
 DOC = ROOT / "docs" / "bad_input.md"
-SCRIPTS = {"generate.py": generate, "reward.py": reward, "sft.py": sft, "grpo.py": grpo, "eval.py": evaluation, "leakage.py": leakage,
-           "report.py": report}
+SCRIPTS = {
+    "generate.py": generate,
+    "reward.py": reward,
+    "sft.py": sft,
+    "grpo.py": grpo,
+    "eval.py": evaluation,
+    "records.py": records,
+    "leakage.py": leakage,
+    "report.py": report,
+}
 CHECK = "records.py check {d}/r.jsonl"
-READERS = {  # every command that reads records; {t}: the toy's models
-    "records.py check": CHECK, "records.py split": "records.py split {d}/r.jsonl --out {o}",
+# every command that reads records; {t}: the toy's models
+READERS = {
+    "records.py check": CHECK,
+    "records.py split": "records.py split {d}/r.jsonl --out {o}",
     "generate.py": "generate.py --images {d}/r.jsonl --model {t}/generator --out {o}",
     "reward.py train": "reward.py train --model {t}/policy --data {d}/r.jsonl --holdout 0.5 --steps 1 --out {o}",
     "reward.py score": "reward.py score --model {d}/rm --data {d}/r.jsonl --keep 0.5 --out {o}",
     "sft.py": "sft.py --model {t}/policy --data {d}/r.jsonl --epochs 1 --out {o}",
     "grpo.py": "grpo.py --model {t}/policy --reward {d}/rm --data {d}/r.jsonl --steps 1 --prompts 2 --group 2 --kl 0 --out {o}",
     "eval.py": "eval.py --model {t}/policy --data {d}/r.jsonl --max-new-tokens 4 --out {o}",
-    "leakage.py": "leakage.py --train {d}/r.jsonl --test {d}/r.jsonl --out {o}"}
+    "leakage.py": "leakage.py --train {d}/r.jsonl --test {d}/r.jsonl --out {o}",
+}
 
 
 class Case(NamedTuple):
     kind: str
     name: str
-    says: str  # a part of the line; what begins with "read" is no mistake
+    # a part of the line; what begins with "read" is no mistake
+    says: str
     make: Callable  # (folder) → None
     command: str = CHECK
-    holds: Callable = lambda folder: True  # of what was read
+    # of what was read
+    holds: Callable = lambda folder: True
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Files of records.
 
+
 def question(**change):
-    row = {"id": "q1", "image": "a.png", "question": "Which?", "options": ["CT", "MRI"], "answer": "CT", "source": "expert"} | change
+    row = {
+        "id": "q1",
+        "image": "a.png",
+        "question": "Which?",
+        "options": ["CT", "MRI"],
+        "answer": "CT",
+        "source": "expert",
+    } | change
     return {k: v for k, v in row.items() if v is not ...}
 
 
@@ -70,9 +90,11 @@ def jsonl(*rows):
 
 def file(data):
     """A record file with these bytes; beside it the good image a.png."""
+
     def make(folder):
         Image.new("RGB", (8, 8), (200, 0, 0)).save(folder / "a.png")
         (folder / "r.jsonl").write_bytes(data)
+
     return make
 
 
@@ -94,7 +116,7 @@ def options(name, says, options, answer="CT"):
 
 
 def read_as(*ids):
-    return lambda folder: [r["id"] for r in records.read(folder / "r.jsonl")] == list(ids)
+    return lambda folder: [r["id"] for r in records.read_records(folder / "r.jsonl")] == list(ids)
 
 
 def special(make_file):
@@ -111,7 +133,9 @@ FILES = [
     Case("text file", "blank lines alone", "no records", file(b"\n \r\n\t\n")),
     text("broken UTF-8", "r.jsonl:3: not UTF-8 (byte 8)", b'{"id": "\xff"}'),
     Case("text file", "UTF-16", "r.jsonl:1: not UTF-8", file(json.dumps(question()).encode("utf-16"))),
-    Case("text file", "an image in its place", "r.jsonl:1: not UTF-8", file(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")),
+    Case(
+        "text file", "an image in its place", "r.jsonl:1: not UTF-8", file(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    ),
     Case("text file", "compressed", "r.jsonl:1: not", file(zlib.compress(jsonl(question())))),
     text("a truncated line", "r.jsonl:3: not JSON", json.dumps(question()).encode()[:40]),
     text("CSV", "r.jsonl:3: not JSON", b"id,image,question"),
@@ -119,7 +143,12 @@ FILES = [
     text("an array", "r.jsonl:3: not an object", b"[1]"),
     text("a number", "r.jsonl:3: not an object", b"7"),
     text("null", "r.jsonl:3: not an object", b"null"),
-    Case("text file", "JSON over several lines", "r.jsonl:1: not JSON", file(json.dumps(question(), indent=1).encode())),
+    Case(
+        "text file",
+        "JSON over several lines",
+        "r.jsonl:1: not JSON",
+        file(json.dumps(question(), indent=1).encode()),
+    ),
     text("NaN", "NaN is not JSON", b'{"id": "a", "x": NaN}'),
     text("-Infinity", "-Infinity is not JSON", b'{"id": "a", "x": -Infinity}'),
     text("a number beyond floats", "1e999 is too large", b'{"id": "a", "x": [1e999]}'),
@@ -129,34 +158,103 @@ FILES = [
     text("an id twice", "`id` is already on line 1", question(id="q0")),
     text("half a surrogate pair", "half a surrogate pair", b'{"id": "a", "note": "\\ud83d"}'),
     Case("text file", "BOM", "read", file(b"\xef\xbb\xbf" + jsonl(question())), CHECK, read_as("q1")),
-    Case("text file", "CRLF and blank lines", "read", file(jsonl(question(), b"", question(id="q2")).replace(b"\n", b"\r\n")), CHECK, read_as("q1", "q2")),
+    Case(
+        "text file",
+        "CRLF and blank lines",
+        "read",
+        file(jsonl(question(), b"", question(id="q2")).replace(b"\n", b"\r\n")),
+        CHECK,
+        read_as("q1", "q2"),
+    ),
     Case("text file", "no newline at the end", "read", file(jsonl(question())[:-1]), CHECK, read_as("q1")),
-    Case("text file", "a line of 2 MiB", "read", file(jsonl(question(note="a" * (2 << 20)))), CHECK, read_as("q1")),
-    Case("text file", "a whole surrogate pair", "read", file(b'{"id": "\\ud83d\\ude00", "image": "a.png"}'), CHECK, read_as("\U0001f600")),
-    *(Case("text file", f"a truncated line, {name}", "r.jsonl:3: not JSON", third(b'{"id": "q1", "ima'), command)
-      for name, command in READERS.items() if command != CHECK),
-    *(Case("text file", f"a FIFO, {name}", "not a regular file", special(os.mkfifo), command)
-      for name, command in READERS.items() if name in ("records.py split", "generate.py", "sft.py", "eval.py")),
-    Case("text file", "import: a FIFO", "not a regular file", special(os.mkfifo), "records.py import {d}/r.jsonl --out {o}"),
-    Case("text file", "import: of no format", "format not recognised", file(b'[{"text": "hello"}]'), "records.py import {d}/r.jsonl --out {o}"),
-    Case("text file", "import: broken UTF-8", "not readable", file(b'["\xff"]'), "records.py import {d}/r.jsonl --out {o}"),
-    Case("text file", "report: a FIFO", "not a regular file", special(os.mkfifo), "report.py --metrics {d}/r.jsonl --out {o}"),
-    Case("text file", "report: nested 100,000 deep", "r.jsonl", file(b"[" * 100_000), "report.py --metrics {d}/r.jsonl --out {o}"),
+    Case(
+        "text file",
+        "a line of 2 MiB",
+        "read",
+        file(jsonl(question(note="a" * (2 << 20)))),
+        CHECK,
+        read_as("q1"),
+    ),
+    Case(
+        "text file",
+        "a whole surrogate pair",
+        "read",
+        file(b'{"id": "\\ud83d\\ude00", "image": "a.png"}'),
+        CHECK,
+        read_as("\U0001f600"),
+    ),
+    *(
+        Case(
+            "text file",
+            f"a truncated line, {name}",
+            "r.jsonl:3: not JSON",
+            third(b'{"id": "q1", "ima'),
+            command,
+        )
+        for name, command in READERS.items()
+        if command != CHECK
+    ),
+    *(
+        Case("text file", f"a FIFO, {name}", "not a regular file", special(os.mkfifo), command)
+        for name, command in READERS.items()
+        if name in ("records.py split", "generate.py", "sft.py", "eval.py")
+    ),
+    Case(
+        "text file",
+        "import: a FIFO",
+        "not a regular file",
+        special(os.mkfifo),
+        "records.py import {d}/r.jsonl --out {o}",
+    ),
+    Case(
+        "text file",
+        "import: of no format",
+        "format not recognised",
+        file(b'[{"text": "hello"}]'),
+        "records.py import {d}/r.jsonl --out {o}",
+    ),
+    Case(
+        "text file",
+        "import: broken UTF-8",
+        "not readable",
+        file(b'["\xff"]'),
+        "records.py import {d}/r.jsonl --out {o}",
+    ),
+    Case(
+        "text file",
+        "report: a FIFO",
+        "not a regular file",
+        special(os.mkfifo),
+        "report.py --metrics {d}/r.jsonl --out {o}",
+    ),
+    Case(
+        "text file",
+        "report: nested 100,000 deep",
+        "r.jsonl",
+        file(b"[" * 100_000),
+        "report.py --metrics {d}/r.jsonl --out {o}",
+    ),
 ]
 
 RECORDS = [
     record("no id", "no field `id`", id=...),
     record("an empty id", "`id` is empty", id=" "),
     record("a number as id", "`id` is not of type str", id=7),
-    record("no image", "no field `image`", image=...), record("an image's bytes", "`image` is not of type str", image=[137, 80]),
+    record("no image", "no field `image`", image=...),
+    record("an image's bytes", "`image` is not of type str", image=[137, 80]),
     record("an image with a zero byte in its name", "`image` holds a zero byte", image="a\0.png"),
     record("an empty question", "`question` is empty", question="?"),
     record("null as answer", "`answer` is not of type str", answer=None, options=...),
-    record("true as cycle", "`cycle` is not of type int", cycle=True), record("an unknown source", "`source` is not expert", source="web"),
+    record("true as cycle", "`cycle` is not of type int", cycle=True),
+    record("an unknown source", "`source` is not expert", source="web"),
     record("a list as report", "`report` is not of type str", report=["a"]),
     record("a tag in a text", "a tag of the reply's form", rationale="so <answer>CT</answer>"),
     text("an infinite reward", "Infinity is not JSON", b'{"id": "a", "reward": {"overall": Infinity}}'),
-    text("a reward head beyond floats", "1e999 is too large", b'{"id": "a", "reward": {"overall": 1, "relevant": 1e999}}'),
+    text(
+        "a reward head beyond floats",
+        "1e999 is too large",
+        b'{"id": "a", "reward": {"overall": 1, "relevant": 1e999}}',
+    ),
     record("a reward above 10", "`reward` is not", reward={"overall": 10.5}),
     record("a reward without overall", "`reward` is not", reward={"relevant": 1}),
     record("a number as reward", "`reward` is not of type dict", reward=5),
@@ -169,16 +267,37 @@ RECORDS = [
     options("27", "not 2 to 26", [f"{i} mm" for i in range(27)], "1 mm"),
     options("repeated", "two options are the same", ["CT", "MRI", "CT"]),
     options("repeated but for case and punctuation", "two options are the same", ["CT", "ct."]),
-    options("an empty one", "an option is empty", ["CT", " ? "]), options("a number", "an option is empty or not a string", ["CT", 4]),
-    options("a text", "`options` is not of type list", "CT, MRI"), options("an object", "`options` is not of type list", {"A": "CT"}),
-    Case("record", "no question, sft.py", "neither question and answer nor a report", file(jsonl({"id": "q1", "image": "a.png"})), READERS["sft.py"]),
-    Case("record", "no question, eval.py", "no field `question`", file(jsonl({"id": "q1", "image": "a.png"})), READERS["eval.py"]),
-    Case("record", "answered before, eval.py", "has a `prediction` already", file(jsonl(question(prediction="CT"))), READERS["eval.py"]),
+    options("an empty one", "an option is empty", ["CT", " ? "]),
+    options("a number", "an option is empty or not a string", ["CT", 4]),
+    options("a text", "`options` is not of type list", "CT, MRI"),
+    options("an object", "`options` is not of type list", {"A": "CT"}),
+    Case(
+        "record",
+        "no question, sft.py",
+        "neither question and answer nor a report",
+        file(jsonl({"id": "q1", "image": "a.png"})),
+        READERS["sft.py"],
+    ),
+    Case(
+        "record",
+        "no question, eval.py",
+        "no field `question`",
+        file(jsonl({"id": "q1", "image": "a.png"})),
+        READERS["eval.py"],
+    ),
+    Case(
+        "record",
+        "answered before, eval.py",
+        "has a `prediction` already",
+        file(jsonl(question(prediction="CT"))),
+        READERS["eval.py"],
+    ),
 ]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Images.
+
 
 def chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -188,14 +307,22 @@ def png(width, height, *more):
     """A grey PNG of zeros, made by hand."""
     packer = zlib.compressobj(1)
     rows = b"".join(packer.compress(bytes(width + 1)) for _ in range(height)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + b"".join(more) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        + b"".join(more)
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
+    )
 
 
 def picture(make_image):
     """Two records, with a good image and with i.png, which `make_image(path)` makes."""
+
     def make(folder):
         file(jsonl(question(id="q0"), question(image="i.png", answer="MRI")))(folder)
         make_image(folder / "i.png")
+
     return make
 
 
@@ -207,6 +334,7 @@ def cut(**options):
     def make(path):
         Image.frombytes("RGB", (64, 64), os.urandom(64 * 64 * 3)).save(path, **options)
         path.write_bytes(path.read_bytes()[:1500])
+
     return make
 
 
@@ -221,10 +349,16 @@ def image(name, says, make_image, command=CHECK):
 
 def good(name, make_image, *pixels):
     """`pixels`: the image's, row by row; within 12 of them, for JPEG."""
+
     def holds(folder):
-        opened = records.open_image(str(folder / "i.png"))
+        opened = open_image(str(folder / "i.png"))
         found = [opened.getpixel((x, y)) for y in range(opened.height) for x in range(opened.width)]
-        return opened.mode == "RGB" and len(found) == len(pixels) and all(abs(a - b) <= 12 for f, p in zip(found, pixels) for a, b in zip(f, p))
+        return (
+            opened.mode == "RGB"
+            and len(found) == len(pixels)
+            and all(abs(a - b) <= 12 for f, p in zip(found, pixels) for a, b in zip(f, p))
+        )
+
     return Case("image", name, "read", picture(make_image), CHECK, holds)
 
 
@@ -253,27 +387,55 @@ IMAGES = [
     image("missing", "no such image", lambda path: None),
     image("a dangling link", "no such image", lambda path: path.symlink_to("nowhere.png")),
     image("a link to itself", "not a readable image", lambda path: path.symlink_to("i.png")),
-    image("empty", "not a readable image", data(b"")), image("text named .png", "not a readable image", data(b"a chest X-ray, honestly")),
-    image("SVG", "not a readable image", data(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')),
+    image("empty", "not a readable image", data(b"")),
+    image("text named .png", "not a readable image", data(b"a chest X-ray, honestly")),
+    image(
+        "SVG", "not a readable image", data(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+    ),
     image("truncated PNG", "not a readable image", cut(format="PNG")),
     image("truncated JPEG", "not a readable image", cut(format="JPEG", quality=95)),
-    image("a folder", "not a readable image", os.mkdir), image("a FIFO", "not a regular file", os.mkfifo),
+    image("a folder", "not a readable image", os.mkdir),
+    image("a FIFO", "not a regular file", os.mkfifo),
     image("a link to a device", "zero is not under", lambda path: path.symlink_to("/dev/zero")),
-    image("zero-sized GIF", "not a readable image", data(b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\x00;")),
+    image(
+        "zero-sized GIF", "not a readable image", data(b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\x00;")
+    ),
     image("zero-sized PPM", "not a readable image", data(b"P6 0 0 255\n")),
-    image("20,000 x 20,000", "not a readable image", data(png(20_000, 1).replace(struct.pack(">II", 20_000, 1), struct.pack(">II", 20_000, 20_000)))),
+    image(
+        "20,000 x 20,000",
+        "not a readable image",
+        data(png(20_000, 1).replace(struct.pack(">II", 20_000, 1), struct.pack(">II", 20_000, 20_000))),
+    ),
     image("8,500 x 8,500 in 0.3 MiB", "8500 x 8500 pixels, more than 64 Mi", data(png(8500, 8500))),
-    image("a text chunk that unpacks to 80 MiB", "not a readable image", data(png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))))),
-    image("a file of 300 MiB", "more than 256 MiB", huge_file), image("a strip, 1 x 300", "a strip", data(png(1, 300))),
+    image(
+        "a text chunk that unpacks to 80 MiB",
+        "not a readable image",
+        data(png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20))))),
+    ),
+    image("a file of 300 MiB", "more than 256 MiB", huge_file),
+    image("a strip, 1 x 300", "a strip", data(png(1, 300))),
     good("1 x 1", data(png(1, 1)), (0, 0, 0)),
     good("CMYK", lambda path: Image.new("CMYK", (1, 1), (0, 255, 255, 0)).save(path, "JPEG"), (255, 0, 0)),
-    good("16 bits", deep, (0,) * 3, (128,) * 3, (255,) * 3), good("palette with alpha", palette, (255, 255, 255), (0, 0, 200)),
-    good("animated", lambda path: Image.new("L", (1, 1), 10).save(path, "GIF", save_all=True, append_images=[Image.new("L", (1, 1), 200)]), (10,) * 3),
-    good("EXIF-rotated", turned, (10,) * 3, (200,) * 3), good("one bit", lambda path: Image.new("1", (1, 1), 1).save(path), (255,) * 3),
+    good("16 bits", deep, (0,) * 3, (128,) * 3, (255,) * 3),
+    good("palette with alpha", palette, (255, 255, 255), (0, 0, 200)),
+    good(
+        "animated",
+        lambda path: Image.new("L", (1, 1), 10).save(
+            path, "GIF", save_all=True, append_images=[Image.new("L", (1, 1), 200)]
+        ),
+        (10,) * 3,
+    ),
+    good("EXIF-rotated", turned, (10,) * 3, (200,) * 3),
+    good("one bit", lambda path: Image.new("1", (1, 1), 1).save(path), (255,) * 3),
     good("transparent", lambda path: Image.new("RGBA", (1, 1), (90, 0, 0, 0)).save(path), (255,) * 3),
-    good("JPEG named .png", lambda path: Image.new("RGB", (1, 1), (0, 0, 255)).save(path, "JPEG"), (0, 0, 255)),
-    *(image(f"truncated PNG, {name}", "not a readable image", cut(format="PNG"), command) for name, command in READERS.items()
-      if command != CHECK and name != "records.py split"),
+    good(
+        "JPEG named .png", lambda path: Image.new("RGB", (1, 1), (0, 0, 255)).save(path, "JPEG"), (0, 0, 255)
+    ),
+    *(
+        image(f"truncated PNG, {name}", "not a readable image", cut(format="PNG"), command)
+        for name, command in READERS.items()
+        if command != CHECK and name != "records.py split"
+    ),
     image("missing, eval.py", "no such image", lambda path: None, READERS["eval.py"]),
     image("missing, generate.py", "no image", lambda path: None, READERS["generate.py"]),
 ]
@@ -281,15 +443,27 @@ IMAGES = [
 
 def place(name, says, path, make_more=lambda folder: None, flags="", command=CHECK):
     """{d}/own/r.jsonl names `path`; a.png stands in its own folder {d}/own, outside in {d} and in {d}/own-not, and b.png in {d} alone."""
+
     def make(folder):
         for inner in ("own", "own-not", "."):
             (folder / inner).mkdir(exist_ok=True)
-            file(jsonl(question(image=path.format(d=folder)), question(id="q2", image="a.png", answer="MRI")))(folder / inner)
+            file(
+                jsonl(question(image=path.format(d=folder)), question(id="q2", image="a.png", answer="MRI"))
+            )(folder / inner)
         Image.new("RGB", (8, 8)).save(folder / "b.png")
         make_more(folder)
+
     command = command.replace("{d}/r.jsonl", "{d}/own/r.jsonl") + flags
-    holds = lambda folder: command.startswith("records.py import") or records.open_image(next(records.read(  # noqa: E731
-        folder / "own" / "r.jsonl", root=folder))["image"])
+    holds = lambda folder: (
+        command.startswith("records.py import")
+        or open_image(
+            next(
+                records.read_records(  # noqa: E731
+                    folder / "own" / "r.jsonl", root=folder
+                )
+            )["image"]
+        )
+    )
     return Case("image path", name, says, make, command, holds)
 
 
@@ -298,26 +472,63 @@ def link(to, name="i"):
 
 
 def import_of(name, says, path, flags=""):
-    rows = [{"conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cyst."}], "image": path}]
-    return place(f"import: {name}", says, "a.png", lambda folder: (folder / "own" / "r.jsonl").write_text(json.dumps(rows)), flags,
-                 "records.py import {d}/r.jsonl --out {o}/r.jsonl")
+    rows = [
+        {
+            "conversations": [
+                {"from": "human", "value": "<image>What?"},
+                {"from": "gpt", "value": "A cyst."},
+            ],
+            "image": path,
+        }
+    ]
+    return place(
+        f"import: {name}",
+        says,
+        "a.png",
+        lambda folder: (folder / "own" / "r.jsonl").write_text(json.dumps(rows)),
+        flags,
+        "records.py import {d}/r.jsonl --out {o}/r.jsonl",
+    )
 
 
 PLACES = [
-    place("..", "a.png is not under", "../a.png"), place("absolute", "a.png is not under", "{d}/a.png"),
+    place("..", "a.png is not under", "../a.png"),
+    place("absolute", "a.png is not under", "{d}/a.png"),
     place("a folder whose name begins alike", "a.png is not under", "../own-not/a.png"),
     place("a link that leads out", "/a.png is not under", "i", link("../a.png")),
     place("a linked folder that leads out", "/b.png is not under", "i/b.png", link("..")),
-    place(".. and back", "read", "../own/a.png"), place("absolute, inside", "read", "{d}/own/a.png"), place("a link inside", "read", "i", link("a.png")),
+    place(".. and back", "read", "../own/a.png"),
+    place("absolute, inside", "read", "{d}/own/a.png"),
+    place("a link inside", "read", "i", link("a.png")),
     place("allowed by --image-root", "read", "../a.png", flags=" --image-root {d}"),
     place("a link, allowed by --image-root", "read", "i", link("../a.png"), flags=" --image-root {d}"),
     place("another --image-root", "a.png is not under", "../a.png", flags=" --image-root {d}/own-not"),
-    *(place(f".., {name}", "a.png is not under", "../a.png", command=command) for name, command in READERS.items() if command != CHECK),
-    *(place(f"allowed by --image-root, {name}", "read", "../a.png", flags=" --image-root {d}", command=READERS[name])
-      for name in ("generate.py", "reward.py score", "sft.py", "eval.py", "leakage.py")),
-    place(".., report.py", "a.png is not under", "../a.png", command="report.py --scored {d}/r.jsonl --out {o}/report.html",
-          make_more=lambda folder: (folder / "own" / "r.jsonl").write_bytes(jsonl(question(image="../a.png", reward={"overall": 1})))),
-    import_of("..", "outside of the folder of images", "../a.png"), import_of("allowed by --image-root", "read", "../a.png", " --image-root {d}"),
+    *(
+        place(f".., {name}", "a.png is not under", "../a.png", command=command)
+        for name, command in READERS.items()
+        if command != CHECK
+    ),
+    *(
+        place(
+            f"allowed by --image-root, {name}",
+            "read",
+            "../a.png",
+            flags=" --image-root {d}",
+            command=READERS[name],
+        )
+        for name in ("generate.py", "reward.py score", "sft.py", "eval.py", "leakage.py")
+    ),
+    place(
+        ".., report.py",
+        "a.png is not under",
+        "../a.png",
+        command="report.py --scored {d}/r.jsonl --out {o}/report.html",
+        make_more=lambda folder: (folder / "own" / "r.jsonl").write_bytes(
+            jsonl(question(image="../a.png", reward={"overall": 1}))
+        ),
+    ),
+    import_of("..", "outside of the folder of images", "../a.png"),
+    import_of("allowed by --image-root", "read", "../a.png", " --image-root {d}"),
     import_of("allowed by --images", "read", "own/a.png", " --images {d}"),
 ]
 
@@ -325,25 +536,29 @@ PLACES = [
 # ---------------------------------------------------------------------------------------------------------
 # Models. {d}/model is a copy of the toy's policy, spoilt; {d}/rm a reward model.
 
+
 class Payload:
     """Unpickled, it would make a file."""
+
     def __reduce__(self):
         return open, (str(Path(tempfile.gettempdir()) / "unpickled"), "w")
 
 
 def put_reward_model(folder):
-    backbone = vlm.load(str(ROOT / "toy" / "policy"))
+    backbone = loading.load(str(ROOT / "toy" / "policy"))
     torch.manual_seed(0)
     reward.RewardModel(backbone, reward.Heads(backbone.head.weight.shape[1] + 30, 4), True).save(str(folder))
 
 
 def change(name, **fields):
     """Change fields of a JSON file of the model; a dict's within it."""
+
     def spoil(model):
         values = json.loads((model / name).read_text())
         for key, value in fields.items():
             values[key] = values[key] | value if isinstance(value, dict) and key in values else value
         (model / name).write_text(json.dumps(values))
+
     return spoil
 
 
@@ -364,7 +579,11 @@ def larger_vocabulary(model):
 
 
 def own_code(model):
-    change("config.json", model_type="my_own", auto_map={"AutoConfig": "own.C", "AutoModelForImageTextToText": "own.M"})(model)
+    change(
+        "config.json",
+        model_type="my_own",
+        auto_map={"AutoConfig": "own.C", "AutoModelForImageTextToText": "own.M"},
+    )(model)
     (model / "own.py").write_text(f"open({str(Path(tempfile.gettempdir()) / 'unpickled')!r}, 'w')\n")
 
 
@@ -378,6 +597,7 @@ def model(name, says, spoil, stage="eval.py"):
         Image.new("RGB", (8, 8), (0, 200, 0)).save(folder / "b.png")
         shutil.copytree(ROOT / "toy" / "policy", folder / "model")
         spoil(folder / "model")
+
     command = re.sub(r"{t}/\w+", "{d}/model", READERS[stage])
     return Case("model", f"{name}, {stage}", says, make, command)
 
@@ -385,17 +605,21 @@ def model(name, says, spoil, stage="eval.py"):
 def reward_model(name, says, spoil, stage="reward.py score"):
     def make(folder):
         file(jsonl(question(id="q0")))(folder)
-        if (folder / "rm").is_symlink():  # every case may have it; this one spoils its own
+        # every case may have it; this one spoils its own
+        if (folder / "rm").is_symlink():
             whole = (folder / "rm").resolve()
             (folder / "rm").unlink()
             shutil.copytree(whole, folder / "rm")
         spoil(folder / "rm")
+
     return Case("model", f"{name}, {stage}", says, make, READERS[stage])
 
 
 MODELS = [
-    model("missing", "no config.json", shutil.rmtree), model("missing", "no config.json", shutil.rmtree, "generate.py"),
-    model("missing", "no config.json", shutil.rmtree, "grpo.py"), model("missing", "no config.json", shutil.rmtree, "reward.py train"),
+    model("missing", "no config.json", shutil.rmtree),
+    model("missing", "no config.json", shutil.rmtree, "generate.py"),
+    model("missing", "no config.json", shutil.rmtree, "grpo.py"),
+    model("missing", "no config.json", shutil.rmtree, "reward.py train"),
     model("a file", "no config.json", lambda path: (shutil.rmtree(path), path.write_text("weights"))),
     model("no weights", "cannot load it", no_file("model.safetensors")),
     model("no weights", "cannot load it", no_file("model.safetensors"), "sft.py"),
@@ -404,17 +628,34 @@ MODELS = [
     model("pickled weights alone", "in safetensors", pickle_alone, "generate.py"),
     model("half its weights", "cannot load it", half("model.safetensors")),
     model("broken config.json", "cannot load it", half("config.json")),
-    model("no tokenizer", "cannot load it", no_file("tokenizer.json")), model("broken tokenizer", "cannot load it", half("tokenizer.json")),
+    model("no tokenizer", "cannot load it", no_file("tokenizer.json")),
+    model("broken tokenizer", "cannot load it", half("tokenizer.json")),
     model("no processor", "cannot load it", no_file("processor_config.json")),
     model("no chat template", "no chat template", no_file("chat_template.jinja")),
-    model("a processor of another patch size", "processor does not fit", change("processor_config.json", patch_size=8)),
-    model("a processor of another image size", "processor does not fit", change("processor_config.json", image_processor={"size": {"height": 32, "width": 32}})),
+    model(
+        "a processor of another patch size",
+        "processor does not fit",
+        change("processor_config.json", patch_size=8),
+    ),
+    model(
+        "a processor of another image size",
+        "processor does not fit",
+        change("processor_config.json", image_processor={"size": {"height": 32, "width": 32}}),
+    ),
     model("another image token", "processor does not fit", change("config.json", image_token_index=7)),
     model("a larger vocabulary", "vocabulary does not fit: token 754", larger_vocabulary),
     model("a larger vocabulary", "vocabulary does not fit", larger_vocabulary, "generate.py"),
-    model("another width", "weights do not fit config.json", change("config.json", text_config={"intermediate_size": 64})),
+    model(
+        "another width",
+        "weights do not fit config.json",
+        change("config.json", text_config={"intermediate_size": 64}),
+    ),
     model("code of its own", "needs no code of its own", own_code),
-    reward_model("a policy in place of a reward model", "not a reward model", lambda path: (shutil.rmtree(path), shutil.copytree(ROOT / "toy" / "policy", path))),
+    reward_model(
+        "a policy in place of a reward model",
+        "not a reward model",
+        lambda path: (shutil.rmtree(path), shutil.copytree(ROOT / "toy" / "policy", path)),
+    ),
     reward_model("a reward model without heads", "not a reward model", no_file("heads.safetensors")),
     reward_model("half its heads", "not a reward model", half("heads.safetensors")),
     reward_model("broken heads.json", "not a reward model", half("heads.json")),
@@ -427,6 +668,7 @@ CASES = {f"{case.kind}: {case.name}": case for case in FILES + RECORDS + IMAGES 
 # ---------------------------------------------------------------------------------------------------------
 # Running them.
 
+
 def call(command, folder):
     """Run a command in this process, as from the command line → exit status. A FIFO must not block: it has two minutes."""
     words = [w.format(d=folder, o=folder / "out", t=ROOT / "toy") for w in shlex.split(command)]
@@ -434,9 +676,7 @@ def call(command, folder):
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it blocks"))
     signal.alarm(120)
     try:
-        if words[0] == "records.py":
-            return records.main()
-        runs.cli(SCRIPTS[words[0]].main, SCRIPTS[words[0]].parse_args())
+        cli.run_main(SCRIPTS[words[0]].main, SCRIPTS[words[0]].parse_args())
     except SystemExit as leaving:
         return leaving.code
     finally:
@@ -450,14 +690,23 @@ def message(error, folder):
     line = error.strip().replace(f"{folder}/", "").replace(str(folder), ".").replace(f"{ROOT}/", "")
     line = re.sub(r"maximum recursion.*?;", "...;", line)
     line = re.sub(r"(not JSON|not a readable image|not readable) \(.*\)", r"\1 (...)", line)
-    return re.sub(r"(image-text-to-text model|does not fit the model): .*; give", r"\1: ...; give",
-                  re.sub(r"(train makes one\)): .*", r"\1: ...", line)).replace("|", "\\|")
+    return re.sub(
+        r"(image-text-to-text model|does not fit the model): .*; give",
+        r"\1: ...; give",
+        re.sub(r"(train makes one\)): .*", r"\1: ...", line),
+    ).replace("|", "\\|")
 
 
 def row(name, said):
     case = CASES[name]
-    words = [w for w in case.command.split()[:2] if w.endswith(".py") or w in ("check", "split", "import", "train", "score")]
-    return f"| {case.kind} | {case.name.removesuffix(', ' + ' '.join(words))} | `{' '.join(words)}` | {said} |"
+    words = [
+        w
+        for w in case.command.split()[:2]
+        if w.endswith(".py") or w in ("check", "split", "import", "train", "score")
+    ]
+    return (
+        f"| {case.kind} | {case.name.removesuffix(', ' + ' '.join(words))} | `{' '.join(words)}` | {said} |"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +733,9 @@ def test_bad_input_is_refused_in_one_line_or_read_right(name, tmp_path, capsys, 
         return
     assert status == 2 and case.says in error and error.count("\n") == 1 and len(error) < 1200, error
     assert not (tmp_path / "out").exists() and not planted.exists()
-    assert row(name, message(error, tmp_path)) in documented, "python tests/test_bad_input.py writes docs/bad_input.md anew"
+    assert row(name, message(error, tmp_path)) in documented, (
+        "python tests/test_bad_input.py writes docs/bad_input.md anew"
+    )
 
 
 def test_the_document_has_these_cases_and_no_others(documented):
@@ -506,6 +757,7 @@ for a library's own words. Where an image is unreadable, `generate.py` and `rewa
 def write_document():
     import contextlib
     import io
+
     lines = []
     with tempfile.TemporaryDirectory() as top:
         put_reward_model(Path(top) / "rm")

@@ -1,18 +1,19 @@
 """toy/: the clinic's records are true and valid, its images follow the facts, its committed models are what they should be."""
+
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import clinic
+import mark
 import numpy as np
 import pytest
 
-import clinic
-import mark
-import records
-import runs
-import vlm
+from medgr2 import loading, records, runs
+from medgr2.images import hash_image, open_image
+from medgr2.prompts import MODALITIES, PARADIGMS, TASKS
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,21 +21,45 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("clinic") / "data"
-    clinic.main(type("Args", (), {"out": str(out), "seed": 1, "sizes": (20, 10, 10, 10, 30), "heldout_modality": "OCT",
-                                  "heldout_task": "Lesion Grading"}))
+    clinic.main(
+        type(
+            "Args",
+            (),
+            {
+                "out": str(out),
+                "seed": 1,
+                "sizes": (20, 10, 10, 10, 30),
+                "heldout_modality": "OCT",
+                "heldout_task": "Lesion Grading",
+            },
+        )
+    )
     return out
 
 
 def test_a_clinic_that_is_being_drawn_is_left_alone_and_what_a_killed_call_left_is_not_in_the_next(tmp_path):
     def draw():
-        return subprocess.run([sys.executable, ROOT / "toy" / "clinic.py", "--out", tmp_path / "data", "--sizes", *"22222"], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, ROOT / "toy" / "clinic.py", "--out", tmp_path / "data", "--sizes", *"22222"],
+            capture_output=True,
+            text=True,
+        )
 
     lock = runs.take_lock(str(tmp_path / "data.part"))
     (tmp_path / "data.part" / "half.jsonl").write_text("{")
     done = draw()
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is writing there" in done.stderr and (tmp_path / "data.part" / "half.jsonl").exists()
-    lock.close()  # as when its process is killed
-    assert draw().returncode == 0 and not {p.name for p in (tmp_path / "data").iterdir()} & {"half.jsonl", "lock"}
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "is writing there" in done.stderr
+        and (tmp_path / "data.part" / "half.jsonl").exists()
+    )
+    # as when its process is killed
+    lock.close()
+    assert draw().returncode == 0 and not {p.name for p in (tmp_path / "data").iterdir()} & {
+        "half.jsonl",
+        "lock",
+    }
 
 
 FILES = ["expert.jsonl", "reports.jsonl", "unlabelled/images.jsonl", "val.jsonl", "test.jsonl"]
@@ -42,19 +67,22 @@ FILES = ["expert.jsonl", "reports.jsonl", "unlabelled/images.jsonl", "val.jsonl"
 
 @pytest.mark.parametrize("file", FILES + [f"heldout/{f}" for f in FILES])
 def test_every_file_is_valid_and_every_image_opens_at_64_pixels(folder, file):
-    rows = list(records.read(folder / file, require=("image", "modality")))
-    assert rows and all(records.open_image(r["image"]).size == (64, 64) for r in rows)
+    rows = list(records.read_records(folder / file, fields=("image", "modality")))
+    assert rows and all(open_image(r["image"]).size == (64, 64) for r in rows)
 
 
 def test_heldout_training_files_lack_the_modality_and_the_task_and_test_has_them(folder):
     for file in FILES[:3]:
-        assert not any(r["modality"] == "OCT" or r.get("task") == "Lesion Grading" for r in records.read(folder / "heldout" / file))
-    rows = list(records.read(folder / "heldout" / "test.jsonl"))
+        assert not any(
+            r["modality"] == "OCT" or r.get("task") == "Lesion Grading"
+            for r in records.read_records(folder / "heldout" / file)
+        )
+    rows = list(records.read_records(folder / "heldout" / "test.jsonl"))
     assert any(r["modality"] == "OCT" for r in rows) and any(r["task"] == "Lesion Grading" for r in rows)
 
 
 def test_no_image_is_in_two_files(folder):
-    hashes = [{records.image_hash(r["image"]) for r in records.read(folder / f)} for f in FILES]
+    hashes = [{hash_image(r["image"]) for r in records.read_records(folder / f)} for f in FILES]
     assert sum(map(len, hashes)) == len(set().union(*hashes))
 
 
@@ -63,13 +91,19 @@ def test_the_same_seed_draws_the_same_clinic_and_another_another():
     assert (draw(1) == draw(1)).all() and (draw(1) != draw(2)).any()
 
 
-@pytest.mark.parametrize("modality", records.MODALITIES)
+@pytest.mark.parametrize("modality", MODALITIES)
 @pytest.mark.parametrize("finding", clinic.FINDINGS[:4])
 def test_the_lesion_is_drawn_on_its_side_and_grows_with_its_degree(modality, finding):
     area = {}
     for degree in clinic.DEGREES:
         for side in clinic.SIDES:
-            facts = {"modality": modality, "anatomy": "brain", "finding": finding, "degree": degree, "side": side}
+            facts = {
+                "modality": modality,
+                "anatomy": "brain",
+                "finding": finding,
+                "degree": degree,
+                "side": side,
+            }
             mask = np.mean([clinic.lesion_mask(facts, random.Random(k)) for k in range(20)], 0)
             left, right = mask[:, :32].sum(), mask[:, 32:].sum()
             assert (left > 5 * right) if side == "left" else (right > 5 * left)
@@ -77,8 +111,8 @@ def test_the_lesion_is_drawn_on_its_side_and_grows_with_its_degree(modality, fin
     assert area["mild"] < area["moderate"] < area["severe"]
 
 
-@pytest.mark.parametrize("task", records.TASKS)
-@pytest.mark.parametrize("paradigm", records.PARADIGMS)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("paradigm", PARADIGMS)
 def test_what_a_record_says_is_true_and_offered(task, paradigm):
     for k in range(50):
         rng = random.Random(k)
@@ -93,16 +127,26 @@ def test_what_a_record_says_is_true_and_offered(task, paradigm):
 
 def test_the_right_option_stands_in_no_favourite_place():
     rng = random.Random(0)
-    places = [row["options"].index(row["answer"]) for row in
-              (clinic.question(clinic.draw_facts(rng), "Disease Diagnosis", rng) for _ in range(2000))]
+    places = [
+        row["options"].index(row["answer"])
+        for row in (clinic.question(clinic.draw_facts(rng), "Disease Diagnosis", rng) for _ in range(2000))
+    ]
     assert all(0.2 < places.count(i) / 2000 < 0.3 for i in range(4))
 
 
 def test_marks_by_hand(tmp_path):
     facts = {"modality": "CT", "anatomy": "knee", "finding": "mass", "degree": "mild", "side": "left"}
-    make = lambda k, answer, score: {"id": str(k), "image": "x.png", "parent": "p", "question": "Which finding is present?",  # noqa: E731
-                                     "options": ["mass", "cyst"], "answer": answer, "task": "Lesion Grading",
-                                     "paradigm": "direct", "reward": {"overall": score}}
+    make = lambda k, answer, score: {
+        "id": str(k),
+        "image": "x.png",
+        "parent": "p",
+        "question": "Which finding is present?",  # noqa: E731
+        "options": ["mass", "cyst"],
+        "answer": answer,
+        "task": "Lesion Grading",
+        "paradigm": "direct",
+        "reward": {"overall": score},
+    }
     rows = [make(0, "mass", 3.0), make(1, "cyst", 2.0), make(2, "mass", 1.0), make(3, "cyst", 1.0)]
     for name, part in (("scored", rows), ("accepted", rows[:2]), ("random", rows[1:2])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
@@ -113,6 +157,6 @@ def test_marks_by_hand(tmp_path):
 
 @pytest.mark.parametrize("role", ["policy", "generator", "backbone"])
 def test_a_committed_model_is_small_and_loads_in_the_real_format(role):
-    model = vlm.load(str(ROOT / "toy" / role)).model
+    model = loading.load(str(ROOT / "toy" / role)).model
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 4e6
     assert (ROOT / "toy" / role / "model.safetensors").stat().st_size < 4e6

@@ -1,4 +1,5 @@
 """grpo.py: the loss against a computation by hand, what must not change it, and rewards, groups and watch."""
+
 import argparse
 import copy
 import json
@@ -7,20 +8,21 @@ import sys
 import threading
 from pathlib import Path
 
+import clinic
 import pytest
 import torch
 
-import clinic
 import grpo
-import records
-import runs
-import vlm
+from medgr2 import loading, records, runs, vlm
+from medgr2.images import open_image
+from medgr2.prompts import is_match, parse_response, policy_prompt
 from reward import Heads, RewardModel
 
 ROOT = Path(__file__).parent.parent
 
 
 # ---- the loss, number by number, in plain Python
+
 
 def by_hand(logps, old, ref, advantages, mask, counts, loss, low, high, beta):
     sequences, tokens, longest = counts
@@ -40,13 +42,22 @@ def by_hand(logps, old, ref, advantages, mask, counts, loss, low, high, beta):
                 d = ref[i][t] - logps[i][t]
                 kl = math.exp(d) - d - 1
             term = -(gain - beta * kl)
-            total += term / {"grpo": n * sequences, "gspo": n * sequences, "dapo": tokens, "dr_grpo": sequences * longest}[loss]
+            total += (
+                term
+                / {
+                    "grpo": n * sequences,
+                    "gspo": n * sequences,
+                    "dapo": tokens,
+                    "dr_grpo": sequences * longest,
+                }[loss]
+            )
     return total
 
 
 OLD = [[-1.0, -2.0, -0.5], [-1.5, -1.0, -3.0]]
 REF = [[-1.1, -1.7, -0.9], [-1.2, -1.4, -2.0]]
-BRANCHES = {"inside": 0.05, "below": -0.5, "above": 0.5}  # log ratio against a clip of 0.2 and 0.28
+# log ratio against a clip of 0.2 and 0.28
+BRANCHES = {"inside": 0.05, "below": -0.5, "above": 0.5}
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
@@ -55,28 +66,54 @@ BRANCHES = {"inside": 0.05, "below": -0.5, "above": 0.5}  # log ratio against a 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_loss_equals_a_computation_by_hand_in_every_branch_of_the_clip(loss, branch, sign, beta):
     logps = [[o + BRANCHES[branch] for o in row] for row in OLD]
-    logps[1][0] -= 0.03  # tokens of a sequence differ, or gspo could not be told from grpo
+    # tokens of a sequence differ, or gspo could not be told from grpo
+    logps[1][0] -= 0.03
     mask, advantages, counts = [[1, 1, 1], [1, 1, 0]], [0.7 * sign, 1.3 * sign], (2, 5, 8)
     want = by_hand(logps, OLD, REF, advantages, mask, counts, loss, 0.2, 0.28, beta)
     t = torch.tensor
-    got, metrics = grpo.grpo_loss(t(logps), t(OLD), t(REF), t(advantages), t(mask), counts, loss=loss, epsilon=0.2,
-                                  epsilon_high=0.28, kl=beta)
+    got, metrics = grpo.grpo_loss(
+        t(logps),
+        t(OLD),
+        t(REF),
+        t(advantages),
+        t(mask),
+        counts,
+        loss=loss,
+        epsilon=0.2,
+        epsilon_high=0.28,
+        kl=beta,
+    )
     assert got.item() == pytest.approx(want, rel=1e-5)
     clipped = {("below", -1.0): "clip_low", ("above", 1.0): "clip_high"}.get((branch, sign))
-    assert {k: int(metrics[k]) for k in ("clip_low", "clip_high")} == {"clip_low": 0, "clip_high": 0} | ({clipped: 5} if clipped else {})
+    assert {k: int(metrics[k]) for k in ("clip_low", "clip_high")} == {"clip_low": 0, "clip_high": 0} | (
+        {clipped: 5} if clipped else {}
+    )
 
 
-@pytest.mark.parametrize("branch,sign,moves", [("inside", 1, True), ("inside", -1, True), ("below", 1, True), ("below", -1, False),
-                                               ("above", 1, False), ("above", -1, True)])
+@pytest.mark.parametrize(
+    "branch,sign,moves",
+    [
+        ("inside", 1, True),
+        ("inside", -1, True),
+        ("below", 1, True),
+        ("below", -1, False),
+        ("above", 1, False),
+        ("above", -1, True),
+    ],
+)
 def test_a_clipped_token_has_no_gradient_and_every_other_has(branch, sign, moves):
     logps = (torch.tensor(OLD) + BRANCHES[branch]).requires_grad_()
-    grpo.grpo_loss(logps, torch.tensor(OLD), None, torch.full((2,), float(sign)), torch.ones(2, 3), (2, 6, 3))[0].backward()
+    grpo.grpo_loss(
+        logps, torch.tensor(OLD), None, torch.full((2,), float(sign)), torch.ones(2, 3), (2, 6, 3)
+    )[0].backward()
     assert (logps.grad != 0).all() if moves else (logps.grad == 0).all()
 
 
 def test_epsilon_high_is_epsilon_unless_given_even_when_it_is_zero():
     logps = torch.tensor(OLD) + 0.1
-    run = lambda **k: grpo.grpo_loss(logps, torch.tensor(OLD), None, torch.ones(2), torch.ones(2, 3), (2, 6, 3), **k)[0].item()  # noqa: E731
+    run = lambda **k: grpo.grpo_loss(
+        logps, torch.tensor(OLD), None, torch.ones(2), torch.ones(2, 3), (2, 6, 3), **k
+    )[0].item()  # noqa: E731
     assert run() == pytest.approx(-math.exp(0.1), rel=1e-5) and run(epsilon_high=0.0) == pytest.approx(-1.0)
 
 
@@ -84,19 +121,29 @@ def test_a_masked_token_and_an_all_masked_row_do_not_count():
     logps, mask = torch.tensor(OLD), torch.tensor([[1, 1, 0], [0, 0, 0]])
     base = grpo.grpo_loss(logps, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0]
     other = torch.where(mask > 0, logps, torch.tensor(-50.0))
-    assert torch.equal(base, grpo.grpo_loss(other, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0]) and base.isfinite()
+    assert (
+        torch.equal(base, grpo.grpo_loss(other, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0])
+        and base.isfinite()
+    )
 
 
 def test_advantages_by_hand_and_equal_rewards_give_exactly_zero():
     r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]])
     group = grpo.advantages_of(r, "group")
-    std = math.sqrt(4 * 0.25 / 3)  # of (1, 0, 0, 1) with n - 1
-    assert group[0].tolist() == pytest.approx([s * 0.5 / (std + 1e-4) for s in (1, -1, -1, 1)]) and not group[1].any()
+    # of (1, 0, 0, 1) with n - 1
+    std = math.sqrt(4 * 0.25 / 3)
+    assert (
+        group[0].tolist() == pytest.approx([s * 0.5 / (std + 1e-4) for s in (1, -1, -1, 1)])
+        and not group[1].any()
+    )
     assert grpo.advantages_of(r, "none")[0].tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert grpo.advantages_of(r, "batch", torch.tensor(2.0))[0].tolist() == pytest.approx([s * 0.5 / 2.0001 for s in (1, -1, -1, 1)])
+    assert grpo.advantages_of(r, "batch", torch.tensor(2.0))[0].tolist() == pytest.approx(
+        [s * 0.5 / 2.0001 for s in (1, -1, -1, 1)]
+    )
 
 
 # ---- on the toy policy
+
 
 class OneProcess:
     """What `learn` asks of an accelerate.Accelerator, for one of several shares whose sums a test adds up itself."""
@@ -105,17 +152,31 @@ class OneProcess:
         self.counts = counts
 
     def reduce(self, tensor, how):
-        return torch.tensor(self.counts) if self.counts and tensor.dtype == torch.long and tensor.numel() == 2 else tensor
+        return (
+            torch.tensor(self.counts)
+            if self.counts and tensor.dtype == torch.long and tensor.numel() == 2
+            else tensor
+        )
 
 
 def flags(**over):
-    return argparse.Namespace(**{"micro_batch": 8, "mask_truncated": False, "max_new_tokens": 24, "loss": "grpo", "epsilon": 0.2,
-                                 "epsilon_high": None, "kl": 0.0} | over)
+    return argparse.Namespace(
+        **{
+            "micro_batch": 8,
+            "mask_truncated": False,
+            "max_new_tokens": 24,
+            "loss": "grpo",
+            "epsilon": 0.2,
+            "epsilon_high": None,
+            "kl": 0.0,
+        }
+        | over
+    )
 
 
 @pytest.fixture(scope="module")
 def policy():
-    return vlm.load(str(ROOT / "toy" / "policy"))
+    return loading.load(str(ROOT / "toy" / "policy"))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +184,7 @@ def groups(policy, tmp_path_factory):
     """Six judged groups of four responses, some of them truncated (24 tokens are few)."""
     folder = tmp_path_factory.mktemp("clinic")
     clinic.write_clinic(str(folder), (3, 1, 1, 1, 1), seed=5)
-    rows = list(records.read(folder / "expert.jsonl"))[:6]
+    rows = list(records.read_records(folder / "expert.jsonl"))[:6]
     made = grpo.sample_groups(policy, rows, grpo.prepare(policy, rows), 4, 24, 0, 0)
     for k, g in enumerate(made):
         g.rewards = torch.tensor([0.1, 0.5, 0.4, 0.9]) * (k + 1)
@@ -157,7 +218,9 @@ def test_the_gradient_does_not_depend_on_micro_batches(policy, groups, loss):
 def test_the_gradient_is_the_sum_over_processes(policy, groups, loss):
     whole, metrics, _ = gradient(policy, groups, loss=loss)
     rows = sum(len(g.texts) for g in groups)
-    shares = [gradient(policy, groups[r::2], OneProcess([rows, metrics["tokens"]]), loss=loss)[0] for r in (0, 1)]
+    shares = [
+        gradient(policy, groups[r::2], OneProcess([rows, metrics["tokens"]]), loss=loss)[0] for r in (0, 1)
+    ]
     assert_same(whole, {n: shares[0][n] + shares[1][n] for n in whole})
 
 
@@ -173,12 +236,16 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
     grads, metrics, _ = gradient(policy, groups, kl=0.0)
     assert metrics["clip_low"] == metrics["clip_high"] == 0
     policy.model.zero_grad()
-    for g in groups:  # -Σ Â/|y| ∇ log π, one sequence at a time through the model's own logits
+    # -Σ Â/|y| ∇ log π, one sequence at a time through the model's own logits
+    for g in groups:
         for k in range(4):
             prompt = vlm.encode_prompts(policy, [g.prompt.image], [g.prompt.text])
             ids = g.ids[k][g.mask[k].bool()][None]
-            inputs = prompt | {"input_ids": torch.cat([prompt["input_ids"], ids], 1), "attention_mask": torch.ones(1, prompt["input_ids"].shape[1] + ids.shape[1])}
-            logits = policy.model(**inputs).logits[:, -ids.shape[1] - 1:-1].log_softmax(-1)
+            inputs = prompt | {
+                "input_ids": torch.cat([prompt["input_ids"], ids], 1),
+                "attention_mask": torch.ones(1, prompt["input_ids"].shape[1] + ids.shape[1]),
+            }
+            logits = policy.model(**inputs).logits[:, -ids.shape[1] - 1 : -1].log_softmax(-1)
             (-g.advantages[k] * logits.gather(2, ids[..., None]).mean() / 24).backward()
     want = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     policy.model.zero_grad()
@@ -189,29 +256,39 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, loss, kl):
     """Off the policy that sampled, with and without a reference; two groups have no advantage, and without a reference no forward."""
-    some = sorted((copy.copy(g) for g in groups), key=lambda g: -int(g.mask.sum(1).max()))  # in the order in which they are learned
+    # in the order in which they are learned
+    some = sorted((copy.copy(g) for g in groups), key=lambda g: -int(g.mask.sum(1).max()))
     some[1].advantages = some[4].advantages = torch.zeros(4)
-    reference, (prompts, ids, mask, advantages) = vlm.frozen_copy(policy), grpo.collate(policy, some)
+    reference, (prompts, ids, mask, advantages) = loading.frozen_copy(policy), grpo.collate(policy, some)
     with torch.no_grad():
         reference.model.get_output_embeddings().weight.mul_(1.1)
         ref_logps, _ = vlm.token_logps(reference, prompts, ids, mask)
         draw = torch.Generator().manual_seed(0)
-        noise = torch.randn(mask.shape, generator=draw) + torch.randn((len(mask), 1), generator=draw)  # of tokens and of sequences
+        # of tokens and of sequences
+        noise = torch.randn(mask.shape, generator=draw) + torch.randn((len(mask), 1), generator=draw)
         old = (vlm.token_logps(policy, prompts, ids, mask)[0] + 0.3 * noise) * mask
     computed = mask.bool() & ((advantages != 0) | (kl > 0))[:, None]
     rows = computed.any(1)
     seen = old[rows][:, computed.any(0)]
-    grads, metrics, before = gradient(policy, some, reference=reference if kl else None, old=[seen], loss=loss, kl=kl)
+    grads, metrics, before = gradient(
+        policy, some, reference=reference if kl else None, old=[seen], loss=loss, kl=kl
+    )
     policy.model.zero_grad()
     logps, entropy = vlm.token_logps(policy, prompts, ids, mask)
-    want, sums = grpo.grpo_loss(logps, old, ref_logps, advantages, mask, (24, int(mask.sum()), 24), loss=loss, kl=kl)
+    want, sums = grpo.grpo_loss(
+        logps, old, ref_logps, advantages, mask, (24, int(mask.sum()), 24), loss=loss, kl=kl
+    )
     want.backward()
     assert_same({n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}, grads)
     policy.model.zero_grad()
     assert metrics["loss"] == pytest.approx(want.item(), rel=1e-4, abs=1e-6)
     assert metrics["entropy"] == pytest.approx(entropy[computed].mean().item(), rel=1e-4)
-    assert {k: metrics[k] for k in sums} == pytest.approx({k: v.item() / metrics["tokens"] for k, v in sums.items()}, rel=1e-4, abs=1e-6)
-    assert metrics["clip_low"] + metrics["clip_high"] > 0 and torch.allclose(before[0], (logps.detach() * computed)[rows][:, computed.any(0)], atol=1e-5)
+    assert {k: metrics[k] for k in sums} == pytest.approx(
+        {k: v.item() / metrics["tokens"] for k, v in sums.items()}, rel=1e-4, abs=1e-6
+    )
+    assert metrics["clip_low"] + metrics["clip_high"] > 0 and torch.allclose(
+        before[0], (logps.detach() * computed)[rows][:, computed.any(0)], atol=1e-5
+    )
 
 
 def forwards(policy, groups, **over):
@@ -221,6 +298,7 @@ def forwards(policy, groups, **over):
     def hidden_states(vlm_, prompts, ids, mask):
         seen.append((tuple(ids.shape), int(mask.sum())))
         return real(vlm_, prompts, ids, mask)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vlm, "hidden_states", hidden_states)
         return seen, *gradient(policy, groups, **over)
@@ -234,12 +312,16 @@ def test_a_group_without_advantage_costs_no_forward_and_still_counts(policy, gro
     seen, grads, metrics, before = forwards(policy, some, loss=loss, micro_batch=2)
     assert [rows for (rows, _), _ in seen] == [8, 4] and [len(b) for b in before] == [8, 4]
     assert sum(tokens for _, tokens in seen) == sum(int(some[k].mask.sum()) for k in (1, 4, 5))
-    for g in some:  # as good as none, and computed
+    # as good as none, and computed
+    for g in some:
         g.advantages = torch.where(g.advantages == 0, 1e-12, g.advantages)
     seen, computed, again, _ = forwards(policy, some, loss=loss, micro_batch=2)
     assert len(seen) == 3
     assert_same(computed, grads)
-    assert metrics["loss"] == pytest.approx(again["loss"], rel=1e-4, abs=1e-6) and metrics["tokens"] == again["tokens"]
+    assert (
+        metrics["loss"] == pytest.approx(again["loss"], rel=1e-4, abs=1e-6)
+        and metrics["tokens"] == again["tokens"]
+    )
 
 
 def test_with_a_kl_term_every_group_is_computed_and_without_any_advantage_one_is(policy, groups):
@@ -247,9 +329,16 @@ def test_with_a_kl_term_every_group_is_computed_and_without_any_advantage_one_is
     for g in flat:
         g.advantages = torch.zeros(4)
     seen, grads, metrics, _ = forwards(policy, flat)
-    assert len(seen) == 1 and seen[0][0][0] == 4, "the gradient is zero and not missing: what every process adds up"
-    assert grads and not any(g.any() for g in grads.values()) and metrics["loss"] == 0 and metrics["tokens"] == sum(int(g.mask.sum()) for g in groups)
-    seen, _, _, _ = forwards(policy, flat, reference=vlm.frozen_copy(policy), kl=0.1)
+    assert len(seen) == 1 and seen[0][0][0] == 4, (
+        "the gradient is zero and not missing: what every process adds up"
+    )
+    assert (
+        grads
+        and not any(g.any() for g in grads.values())
+        and metrics["loss"] == 0
+        and metrics["tokens"] == sum(int(g.mask.sum()) for g in groups)
+    )
+    seen, _, _, _ = forwards(policy, flat, reference=loading.frozen_copy(policy), kl=0.1)
     assert sum(rows for (rows, _), _ in seen) == 48, "the policy's and the reference's"
 
 
@@ -261,19 +350,27 @@ def test_micro_batches_hold_groups_of_one_length_whatever_order_they_come_in(pol
     seen, grads, _, _ = forwards(policy, some, micro_batch=2)
     assert [shape for shape, _ in seen] == [(8, 24), (8, 20), (8, 6)]
     assert_same(grads, gradient(policy, some[::-1], micro_batch=3)[0])
-    old = [torch.zeros(shape) for shape, _ in seen]  # of each micro-batch: must fit in whatever order its groups come
-    assert_same(gradient(policy, some, micro_batch=2, old=old)[0], gradient(policy, some[::-1], micro_batch=2, old=old)[0])
+    # of each micro-batch: must fit in whatever order its groups come
+    old = [torch.zeros(shape) for shape, _ in seen]
+    assert_same(
+        gradient(policy, some, micro_batch=2, old=old)[0],
+        gradient(policy, some[::-1], micro_batch=2, old=old)[0],
+    )
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])
-def test_with_frozen_images_the_tower_reads_each_image_once_for_samples_reference_and_updates(policy, groups, kl):
-    frozen = vlm.load(str(ROOT / "toy" / "policy"))
-    vlm.freeze_images(frozen)
-    reference = vlm.frozen_copy(frozen) if kl else None
+def test_with_frozen_images_the_tower_reads_each_image_once_for_samples_reference_and_updates(
+    policy, groups, kl
+):
+    frozen = loading.load(str(ROOT / "toy" / "policy"))
+    loading.freeze_images(frozen)
+    reference = loading.frozen_copy(frozen) if kl else None
     read = []
     for model in (frozen.model, reference and reference.model):
         if model:
-            model.base_model.vision_tower.register_forward_pre_hook(lambda tower, args, kwargs: read.append(len(args[0])), with_kwargs=True)
+            model.base_model.vision_tower.register_forward_pre_hook(
+                lambda tower, args, kwargs: read.append(len(args[0])), with_kwargs=True
+            )
     rows = [g.record for g in groups]
     made = grpo.sample_groups(frozen, rows, grpo.prepare(frozen, rows), 4, 24, 0, 0)
     assert [g.texts for g in made] == [g.texts for g in groups]
@@ -282,32 +379,49 @@ def test_with_frozen_images_the_tower_reads_each_image_once_for_samples_referenc
     for _ in range(2):
         grads, metrics, _ = gradient(frozen, made, reference=reference, kl=kl, micro_batch=2)
     assert read == [6], "images at each pass of the tower"
-    plain, again, _ = gradient(policy, groups, reference=vlm.frozen_copy(policy) if kl else None, kl=kl, micro_batch=2)
+    plain, again, _ = gradient(
+        policy, groups, reference=loading.frozen_copy(policy) if kl else None, kl=kl, micro_batch=2
+    )
     assert metrics == pytest.approx(again, rel=1e-4, abs=1e-6)
     assert_same({n: plain[n] for n in grads}, grads)
-    assert {n for n in plain.keys() - grads.keys()} == {n for n in plain if n.startswith(("model.vision_tower.", "model.multi_modal_projector."))}
+    assert {n for n in plain.keys() - grads.keys()} == {
+        n for n in plain if n.startswith(("model.vision_tower.", "model.multi_modal_projector."))
+    }
 
 
-@pytest.mark.parametrize("freeze, still", [("images", ("model.vision_tower.", "model.multi_modal_projector.")),
-                                           ("vision", ("model.vision_tower.",)), ("nothing", ())])
-def test_what_is_frozen_stays_to_the_bit_and_all_else_moves(monkeypatch, folder, tmp_path, freeze, still, policy):
+@pytest.mark.parametrize(
+    "freeze, still",
+    [
+        ("images", ("model.vision_tower.", "model.multi_modal_projector.")),
+        ("vision", ("model.vision_tower.",)),
+        ("nothing", ()),
+    ],
+)
+def test_what_is_frozen_stays_to_the_bit_and_all_else_moves(
+    monkeypatch, folder, tmp_path, freeze, still, policy
+):
     run_grpo(monkeypatch, folder, tmp_path / "run", "--freeze", freeze)
-    after = vlm.load(str(tmp_path / "run")).model.state_dict()
-    unused = "model.vision_tower.encoder.layers.3.", "model.vision_tower.post_layernorm."  # LLaVA reads the layer before the last
+    after = loading.load(str(tmp_path / "run")).model.state_dict()
+    # LLaVA reads the layer before the last
+    unused = "model.vision_tower.encoder.layers.3.", "model.vision_tower.post_layernorm."
     moved = {n for n, before in policy.model.state_dict().items() if not before.equal(after[n])}
     for name in policy.model.state_dict():
-        assert (name in moved) == (not name.startswith((*still, *unused))) or name.endswith("position_ids"), name
+        assert (name in moved) == (not name.startswith((*still, *unused))) or name.endswith("position_ids"), (
+            name
+        )
 
 
 def test_what_grpo_loss_says_is_what_is_learned(policy, groups, monkeypatch):
     base, _, _ = gradient(policy, groups)
     real = grpo.grpo_loss
-    monkeypatch.setattr(grpo, "grpo_loss", lambda *a, **k: tuple(x if isinstance(x, dict) else 2 * x for x in real(*a, **k)))
+    monkeypatch.setattr(
+        grpo, "grpo_loss", lambda *a, **k: tuple(x if isinstance(x, dict) else 2 * x for x in real(*a, **k))
+    )
     assert_same({n: 2 * g for n, g in base.items()}, gradient(policy, groups)[0])
 
 
 def test_at_the_reference_the_kl_is_zero_and_away_from_it_positive(policy, groups):
-    reference = vlm.frozen_copy(policy)
+    reference = loading.frozen_copy(policy)
     assert gradient(policy, groups, reference=reference, kl=0.1)[1]["kl"] == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         reference.model.get_output_embeddings().weight.mul_(1.1)
@@ -321,7 +435,8 @@ def test_a_truncated_response_teaches_nothing_when_masked(policy, groups):
     masked, metrics, _ = gradient(policy, cut, mask_truncated=True)
     muted = [copy.copy(g) for g in cut]
     for g in muted:
-        g.advantages = g.advantages * ~g.truncated  # the same by hand: no advantage, and not counted
+        # the same by hand: no advantage, and not counted
+        g.advantages = g.advantages * ~g.truncated
     unmasked, _, _ = gradient(policy, muted, mask_truncated=False)
     assert_same(masked, {n: v * 24 / 18 for n, v in unmasked.items()})
     assert metrics["tokens"] == sum(int(g.mask[1:].sum()) for g in groups)
@@ -330,12 +445,16 @@ def test_a_truncated_response_teaches_nothing_when_masked(policy, groups):
 def test_learning_leaves_the_groups_as_they_were(policy, groups):
     before = [(g.ids.clone(), g.mask.clone(), g.advantages.clone()) for g in groups]
     gradient(policy, groups, micro_batch=2, mask_truncated=True)
-    assert all(torch.equal(a, b) for g, old in zip(groups, before) for a, b in zip((g.ids, g.mask, g.advantages), old))
+    assert all(
+        torch.equal(a, b)
+        for g, old in zip(groups, before)
+        for a, b in zip((g.ids, g.mask, g.advantages), old)
+    )
 
 
 def test_the_hybrid_reward_by_hand_and_malformed_gets_the_least_there_is(groups):
     g = copy.copy(groups[0])
-    formed = records.parse_response("<think>x</think><answer>a</answer>", ["a", "b"])
+    formed = parse_response("<think>x</think><answer>a</answer>", ["a", "b"])
     g.parsed = [formed, formed, formed._replace(well_formed=False), formed]
     g.match, g.texts = [True, False, True, False], ["w"] * 4
     model = lambda images, prompts, texts: {"overall": [10.0, 2.0, 10.0, -6.0]}  # noqa: E731
@@ -356,36 +475,69 @@ def test_spread_is_of_outcomes_not_of_the_continuous_reward(groups):
 def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
     at = lambda a, r: {"watch_accuracy": a, "watch_reward": r}  # noqa: E731
     assert grpo.hacking(at(0.8, 5.0), at(0.7, 6.0), 100)
-    assert not grpo.hacking(at(0.8, 5.0), at(0.7, 4.0), 100)  # both fall
-    assert not grpo.hacking(at(0.8, 5.0), at(0.9, 6.0), 100)  # both rise
-    assert not grpo.hacking(at(0.8, 5.0), at(0.79, 6.0), 100)  # within one standard error, 0.04
+    # both fall
+    assert not grpo.hacking(at(0.8, 5.0), at(0.7, 4.0), 100)
+    # both rise
+    assert not grpo.hacking(at(0.8, 5.0), at(0.9, 6.0), 100)
+    # within one standard error, 0.04
+    assert not grpo.hacking(at(0.8, 5.0), at(0.79, 6.0), 100)
 
 
 # ---- the stage itself
+
 
 def test_batches_are_prepared_in_another_thread_go_on_from_their_cursor_and_are_shared_out(policy, groups):
     examples, args = [g.record for g in groups], argparse.Namespace(prompts=4, seed=3)
     process = lambda k, n: argparse.Namespace(process_index=k, num_processes=n)  # noqa: E731
     ids = lambda batch: [r["id"] for r in batch[1]]  # noqa: E731
-    threads, real = set(), records.open_image
+    threads, real = set(), open_image
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "open_image", lambda path: (threads.add(threading.current_thread()), real(path))[1])
-        coming = runs.ahead(grpo.batches(policy, examples, 5, args, process(0, 1)))
+        patch.setattr(
+            grpo, "open_image", lambda path: (threads.add(threading.current_thread()), real(path))[1]
+        )
+        coming = runs.prefetch(grpo.batches(policy, examples, 5, args, process(0, 1)))
         whole = [next(coming) for _ in range(4)]
     assert threads and threading.current_thread() not in threads
     assert [cursor for cursor, _, _ in whole] == [6, 7, 8, 9]
-    assert sorted(ids(whole[1]) + ids(whole[2]) + ids(whole[3])) == sorted(2 * [r["id"] for r in examples]), "two epochs of six"
+    assert sorted(ids(whole[1]) + ids(whole[2]) + ids(whole[3])) == sorted(2 * [r["id"] for r in examples]), (
+        "two epochs of six"
+    )
     later = grpo.batches(policy, examples, 7, args, process(0, 1))
     assert [ids(next(later)) for _ in range(2)] == [ids(b) for b in whole[2:]]
     shares = [next(grpo.batches(policy, examples, 5, args, process(k, 3))) for k in range(3)]
     assert [ids(s) for s in shares] == [ids(whole[0])[k::3] for k in range(3)]
-    assert whole[0][2][1] == [records.policy_prompt(r) for r in whole[0][1]]
+    assert whole[0][2][1] == [policy_prompt(r) for r in whole[0][1]]
 
 
 def run_grpo(monkeypatch, folder, out, *extra):
-    monkeypatch.setattr(sys, "argv", ["grpo.py", "--model", str(ROOT / "toy/policy"), "--reward", str(folder / "rm"), "--data", str(folder / "expert.jsonl"),
-                                      "--val", str(folder / "val.jsonl"), "--steps", "3", "--prompts", "3", "--group", "4", "--watch-every", "2",
-                                      "--save-every", "1", "--out", str(out), *extra])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "grpo.py",
+            "--model",
+            str(ROOT / "toy/policy"),
+            "--reward",
+            str(folder / "rm"),
+            "--data",
+            str(folder / "expert.jsonl"),
+            "--val",
+            str(folder / "val.jsonl"),
+            "--steps",
+            "3",
+            "--prompts",
+            "3",
+            "--group",
+            "4",
+            "--watch-every",
+            "2",
+            "--save-every",
+            "1",
+            "--out",
+            str(out),
+            *extra,
+        ],
+    )
     grpo.main(grpo.parse_args())
 
 
@@ -400,7 +552,23 @@ def folder(policy, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("extra", [(), ("--iterations", "2", "--loss", "gspo", "--drop-zero-variance", "--scale-rewards", "batch", "--kl", "0")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        (
+            "--iterations",
+            "2",
+            "--loss",
+            "gspo",
+            "--drop-zero-variance",
+            "--scale-rewards",
+            "batch",
+            "--kl",
+            "0",
+        ),
+    ],
+)
 def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypatch, folder, tmp_path, extra):
     run_grpo(monkeypatch, folder, tmp_path / "whole", *extra)
     real, calls = grpo.learn, []
@@ -419,24 +587,34 @@ def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypat
     for name in ("model.safetensors", "rollouts.jsonl", "metrics.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     lines = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
-    assert [line["step"] for line in lines] == [0, 1, 2] and ["watch_accuracy" in line for line in lines] == [True, False, True]
+    assert [line["step"] for line in lines] == [0, 1, 2] and ["watch_accuracy" in line for line in lines] == [
+        True,
+        False,
+        True,
+    ]
 
 
-def test_where_no_group_has_spread_one_fills_the_step_and_teaches_nothing(monkeypatch, folder, tmp_path, policy):
+def test_where_no_group_has_spread_one_fills_the_step_and_teaches_nothing(
+    monkeypatch, folder, tmp_path, policy
+):
     monkeypatch.setattr(grpo.Group, "has_spread", False)
     run_grpo(monkeypatch, folder, tmp_path / "run", "--drop-zero-variance", "--kl", "0")
-    after = vlm.load(str(tmp_path / "run")).model.state_dict()
+    after = loading.load(str(tmp_path / "run")).model.state_dict()
     assert all(before.equal(after[name]) for name, before in policy.model.state_dict().items())
-    rows = list(records.read(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
-    assert len(rows) == 3 * 4 and {r["advantage"] for r in rows} == {0.0} and len({r["rollout_reward"] for r in rows}) > 3
+    rows = list(records.read_records(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
+    assert (
+        len(rows) == 3 * 4
+        and {r["advantage"] for r in rows} == {0.0}
+        and len({r["rollout_reward"] for r in rows}) > 3
+    )
 
 
 def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path):
     run_grpo(monkeypatch, folder, tmp_path / "run")
-    rows = list(records.read(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
+    rows = list(records.read_records(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
     assert len(rows) == 3 * 3 * 4
     for r in rows:
-        parsed = records.parse_response(r["response"], r["options"])
-        assert r["correct"] == records.is_match(parsed.prediction, r["answer"])
+        parsed = parse_response(r["response"], r["options"])
+        assert r["correct"] == is_match(parsed.prediction, r["answer"])
         unit = 0.8 * (r["rollout_scores"]["overall"] + 6) / 16 + 0.2 * r["correct"]
         assert r["rollout_reward"] == pytest.approx(unit if parsed.well_formed else 0.0, abs=2e-4)

@@ -1,4 +1,5 @@
 """What a test file shares with its training files: each kind found alone, nothing found where nothing is shared."""
+
 import io
 import json
 import subprocess
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import leakage
-import records
-import runs
+from medgr2 import formats, leakage, records
+from medgr2.errors import RunError
+from medgr2.images import hash_image, open_image
 
 ROOT = Path(__file__).parent.parent
 RAD = ROOT.parent / "shared" / "data" / "vqa_rad" / "vqa_rad.json"
@@ -31,8 +32,14 @@ def side(folder, name, rows):
         if isinstance(image, Image.Image):
             image.save(folder / name / f"{i}.png")
             image = folder / name / f"{i}.png"
-        lines.append({"id": f"{name}{i}", "image": str(image), **({"question": question, "answer": "yes"} if question else {})})
-    records.write(folder / f"{name}.jsonl", lines)
+        lines.append(
+            {
+                "id": f"{name}{i}",
+                "image": str(image),
+                **({"question": question, "answer": "yes"} if question else {}),
+            }
+        )
+    records.write_records(folder / f"{name}.jsonl", lines)
     return str(folder / f"{name}.jsonl")
 
 
@@ -56,15 +63,27 @@ def test_another_format_with_the_same_pixels_is_found_and_is_not_the_same_file(t
 
 def test_the_same_bytes_of_pixels_in_another_shape_are_another_image(tmp_path):
     flat = Image.new("L", (40, 90), 7)
-    assert found(side(tmp_path, "train", [(flat, "")]), side(tmp_path, "test", [(Image.new("L", (90, 40), 7), "")])) == []
+    assert (
+        found(
+            side(tmp_path, "train", [(flat, "")]), side(tmp_path, "test", [(Image.new("L", (90, 40), 7), "")])
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("altered", ["half the size", "compressed", "brighter"])
 def test_an_altered_copy_is_a_near_duplicate_and_nothing_else(tmp_path, altered):
     image, file = scan(5), io.BytesIO()
     image.save(file, "JPEG", quality=60)
-    copy = {"half the size": image.resize((48, 40)), "compressed": Image.open(file), "brighter": image.point(lambda v: v * 0.9 + 20)}[altered]
-    train, test = side(tmp_path, "train", [(scan(1), ""), (image, ""), (scan(2), "")]), side(tmp_path, "test", [(copy, ""), (scan(9), "")])
+    copy = {
+        "half the size": image.resize((48, 40)),
+        "compressed": Image.open(file),
+        "brighter": image.point(lambda v: v * 0.9 + 20),
+    }[altered]
+    train, test = (
+        side(tmp_path, "train", [(scan(1), ""), (image, ""), (scan(2), "")]),
+        side(tmp_path, "test", [(copy, ""), (scan(9), "")]),
+    )
     assert found(train, test, 4) == [("near-duplicate", "test0", "train1")] and found(train, test) == []
 
 
@@ -79,25 +98,51 @@ def test_a_near_duplicate_names_the_closest_and_the_distance_is_a_limit(tmp_path
 
 
 def test_a_question_leaks_with_its_image_and_is_only_counted_with_another(tmp_path):
-    train = side(tmp_path, "train", [(scan(1), "Is there a fracture?"), (scan(2), "Which organ?"), (scan(4), "")])
+    train = side(
+        tmp_path, "train", [(scan(1), "Is there a fracture?"), (scan(2), "Which organ?"), (scan(4), "")]
+    )
     scan(1).save(tmp_path / "one.bmp")
-    test = side(tmp_path, "test", [(tmp_path / "one.bmp", " is there a  FRACTURE"), (scan(3), "Which organ?"), (scan(4), "New?"), (scan(7), "")])
-    assert found(train, test) == [("same pixels", "test0", "train0"), ("same question, same image", "test0", "train0"),
-                                  ("same question, other image", "test1", "train1"), ("same file", "test2", "train2")]
+    test = side(
+        tmp_path,
+        "test",
+        [
+            (tmp_path / "one.bmp", " is there a  FRACTURE"),
+            (scan(3), "Which organ?"),
+            (scan(4), "New?"),
+            (scan(7), ""),
+        ],
+    )
+    assert found(train, test) == [
+        ("same pixels", "test0", "train0"),
+        ("same question, same image", "test0", "train0"),
+        ("same question, other image", "test1", "train1"),
+        ("same file", "test2", "train2"),
+    ]
 
 
 def test_the_difference_hash_is_the_sign_of_the_steps_between_cell_means():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9)).repeat(8, 0).repeat(8, 1)  # (72, 72)
-    bits = np.unpackbits(leakage.difference_hash(Image.fromarray(pixels.astype(np.uint8))).view(np.uint8)).reshape(2, 8, 8)
-    for axis, cells in enumerate((pixels.reshape(8, 9, 9, 8).mean((1, 3)).T, pixels.reshape(9, 8, 8, 9).mean((1, 3)))):  # (9, 8)
+    bits = np.unpackbits(
+        leakage.difference_hash(Image.fromarray(pixels.astype(np.uint8))).view(np.uint8)
+    ).reshape(2, 8, 8)
+    for axis, cells in enumerate(
+        (pixels.reshape(8, 9, 9, 8).mean((1, 3)).T, pixels.reshape(9, 8, 8, 9).mean((1, 3)))
+    ):  # (9, 8)
         steps = (cells[1:] - cells[:-1]).T if axis == 0 else cells[1:] - cells[:-1]  # (8, 8)
-        clear = abs(steps - leakage.NOISE) > 2  # cells are rounded to grey levels
+        # cells are rounded to grey levels
+        clear = abs(steps - leakage.NOISE) > 2
         assert clear.sum() > 50 and (bits[axis][clear] == (steps > leakage.NOISE)[clear]).all()
 
 
 def test_steps_of_two_grey_levels_are_noise_and_steps_of_three_are_not():
-    checks = np.add.outer(np.arange(72) // 9, np.arange(72) // 8) % 2  # the cells across, black and white in turn
-    bits = [np.unpackbits(leakage.difference_hash(Image.fromarray((checks * step).astype(np.uint8))).view(np.uint8)) for step in (2, 3)]
+    # the cells across, black and white in turn
+    checks = np.add.outer(np.arange(72) // 9, np.arange(72) // 8) % 2
+    bits = [
+        np.unpackbits(
+            leakage.difference_hash(Image.fromarray((checks * step).astype(np.uint8))).view(np.uint8)
+        )
+        for step in (2, 3)
+    ]
     assert bits[0].sum() == 0 and bits[1].reshape(2, 64)[0].sum() == 32
 
 
@@ -105,7 +150,8 @@ def test_the_closest_hash_is_that_of_counting_bits_one_by_one():
     rng = np.random.default_rng(0)
     train = rng.integers(0, 2**64, (9, 2), np.uint64)
     test = np.concatenate([rng.integers(0, 2**64, (6, 2), np.uint64), train[4:5], ~train[4:5]])
-    train = np.concatenate([train, train])  # ties: the first
+    # ties: the first
+    train = np.concatenate([train, train])
     index, distance = leakage.closest(test, train, chunk=3)
     wide = [[(int(a) << 64) | int(b) for a, b in hashes] for hashes in (test, train)]
     expected = [min((bin(t ^ h).count("1"), k) for k, h in enumerate(wide[1])) for t in wide[0]]
@@ -115,52 +161,103 @@ def test_the_closest_hash_is_that_of_counting_bits_one_by_one():
 def test_training_is_refused_with_the_count_the_first_pairs_and_the_list(tmp_path):
     train = side(tmp_path, "train", [(scan(i), "Which organ?") for i in range(5)])
     test = side(tmp_path, "test", [(scan(i), "Which organ?") for i in range(1, 6)])
-    with pytest.raises(runs.RunError) as error:
+    with pytest.raises(RunError) as error:
         leakage.refuse([train], test, False, tmp_path / "out" / "leaks.jsonl")
     message = str(error.value)
-    assert "4 of its records" in message and "test0 = train1 (same file)" in message and "test3" not in message
-    assert "\n" not in message and str(tmp_path / "out" / "leaks.jsonl") in message and "--allow-leakage" in message
+    assert (
+        "4 of its records" in message and "test0 = train1 (same file)" in message and "test3" not in message
+    )
+    assert (
+        "\n" not in message
+        and str(tmp_path / "out" / "leaks.jsonl") in message
+        and "--allow-leakage" in message
+    )
     lines = [json.loads(line) for line in open(tmp_path / "out" / "leaks.jsonl")]
     assert len(lines) == 8 and {line["kind"] for line in lines} == {"same file", "same question, same image"}
-    assert all((tmp_path / "out" / line[field]).resolve().exists() for line in lines for field in ("image", "train_image"))
+    assert all(
+        (tmp_path / "out" / line[field]).resolve().exists()
+        for line in lines
+        for field in ("image", "train_image")
+    )
 
 
 def test_allowed_leakage_is_said_and_counted_and_other_processes_are_silent(tmp_path, capsys):
     train, test = (side(tmp_path, name, [(scan(1), "Which organ?")]) for name in ("train", "test"))
-    assert leakage.refuse([train], test, True, tmp_path / "quiet.jsonl", main=False) == 1 and not capsys.readouterr().out
+    assert (
+        leakage.refuse([train], test, True, tmp_path / "quiet.jsonl", main=False) == 1
+        and not capsys.readouterr().out
+    )
     assert not (tmp_path / "quiet.jsonl").exists()
-    assert leakage.refuse([train], test, True, tmp_path / "leaks.jsonl") == 1 and "1 of its records" in capsys.readouterr().out
+    assert (
+        leakage.refuse([train], test, True, tmp_path / "leaks.jsonl") == 1
+        and "1 of its records" in capsys.readouterr().out
+    )
 
 
 def test_questions_alone_and_near_duplicates_refuse_nothing(tmp_path):
-    train, test = side(tmp_path, "train", [(scan(1), "Which organ?")]), side(tmp_path, "test", [(scan(1).resize((48, 40)), "Which organ?")])
-    assert leakage.refuse([train], test, False, tmp_path / "leaks.jsonl") == 0 and not (tmp_path / "leaks.jsonl").exists()
+    train, test = (
+        side(tmp_path, "train", [(scan(1), "Which organ?")]),
+        side(tmp_path, "test", [(scan(1).resize((48, 40)), "Which organ?")]),
+    )
+    assert (
+        leakage.refuse([train], test, False, tmp_path / "leaks.jsonl") == 0
+        and not (tmp_path / "leaks.jsonl").exists()
+    )
 
 
 def audit(*flags):
-    return subprocess.run([sys.executable, "leakage.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "medgr2.leakage", *map(str, flags)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_the_command_prints_the_table_that_it_writes(tmp_path):
     train = side(tmp_path, "train", [(scan(1), "A?"), (scan(2), "B?")])
-    test = side(tmp_path, "test", [(scan(1), "A?"), (tmp_path / "test" / "0.png", "B?"), (scan(3), "C?"), (scan(2).resize((50, 40)), "D?")])
+    test = side(
+        tmp_path,
+        "test",
+        [
+            (scan(1), "A?"),
+            (tmp_path / "test" / "0.png", "B?"),
+            (scan(3), "C?"),
+            (scan(2).resize((50, 40)), "D?"),
+        ],
+    )
     done = audit("--train", train, "--test", test, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    cells = {line.rsplit(maxsplit=4)[0].strip(): line.split()[-4:] for line in done.stdout.splitlines() if line[-1].isdigit()}
-    assert cells["same file"] == ["1", "0.333", "2", "0.500"] and cells["same question, same image"] == ["1", "0.333", "1", "0.250"]
+    cells = {
+        line.rsplit(maxsplit=4)[0].strip(): line.split()[-4:]
+        for line in done.stdout.splitlines()
+        if line[-1].isdigit()
+    }
+    assert cells["same file"] == ["1", "0.333", "2", "0.500"] and cells["same question, same image"] == [
+        "1",
+        "0.333",
+        "1",
+        "0.250",
+    ]
     assert cells["near-duplicate, 4 of 128 bits at most"] == ["1", "0.333", "1", "0.250"]
     written = json.load(open(tmp_path / "out" / "metrics.json"))
-    assert json.load(open(tmp_path / "out" / "args.json"))["inputs"] == {p: records.image_hash(p) for p in (train, test)}
+    assert json.load(open(tmp_path / "out" / "args.json"))["inputs"] == {
+        p: hash_image(p) for p in (train, test)
+    }
     assert written["found"]["same file"]["records"] == 2 and (written["records"], written["images"]) == (4, 3)
-    assert len(open(tmp_path / "out" / "leaks.jsonl").readlines()) == 2 + 1 + 1 + 1  # B? was asked of another image
+    # B? was asked of another image
+    assert len(open(tmp_path / "out" / "leaks.jsonl").readlines()) == 2 + 1 + 1 + 1
 
 
 def test_a_mistake_is_one_line(tmp_path):
     train = side(tmp_path, "train", [(scan(1), "A?")])
     (tmp_path / "test.jsonl").write_text('{"id": "a", "image": "nowhere.png"}\n')
-    for flags in (["--test", tmp_path / "test.jsonl"], ["--test", train, "--distance", "200"], ["--test", tmp_path / "no.jsonl"]):
+    for flags in (
+        ["--test", tmp_path / "test.jsonl"],
+        ["--test", train, "--distance", "200"],
+        ["--test", tmp_path / "no.jsonl"],
+    ):
         done = audit("--train", train, "--out", tmp_path / "out", *flags)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists(), done.stderr
+        assert (
+            done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+        ), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -170,25 +267,38 @@ def vqa_rad():
         pytest.skip(f"no {RAD}")
     numbers = [row["qid"] for row in json.loads(RAD.read_text())]
     start = next(i for i in range(1, len(numbers)) if numbers[i] < numbers[i - 1])
-    return records.import_records(str(RAD))[0], {f"vqarad-{number}" for number in numbers[start:]}
+    return formats.import_records(str(RAD))[0], {f"vqarad-{number}" for number in numbers[start:]}
 
 
 def test_every_test_image_of_the_official_split_of_vqa_rad_is_in_train(vqa_rad, tmp_path):
     rows, official = vqa_rad
     for name in ("train", "test"):
-        records.write(tmp_path / f"{name}.jsonl", [r for r in rows if (r["id"] in official) == (name == "test")])
-    findings, totals = leakage.audit([tmp_path / "train.jsonl"], [tmp_path / "test.jsonl"], 4, rows[0]["image"].rpartition("/")[0])
+        records.write_records(
+            tmp_path / f"{name}.jsonl", [r for r in rows if (r["id"] in official) == (name == "test")]
+        )
+    findings, totals = leakage.audit(
+        [tmp_path / "train.jsonl"], [tmp_path / "test.jsonl"], 4, rows[0]["image"].rpartition("/")[0]
+    )
     result = leakage.summary(findings, totals)
-    assert result["same file"]["records_share"] == result["same file"]["images_share"] == 1 and totals["records"] == len(official)
-    assert 0 < result["same question, same image"]["records"] < result["same question, other image"]["records"] < len(official)
+    assert result["same file"]["records_share"] == result["same file"]["images_share"] == 1 and totals[
+        "records"
+    ] == len(official)
+    assert (
+        0
+        < result["same question, same image"]["records"]
+        < result["same question, other image"]["records"]
+        < len(official)
+    )
 
 
 def test_on_real_scans_the_default_distance_finds_most_altered_copies_and_no_two_different_scans(vqa_rad):
     paths = sorted({r["image"] for r in vqa_rad[0]})[::2]
-    images = [records.open_image(path) for path in paths]
+    images = [open_image(path) for path in paths]
     hashes = np.stack(list(map(leakage.difference_hash, images)))
-    halves = np.stack([leakage.difference_hash(image.resize((image.width // 2, image.height // 2))) for image in images])
+    halves = np.stack(
+        [leakage.difference_hash(image.resize((image.width // 2, image.height // 2))) for image in images]
+    )
     index, distance = leakage.closest(halves, hashes)
     assert (index == np.arange(len(images))).mean() > 0.98 and (distance <= 4).mean() > 0.95
-    others = [leakage.closest(hashes[i:i + 1], np.delete(hashes, i, 0))[1][0] for i in range(len(hashes))]
+    others = [leakage.closest(hashes[i : i + 1], np.delete(hashes, i, 0))[1][0] for i in range(len(hashes))]
     assert min(others) > 4

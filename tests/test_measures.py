@@ -1,16 +1,20 @@
 """measures.py against counts over all cases, sums by hand and simulation."""
+
 import itertools
 
 import numpy as np
 import pytest
 
-import measures
+from medgr2 import measures
 
 
 @pytest.mark.parametrize("corrected, introduced", [(0, 0), (1, 0), (5, 0), (3, 3), (2, 7), (9, 4)])
 def test_mcnemar_is_the_share_of_all_coin_flips_at_least_as_uneven(corrected, introduced):
     n = corrected + introduced
-    uneven = [abs(2 * sum(flips) - n) >= abs(corrected - introduced) for flips in itertools.product((0, 1), repeat=n)]
+    uneven = [
+        abs(2 * sum(flips) - n) >= abs(corrected - introduced)
+        for flips in itertools.product((0, 1), repeat=n)
+    ]
     assert measures.mcnemar(corrected, introduced) == pytest.approx(np.mean(uneven))
 
 
@@ -19,15 +23,20 @@ def test_balanced_accuracy_and_macro_f1_equal_a_count_by_hand():
     right = np.array([x == y for x, y in zip(answers, said)])
     assert measures.balanced_accuracy(np.array(answers), right) == pytest.approx((2 / 3 + 1 + 0) / 3)
     # a: precision 2/2, recall 2/3; b: precision 1/2, recall 1; c: nothing
-    assert measures.macro_f1(answers, said) == pytest.approx((2 * 1 * (2 / 3) / (5 / 3) + 2 * 0.5 * 1 / 1.5 + 0) / 3)
+    assert measures.macro_f1(answers, said) == pytest.approx(
+        (2 * 1 * (2 / 3) / (5 / 3) + 2 * 0.5 * 1 / 1.5 + 0) / 3
+    )
 
 
 def test_balanced_accuracy_of_a_constant_answer_is_one_of_the_classes():
     answers = np.array(["no"] * 90 + ["yes"] * 10)
-    assert measures.balanced_accuracy(answers, answers == "no") == 0.5  # accuracy would be 0.9
+    # accuracy would be 0.9
+    assert measures.balanced_accuracy(answers, answers == "no") == 0.5
 
 
-@pytest.mark.parametrize("right, samples, k", [(0, 4, 2), (1, 4, 1), (1, 4, 2), (3, 4, 2), (2, 6, 4), (6, 6, 3)])
+@pytest.mark.parametrize(
+    "right, samples, k", [(0, 4, 2), (1, 4, 1), (1, 4, 2), (3, 4, 2), (2, 6, 4), (6, 6, 3)]
+)
 def test_pass_at_k_is_the_share_of_all_draws_with_a_right_one(right, samples, k):
     draws = list(itertools.combinations([True] * right + [False] * (samples - right), k))
     assert measures.pass_at(k, right, samples) == pytest.approx(np.mean([any(d) for d in draws]))
@@ -57,6 +66,9 @@ def test_probabilities_are_the_shares_of_the_likelihoods_however_small():
 
 
 def test_groups_of_data_set_and_source_are_shown_only_where_there_are_several():
-    rows = [{"modality": "CT", "dataset": "a", "source": "expert"}, {"modality": "CT", "dataset": "b", "source": "expert"}]
+    rows = [
+        {"modality": "CT", "dataset": "a", "source": "expert"},
+        {"modality": "CT", "dataset": "b", "source": "expert"},
+    ]
     assert set(measures.by_group(rows, lambda i: {"n": len(i)})) == {"n", "modality", "dataset"}
     assert measures.by_group(rows, lambda i: {"n": len(i)})["dataset"] == {"a": {"n": 1}, "b": {"n": 1}}

@@ -1,4 +1,5 @@
 """The page: what it holds, by its bytes; and what a reader can do with it, in a real browser without network."""
+
 import base64
 import hashlib
 import html.parser
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
-import records
+from medgr2 import records
+from medgr2.prompts import format_response
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</script><script>window.harm = 1</script><img src=x onerror='window.harm = 2'> <!-- <b>bold</b> & \u2028 {{DATA}}"
@@ -25,6 +27,7 @@ TASKS, MODALITIES = ("Disease Diagnosis", "Lesion Grading"), ("CT", "MRI", "OCT"
 # ---------------------------------------------------------------------------------------------------------
 # A small run in the layout of cycle.sh, and the data that a page holds.
 
+
 def draw(path, seed, size=(40, 30)):
     rng = random.Random(seed)
     Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3)).save(path)
@@ -33,19 +36,38 @@ def draw(path, seed, size=(40, 30)):
 
 def questions(folder, n=60):
     """Question records, two on an image; the last is hostile."""
-    rows = [{"id": f"q{i}", "image": str(folder / "images" / f"{i // 2}.png"), "question": f"What is number {i}?",
-             "options": ["yes", "no", "number"], "answer": ("yes", "no")[i % 2], "modality": MODALITIES[i % 3],
-             "task": TASKS[i % 2], "source": "expert", "rationale": f"because {i * i}"} for i in range(n)]
-    rows[-1] |= {"question": HOSTILE, "rationale": HOSTILE, "modality": HOSTILE, "options": ["yes", "no", HOSTILE]}
+    rows = [
+        {
+            "id": f"q{i}",
+            "image": str(folder / "images" / f"{i // 2}.png"),
+            "question": f"What is number {i}?",
+            "options": ["yes", "no", "number"],
+            "answer": ("yes", "no")[i % 2],
+            "modality": MODALITIES[i % 3],
+            "task": TASKS[i % 2],
+            "source": "expert",
+            "rationale": f"because {i * i}",
+        }
+        for i in range(n)
+    ]
+    rows[-1] |= {
+        "question": HOSTILE,
+        "rationale": HOSTILE,
+        "modality": HOSTILE,
+        "options": ["yes", "no", HOSTILE],
+    }
     return rows
 
 
 def evaluate(folder, rows, rate, seed):
     """predictions.jsonl, metrics.json and args.json, by eval.py's own functions: `rate` of the answers right, some unread."""
     rng = random.Random(seed)
-    texts = [records.format_response("I see", r["answer"] if rng.random() < rate else rng.choice(["number", "nonsense"])) for r in rows]
+    texts = [
+        format_response("I see", r["answer"] if rng.random() < rate else rng.choice(["number", "nonsense"]))
+        for r in rows
+    ]
     marked = [evaluation.mark(r, text) for r, text in zip(rows, texts)]
-    records.write(folder / "predictions.jsonl", marked)
+    records.write_records(folder / "predictions.jsonl", marked)
     (folder / "metrics.json").write_text(json.dumps(evaluation.metrics(marked, 0)))
     (folder / "args.json").write_text(json.dumps({"script": "eval.py"}))
     return marked
@@ -59,22 +81,45 @@ def cycle(tmp_path_factory):
     for i in range(30):
         draw(folder / "images" / f"{i}.png", i)
     rows = questions(folder)
-    made = {name: evaluate(folder / name, rows, rate, name) for name, rate in (("eval_base", 0.4), ("cycle1/eval_grpo", 0.8))}
+    made = {
+        name: evaluate(folder / name, rows, rate, name)
+        for name, rate in (("eval_base", 0.4), ("cycle1/eval_grpo", 0.8))
+    }
     rng = random.Random(0)
-    scored = [r | {"id": f"c{r['id']}", "source": "generated", "cycle": 1,
-                   "reward": {"overall": rng.uniform(-6, 10), "relevant": rng.random(), "coherent": 0.5, "faithful": 0.25}} for r in rows]
-    records.write(folder / "cycle1" / "scored" / "scored.jsonl", scored)
-    records.write(folder / "cycle1" / "scored" / "accepted.jsonl", scored[::3])
+    scored = [
+        r
+        | {
+            "id": f"c{r['id']}",
+            "source": "generated",
+            "cycle": 1,
+            "reward": {
+                "overall": rng.uniform(-6, 10),
+                "relevant": rng.random(),
+                "coherent": 0.5,
+                "faithful": 0.25,
+            },
+        }
+        for r in rows
+    ]
+    records.write_records(folder / "cycle1" / "scored" / "scored.jsonl", scored)
+    records.write_records(folder / "cycle1" / "scored" / "accepted.jsonl", scored[::3])
     (folder / "cycle1" / "grpo").mkdir()
-    steps = [{"step": i, "reward": i / 10, "odd": None} | ({"watch_accuracy": 0.5 + i / 1000} if i % 100 == 0 else {}) for i in range(1000)]
+    steps = [
+        {"step": i, "reward": i / 10, "odd": None}
+        | ({"watch_accuracy": 0.5 + i / 1000} if i % 100 == 0 else {})
+        for i in range(1000)
+    ]
     (folder / "cycle1" / "grpo" / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
-    (folder / "cycle1" / "figure.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="90" height="90">'
-                                                  '<script>top.harm = 3</script><circle r="4"/></svg>')
+    (folder / "cycle1" / "figure.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="90" height="90">'
+        '<script>top.harm = 3</script><circle r="4"/></svg>'
+    )
     return folder, made | {"cycle1/scored": scored}
 
 
 class Scripts(html.parser.HTMLParser):
     """The text of each script and style element, as a browser finds them, and the policy."""
+
     def __init__(self):
         super().__init__()
         self.found, self.policy, self.inside = [], "", False
@@ -101,27 +146,42 @@ def parse(page):
 
 
 def make(out, *flags):
-    return subprocess.run([sys.executable, "report.py", "--out", str(out), *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "analysis.report", "--out", str(out), *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def made(out, *flags):
     """The data in the page of these flags."""
     done = make(out, *flags)
     assert done.returncode == 0, done.stderr
-    return json.loads(next(text for kind, text in parse(out).found if kind == "application/json")), done.stdout
+    return json.loads(
+        next(text for kind, text in parse(out).found if kind == "application/json")
+    ), done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------
 # What the page holds.
 
-def test_an_evaluated_question_is_one_item_with_every_run_and_a_candidate_knows_if_it_was_accepted(cycle, tmp_path):
+
+def test_an_evaluated_question_is_one_item_with_every_run_and_a_candidate_knows_if_it_was_accepted(
+    cycle, tmp_path
+):
     folder, rows = cycle
     data, _ = made(tmp_path / "r.html", "--run", folder)
-    first, second = [i for i in data["items"] if i["set"] == "evaluated"], [i for i in data["items"] if i["set"] != "evaluated"]
+    first, second = (
+        [i for i in data["items"] if i["set"] == "evaluated"],
+        [i for i in data["items"] if i["set"] != "evaluated"],
+    )
     assert [i["id"] for i in first] == [r["id"] for r in rows["eval_base"]] and len(second) == 60
     for item, *answers in zip(first, rows["eval_base"], rows["cycle1/eval_grpo"]):
-        assert [(r["run"], r["correct"], r.get("prediction")) for r in item["responses"]] == \
-            [(run, a["prediction"] == a["answer"], a["prediction"]) for run, a in zip(("eval_base", "cycle1/eval_grpo"), answers)]
+        assert [(r["run"], r["correct"], r.get("prediction")) for r in item["responses"]] == [
+            (run, a["prediction"] == a["answer"], a["prediction"])
+            for run, a in zip(("eval_base", "cycle1/eval_grpo"), answers)
+        ]
     assert [i["accepted"] for i in second] == [n % 3 == 0 for n in range(60)]
     assert data["runs"] == ["eval_base", "cycle1/eval_grpo"]
 
@@ -129,28 +189,58 @@ def test_an_evaluated_question_is_one_item_with_every_run_and_a_candidate_knows_
 def test_the_same_id_on_another_question_is_another_item(cycle, tmp_path):
     folder, rows = cycle
     for name, question in (("a", "One?"), ("b", "Two?")):
-        records.write(tmp_path / name / "p.jsonl", [rows["eval_base"][0] | {"question": question}])
-    data, _ = made(tmp_path / "r.html", "--predictions", tmp_path / "a" / "p.jsonl", f"other={tmp_path / 'b' / 'p.jsonl'}", "--image-root", folder)
+        records.write_records(tmp_path / name / "p.jsonl", [rows["eval_base"][0] | {"question": question}])
+    data, _ = made(
+        tmp_path / "r.html",
+        "--predictions",
+        tmp_path / "a" / "p.jsonl",
+        f"other={tmp_path / 'b' / 'p.jsonl'}",
+        "--image-root",
+        folder,
+    )
     assert [(i["question"], len(i["responses"])) for i in data["items"]] == [("One?", 1), ("Two?", 1)]
     assert data["runs"] == [f"{tmp_path.name}/a", "other"]
 
 
 def test_an_image_under_two_names_is_embedded_once_and_fits_the_thumbnail(tmp_path):
-    draw(tmp_path / "a.png", 1, (400, 300)), draw(tmp_path / "c.png", 2), (tmp_path / "broken.png").write_text("no image")
+    (
+        draw(tmp_path / "a.png", 1, (400, 300)),
+        draw(tmp_path / "c.png", 2),
+        (tmp_path / "broken.png").write_text("no image"),
+    )
     shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
-    rows = [{"id": n, "image": str(tmp_path / f"{n}.png"), "question": "?a", "answer": "a", "prediction": "a"} for n in ("a", "b", "broken", "c", "gone")]
-    records.write(tmp_path / "p.jsonl", [*rows, {"id": "none", "question": "?a", "answer": "a", "prediction": "b"}])
+    rows = [
+        {"id": n, "image": str(tmp_path / f"{n}.png"), "question": "?a", "answer": "a", "prediction": "a"}
+        for n in ("a", "b", "broken", "c", "gone")
+    ]
+    records.write_records(
+        tmp_path / "p.jsonl", [*rows, {"id": "none", "question": "?a", "answer": "a", "prediction": "b"}]
+    )
     data, printed = made(tmp_path / "r.html", "--predictions", tmp_path / "p.jsonl", "--thumbnail", 100)
-    assert [i["image"] for i in data["items"]] == [0, 0, None, 1, None, None] and "2 images cannot be read" in printed
+    assert [i["image"] for i in data["items"]] == [
+        0,
+        0,
+        None,
+        1,
+        None,
+        None,
+    ] and "2 images cannot be read" in printed
     sizes = [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size for url in data["images"]]
-    assert sizes == [(100, 75), (40, 30)] and [i["responses"][0]["correct"] for i in data["items"]] == [True] * 5 + [False]
+    assert sizes == [(100, 75), (40, 30)] and [i["responses"][0]["correct"] for i in data["items"]] == [
+        True
+    ] * 5 + [False]
 
 
 def test_more_items_than_the_cap_are_drawn_by_the_seed_in_their_order_and_said(cycle, tmp_path):
-    drawn = [made(tmp_path / f"{n}.html", "--run", cycle[0], "--items", 20, "--seed", seed) for n, seed in enumerate((1, 1, 2))]
+    drawn = [
+        made(tmp_path / f"{n}.html", "--run", cycle[0], "--items", 20, "--seed", seed)
+        for n, seed in enumerate((1, 1, 2))
+    ]
     ids = [[i["id"] for i in data["items"]] for data, _ in drawn]
     everything = [i["id"] for i in made(tmp_path / "all.html", "--run", cycle[0])[0]["items"]]
-    assert len(ids[0]) == 20 and ids[0] == ids[1] != ids[2] and ids[0] == [i for i in everything if i in ids[0]]
+    assert (
+        len(ids[0]) == 20 and ids[0] == ids[1] != ids[2] and ids[0] == [i for i in everything if i in ids[0]]
+    )
     assert drawn[0][0]["total"] == 120 and "20 items of 120" in drawn[0][1]
     assert (tmp_path / "0.html").read_bytes() == (tmp_path / "1.html").read_bytes()
 
@@ -160,71 +250,136 @@ def test_tables_show_the_numbers_of_the_files_with_their_intervals(cycle, tmp_pa
     first, by_modality, *_ = made(tmp_path / "r.html", "--run", folder)[0]["tables"]
     result = json.loads((folder / "eval_base" / "metrics.json").read_text())
     assert first["title"] == "eval.py" and first["columns"][0] == "accuracy" and "low" not in first["columns"]
-    assert first["rows"][0][:2] == [["eval_base"], [f"{result['accuracy']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}"]]
+    assert first["rows"][0][:2] == [
+        ["eval_base"],
+        [f"{result['accuracy']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}"],
+    ]
     assert [row[0] for row in first["rows"]] == [["eval_base"], ["cycle1/eval_grpo"]]
-    assert by_modality["title"] == "eval.py: modality accuracy" and by_modality["columns"] == ["eval_base", "cycle1/eval_grpo"]
-    assert {row[0][0]: row[1][0] for row in by_modality["rows"]} == {m: f"{g['accuracy']:.3f}" for m, g in result["modality"].items()}
+    assert by_modality["title"] == "eval.py: modality accuracy" and by_modality["columns"] == [
+        "eval_base",
+        "cycle1/eval_grpo",
+    ]
+    assert {row[0][0]: row[1][0] for row in by_modality["rows"]} == {
+        m: f"{g['accuracy']:.3f}" for m, g in result["modality"].items()
+    }
 
 
-def test_groups_within_groups_have_tables_without_an_interval_their_first_fraction_and_what_cannot_be_shown_is_left_out(tmp_path):
-    (tmp_path / "m.json").write_text('{"a": NaN, "n": 3, "ok": true, "levels": {"x": {"n": 2, "mean": 0.5}, "y": 7}, '
-                                   '"empty": {"z": {"w": {}}}, "scorers": {"closed": {"n": 9, "strict": {"n": 8, "accuracy": 0.25}}}}')
+def test_groups_within_groups_have_tables_without_an_interval_their_first_fraction_and_what_cannot_be_shown_is_left_out(
+    tmp_path,
+):
+    (tmp_path / "m.json").write_text(
+        '{"a": NaN, "n": 3, "ok": true, "levels": {"x": {"n": 2, "mean": 0.5}, "y": 7}, '
+        '"empty": {"z": {"w": {}}}, "scorers": {"closed": {"n": 9, "strict": {"n": 8, "accuracy": 0.25}}}}'
+    )
     tables = made(tmp_path / "r.html", "--metrics", f"mine={tmp_path / 'm.json'}")[0]["tables"]
-    assert tables == [{"title": "m.json", "columns": ["n", "ok"], "rows": [[["mine"], ["3"], [""]]]},
-                      {"title": "m.json: levels mean", "columns": ["mine"], "rows": [[["x"], ["0.500"]], [["y"], ["7"]]]},
-                      {"title": "m.json: scorers: closed accuracy", "columns": ["mine"], "rows": [[["n"], ["9"]], [["strict"], ["0.250"]]]}]
+    assert tables == [
+        {"title": "m.json", "columns": ["n", "ok"], "rows": [[["mine"], ["3"], [""]]]},
+        {"title": "m.json: levels mean", "columns": ["mine"], "rows": [[["x"], ["0.500"]], [["y"], ["7"]]]},
+        {
+            "title": "m.json: scorers: closed accuracy",
+            "columns": ["mine"],
+            "rows": [[["n"], ["9"]], [["strict"], ["0.250"]]],
+        },
+    ]
 
 
 def test_curves_keep_their_ends_and_at_most_so_many_points(cycle, tmp_path):
     curves = made(tmp_path / "r.html", "--run", cycle[0])[0]["curves"]
     assert [(c["metric"], c["main"]) for c in curves] == [("reward", True), ("watch_accuracy", True)]
     x, y = curves[0]["lines"][0]["x"], curves[0]["lines"][0]["y"]
-    assert len(x) == 200 and x[0] == 0 and x[-1] == 999 and all(b == a / 10 for a, b in zip(x, y)) and x == sorted(set(x))
-    assert curves[1]["lines"] == [{"label": "cycle1/grpo", "x": list(range(0, 1000, 100)), "y": [0.5 + i / 1000 for i in range(0, 1000, 100)]}]
+    assert (
+        len(x) == 200
+        and x[0] == 0
+        and x[-1] == 999
+        and all(b == a / 10 for a, b in zip(x, y))
+        and x == sorted(set(x))
+    )
+    assert curves[1]["lines"] == [
+        {
+            "label": "cycle1/grpo",
+            "x": list(range(0, 1000, 100)),
+            "y": [0.5 + i / 1000 for i in range(0, 1000, 100)],
+        }
+    ]
 
 
 def test_the_policy_names_the_pages_own_script_and_style_and_no_text_ends_the_data(cycle, tmp_path):
     data, _ = made(tmp_path / "r.html", "--run", cycle[0], "--title", HOSTILE)
     page = parse(tmp_path / "r.html")
-    assert [kind for kind, _ in page.found] == ["style", "application/json", "script"] and data["title"] == HOSTILE
+    assert [kind for kind, _ in page.found] == ["style", "application/json", "script"] and data[
+        "title"
+    ] == HOSTILE
     for kind in ("style", "script"):
         text = next(text for k, text in page.found if k == kind)
-        assert f"{kind}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in page.policy
+        assert (
+            f"{kind}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            in page.policy
+        )
     assert page.policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in page.policy
 
 
-@pytest.mark.parametrize("flags, words", [([], "nothing to report"), (["--run", "nowhere"], "no cycle's folder"),
-                                          (["--metrics", "nowhere.json"], "nowhere.json"), (["--metrics", "list.json"], "not a JSON object"),
-                                          (["--figures", "list.json"], "SVG or PNG"), (["--predictions", "a.jsonl", "a.jsonl"], "LABEL=FILE"),
-                                          (["--scored", "a.jsonl"], "reward"), (["--predictions", "a.jsonl", "--items", "-1"], "--items")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "nothing to report"),
+        (["--run", "nowhere"], "no cycle's folder"),
+        (["--metrics", "nowhere.json"], "nowhere.json"),
+        (["--metrics", "list.json"], "not a JSON object"),
+        (["--figures", "list.json"], "SVG or PNG"),
+        (["--predictions", "a.jsonl", "a.jsonl"], "LABEL=FILE"),
+        (["--scored", "a.jsonl"], "reward"),
+        (["--predictions", "a.jsonl", "--items", "-1"], "--items"),
+    ],
+)
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, words):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "a.jsonl").write_text('{"id": "a", "question": "b", "answer": "c", "prediction": null}\n')
-    done = make(tmp_path / "out" / "r.html", *[tmp_path / f if "." in f or f == "nowhere" else f for f in flags])
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr and not (tmp_path / "out").exists(), done.stderr
+    done = make(
+        tmp_path / "out" / "r.html", *[tmp_path / f if "." in f or f == "nowhere" else f for f in flags]
+    )
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and words in done.stderr
+        and not (tmp_path / "out").exists()
+    ), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
 # What a reader can do, in a browser.
 
+
 @pytest.fixture(scope="module")
 def browser():
     """Debian's chromium, headless. Skipped, with the reason, where it or its driver is missing."""
-    driver = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt")
+    driver = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt"
+    )
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if not path:
         pytest.skip("no browser: apt-get install chromium")
-    flags = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    flags = [
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+    ]
     with driver.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=flags + ["--no-sandbox"] * (os.geteuid() == 0))
+        browser = play.chromium.launch(
+            executable_path=path, args=flags + ["--no-sandbox"] * (os.geteuid() == 0)
+        )
         yield browser
         browser.close()
 
 
 class View:
     """A page opened offline, and all that it said and asked for."""
+
     def __init__(self, browser, path, width=1280, scheme="light"):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+        )
         self.page, self.complaints, self.requests = self.context.new_page(), [], []
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -271,9 +426,13 @@ def view(browser, page_file):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_without_complaint_or_request_and_fits_the_screen(browser, page_file, width, scheme):
     view = View(browser, page_file, width, scheme)
-    assert view.complaints == [] and [u for u in view.requests if not u.startswith("data:")] == [page_file.as_uri()]
+    assert view.complaints == [] and [u for u in view.requests if not u.startswith("data:")] == [
+        page_file.as_uri()
+    ]
     assert view.page.evaluate("document.documentElement.scrollWidth") <= width
-    assert view.page.locator("article").count() == 24 and view.page.locator("h2:visible").all_inner_texts() == ["Results", "Figures", "Curves", "Items"]
+    assert view.page.locator("article").count() == 24 and view.page.locator(
+        "h2:visible"
+    ).all_inner_texts() == ["Results", "Figures", "Curves", "Items"]
     red = view.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
     assert (int(red) < 128) == (scheme == "dark")
     assert view.page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
@@ -286,14 +445,26 @@ def test_every_filter_leaves_exactly_the_records_that_it_names(cycle, view):
     right = [{r["id"] for r in run if r["prediction"] == r["answer"]} for run in (base, grpo)]
     unread = [r for r in grpo if r["prediction"] is None]
     assert unread and right[0] != right[1]
-    expected = [({"modality": "MRI"}, sum(r["modality"] == "MRI" for r in base + scored)), ({"task": TASKS[1]}, 60),
-                ({"source": "generated"}, 60), ({"set": "cycle1/scored"}, 60), ({"result": "right"}, len(right[1])),
-                ({"run": "eval_base", "result": "right"}, len(right[0])), ({"result": "wrong"}, 60 - len(right[1])),
-                ({"result": "unread"}, len(unread)), ({"result": "mixed"}, len(right[0] ^ right[1])), ({"accepted": "accepted"}, 20),
-                ({"accepted": "rejected"}, 40), ({"modality": "CT", "accepted": "rejected"}, 0), ({}, 120)]
+    expected = [
+        ({"modality": "MRI"}, sum(r["modality"] == "MRI" for r in base + scored)),
+        ({"task": TASKS[1]}, 60),
+        ({"source": "generated"}, 60),
+        ({"set": "cycle1/scored"}, 60),
+        ({"result": "right"}, len(right[1])),
+        ({"run": "eval_base", "result": "right"}, len(right[0])),
+        ({"result": "wrong"}, 60 - len(right[1])),
+        ({"result": "unread"}, len(unread)),
+        ({"result": "mixed"}, len(right[0] ^ right[1])),
+        ({"accepted": "accepted"}, 20),
+        ({"accepted": "rejected"}, 40),
+        ({"modality": "CT", "accepted": "rejected"}, 0),
+        ({}, 120),
+    ]
     for choices, n in expected:
         view.choose(**choices)
-        assert (view.count() if n else view.page.inner_text("#count")) == (n or "No item passes the filters."), choices
+        assert (view.count() if n else view.page.inner_text("#count")) == (
+            n or "No item passes the filters."
+        ), choices
     view.choose(result="unread", run="eval_base")
     assert view.ids() == [r["id"] for r in base if r["prediction"] is None][:24] and view.complaints == []
 
@@ -317,7 +488,7 @@ def test_pages_follow_one_another_by_mouse_keyboard_and_number(cycle, view):
     for typed, page in (("5", 5), ("99", 5), ("0", 1), ("", 1)):
         view.page.fill("#page", typed)
         view.page.press("#page", "Enter")
-        assert view.ids() == ids[(page - 1) * 24:page * 24]
+        assert view.ids() == ids[(page - 1) * 24 : page * 24]
     view.page.click("#next2")
     view.page.click("#previous2")
     assert view.ids() == ids[:24] and view.page.evaluate("scrollY") > 0
@@ -325,10 +496,19 @@ def test_pages_follow_one_another_by_mouse_keyboard_and_number(cycle, view):
     view.page.press("#page", "Enter")
     assert view.page.is_disabled("#next") and view.page.is_disabled("#next2")
     view.choose(modality="CT")
-    assert view.page.input_value("#page") == "1"  # a filter begins anew
+    # a filter begins anew
+    assert view.page.input_value("#page") == "1"
 
 
-@pytest.mark.parametrize("text, field", [("number 17?", "question"), ("BECAUSE 289", "rationale"), ("q17", "id"), ("because 17?", "words anywhere")])
+@pytest.mark.parametrize(
+    "text, field",
+    [
+        ("number 17?", "question"),
+        ("BECAUSE 289", "rationale"),
+        ("q17", "id"),
+        ("because 17?", "words anywhere"),
+    ],
+)
 def test_a_search_finds_every_word_in_any_text_of_an_item(view, text, field):
     view.search(text)
     assert view.ids() == ["q17", "cq17"]
@@ -338,7 +518,10 @@ def test_a_response_is_found_by_the_search_and_shown_with_its_verdict(cycle, vie
     wrong = next(r for r in cycle[1]["cycle1/eval_grpo"] if r["prediction"] == "number")
     view.search(f"{wrong['question']} <answer>number</answer>")
     card = view.page.locator(f"article[data-id={wrong['id']}]")
-    assert wrong["response"] in card.inner_text() and card.locator(".response .badge").first.inner_text() == "wrong"
+    assert (
+        wrong["response"] in card.inner_text()
+        and card.locator(".response .badge").first.inner_text() == "wrong"
+    )
     assert card.locator(".options .right").inner_text() == f"{wrong['answer']} (answer)"
 
 
@@ -361,12 +544,24 @@ def test_the_browser_itself_refuses_what_the_policy_forbids(view):
         await fetch("https://example.org/").catch(() => {});
         await new Promise(done => setTimeout(done, 100));
         return found.sort(); }""")
-    assert blocked == ["connect-src", "img-src", "script-src-elem"] and view.page.evaluate("window.harm") is None
+    assert (
+        blocked == ["connect-src", "img-src", "script-src-elem"] and view.page.evaluate("window.harm") is None
+    )
 
 
 def test_everything_has_a_name_for_those_who_cannot_see_it(view):
-    assert view.page.evaluate("[...document.querySelectorAll('input, select')].filter(e => !e.labels.length || !e.labels[0].textContent.trim()).length") == 0
-    assert view.page.evaluate("[...document.querySelectorAll('button')].filter(e => !e.textContent.trim()).length") == 0
+    assert (
+        view.page.evaluate(
+            "[...document.querySelectorAll('input, select')].filter(e => !e.labels.length || !e.labels[0].textContent.trim()).length"
+        )
+        == 0
+    )
+    assert (
+        view.page.evaluate(
+            "[...document.querySelectorAll('button')].filter(e => !e.textContent.trim()).length"
+        )
+        == 0
+    )
     assert view.page.evaluate("[...document.images].filter(e => !e.alt).length") == 0
     assert view.page.locator("svg.chart[role=img][aria-label*='from 0 to 99.9']").count() == 1
     view.page.keyboard.press("Tab")
@@ -376,17 +571,36 @@ def test_everything_has_a_name_for_those_who_cannot_see_it(view):
 def test_ten_thousand_items_are_usable(browser, tmp_path, capsys):
     for i in range(500):
         draw(tmp_path / f"{i}.png", i, (64, 64))
-    records.write(tmp_path / "p.jsonl", ({"id": f"q{i}", "image": str(tmp_path / f"{i % 500}.png"), "question": f"What is number {i}?", "answer": "yes",
-                                          "modality": MODALITIES[i % 3], "prediction": "yes", "response": "I think so. " * 30} for i in range(10001)))
+    records.write_records(
+        tmp_path / "p.jsonl",
+        (
+            {
+                "id": f"q{i}",
+                "image": str(tmp_path / f"{i % 500}.png"),
+                "question": f"What is number {i}?",
+                "answer": "yes",
+                "modality": MODALITIES[i % 3],
+                "prediction": "yes",
+                "response": "I think so. " * 30,
+            }
+            for i in range(10001)
+        ),
+    )
     data, _ = made(tmp_path / "r.html", "--predictions", tmp_path / "p.jsonl")
     assert len(data["items"]) == 10000 and len(data["images"]) == 500
     view = View(browser, tmp_path / "r.html")
     ready = int(view.page.get_attribute("html", "data-ready"))
     known = data["items"][7000]["id"]
-    taken = view.page.evaluate("""word => { const start = performance.now();
-        state.text = word; apply(); return performance.now() - start; }""", f"{known[1:]}? think")
+    taken = view.page.evaluate(
+        """word => { const start = performance.now();
+        state.text = word; apply(); return performance.now() - start; }""",
+        f"{known[1:]}? think",
+    )
     assert known in view.ids() and view.count() < 24 and view.complaints == []
     with capsys.disabled():
-        print(f"\n10,000 items: first page after {ready} ms, first search {taken:.0f} ms, {(tmp_path / 'r.html').stat().st_size / 2**20:.1f} MiB")
-    assert ready < 60000 and taken < 30000  # on a busy machine too: the figures are printed
+        print(
+            f"\n10,000 items: first page after {ready} ms, first search {taken:.0f} ms, {(tmp_path / 'r.html').stat().st_size / 2**20:.1f} MiB"
+        )
+    # on a busy machine too: the figures are printed
+    assert ready < 60000 and taken < 30000
     view.context.close()

@@ -1,4 +1,5 @@
 """reward.py: the four levels, what the heads read, the report's statistics, and filtering."""
+
 import copy
 import itertools
 import json
@@ -7,24 +8,38 @@ import re
 import sys
 from pathlib import Path
 
+import clinic
 import numpy as np
 import pytest
 import torch
 
-import clinic
-import levels
-import records
 import reward
-import runs
-import vlm
+from medgr2 import levels, loading, records, vlm
+from medgr2.errors import ModelError, RecordError
+from medgr2.images import open_image
+from medgr2.prompts import format_response, policy_prompt, reference_response
 
 ROOT = Path(__file__).parent.parent
 
-TERMS = (re.compile(r"(?<!\w)(?:right|left|mass|cyst|mri|ct)(?!\w)", re.IGNORECASE),
-         {"ct": ["MRI"], "mri": ["CT"], "mass": ["cyst"], "cyst": ["mass"], "left": ["right"], "right": ["left"]})
-REASONED = {"id": "a", "image": "/1.png", "question": "Which finding?", "options": ["mass", "cyst"], "answer": "mass",
-            "rationale": "CT shows a mass on the left side."}
-PLAIN = {"id": "b", "image": "/2.png", "question": "Which finding?", "options": ["mass", "cyst"], "answer": "cyst"}
+TERMS = (
+    re.compile(r"(?<!\w)(?:right|left|mass|cyst|mri|ct)(?!\w)", re.IGNORECASE),
+    {"ct": ["MRI"], "mri": ["CT"], "mass": ["cyst"], "cyst": ["mass"], "left": ["right"], "right": ["left"]},
+)
+REASONED = {
+    "id": "a",
+    "image": "/1.png",
+    "question": "Which finding?",
+    "options": ["mass", "cyst"],
+    "answer": "mass",
+    "rationale": "CT shows a mass on the left side.",
+}
+PLAIN = {
+    "id": "b",
+    "image": "/2.png",
+    "question": "Which finding?",
+    "options": ["mass", "cyst"],
+    "answer": "cyst",
+}
 OPEN = {"id": "c", "image": "/3.png", "question": "Where is it?", "answer": "left lung"}
 OPEN2 = {"id": "d", "image": "/4.png", "question": "Where is it?", "answer": "liver"}
 REPORT = {"id": "e", "image": "/5.png", "report": "CT of the chest. A mass on the left."}
@@ -38,37 +53,57 @@ def draws(make, record, n=40):
 
 # ---- the four levels
 
+
 def test_original_is_the_record_as_written():
-    assert draws(levels.original, REASONED) == {"<think>CT shows a mass on the left side.</think><answer>mass</answer>"}
+    assert draws(levels.original, REASONED) == {
+        "<think>CT shows a mass on the left side.</think><answer>mass</answer>"
+    }
     assert draws(levels.original, REPORT) == {REPORT["report"]}
 
 
 def test_perturbed_changes_one_detail_of_the_rationale_and_keeps_the_answer():
-    assert draws(levels.perturbed, REASONED) == {"<think>MRI shows a mass on the left side.</think><answer>mass</answer>",
-                                                 "<think>CT shows a mass on the right side.</think><answer>mass</answer>"}
+    assert draws(levels.perturbed, REASONED) == {
+        "<think>MRI shows a mass on the left side.</think><answer>mass</answer>",
+        "<think>CT shows a mass on the right side.</think><answer>mass</answer>",
+    }
 
 
 def test_perturbed_of_a_longer_answer_leaves_the_rest_right_and_of_a_report_one_term():
     assert draws(levels.perturbed, OPEN) == {"<think></think><answer>right lung</answer>"}
-    assert draws(levels.perturbed, REPORT) == {"MRI of the chest. A mass on the left.", "CT of the chest. A cyst on the left.",
-                                               "CT of the chest. A mass on the right."}
+    assert draws(levels.perturbed, REPORT) == {
+        "MRI of the chest. A mass on the left.",
+        "CT of the chest. A cyst on the left.",
+        "CT of the chest. A mass on the right.",
+    }
 
 
 def test_an_answer_with_nothing_left_right_is_not_perturbed_but_wrong():
     assert draws(levels.perturbed, PLAIN) == {None}
-    bare = REASONED | {"rationale": "A mass."}  # nothing in it but the answer: to swap it would be incoherent
+    # nothing in it but the answer: to swap it would be incoherent
+    bare = REASONED | {"rationale": "A mass."}
     assert draws(levels.perturbed, bare) == {None}
 
 
 def test_a_replaced_term_keeps_the_case_of_its_place():
-    swap = lambda text, *terms: levels.swap_term(text, levels.find_terms([{"options": list(terms)}]), random.Random(0))  # noqa: E731
-    assert swap("Mass in the lung. The mass is round.", "Mass", "Cyst") == "Cyst in the lung. The cyst is round."
-    assert swap("a CT image", "CT", "MRI") == "a MRI image" and swap("a CT image", "CT", "Ultrasound") == "a Ultrasound image"
+    swap = lambda text, *terms: levels.swap_term(
+        text, levels.find_terms([{"options": list(terms)}]), random.Random(0)
+    )  # noqa: E731
+    assert (
+        swap("Mass in the lung. The mass is round.", "Mass", "Cyst") == "Cyst in the lung. The cyst is round."
+    )
+    assert (
+        swap("a CT image", "CT", "MRI") == "a MRI image"
+        and swap("a CT image", "CT", "Ultrasound") == "a Ultrasound image"
+    )
 
 
 def test_of_terms_that_overlap_the_longest_is_swapped():
-    terms = levels.find_terms([{"options": ["opacity", "nodule"]}, {"options": ["ground-glass opacity", "effusion"]}])
-    assert {levels.swap_term("A ground-glass opacity.", terms, random.Random(k)) for k in range(9)} == {"A effusion."}
+    terms = levels.find_terms(
+        [{"options": ["opacity", "nodule"]}, {"options": ["ground-glass opacity", "effusion"]}]
+    )
+    assert {levels.swap_term("A ground-glass opacity.", terms, random.Random(k)) for k in range(9)} == {
+        "A effusion."
+    }
 
 
 def test_a_record_in_which_nothing_can_be_perturbed_gives_none():
@@ -80,21 +115,30 @@ def test_a_term_inside_a_word_is_not_a_term():
 
 
 def test_incoherent_sets_the_answer_against_the_rationale():
-    assert draws(levels.incoherent, REASONED) == {"<think>CT shows a mass on the left side.</think><answer>cyst</answer>"}
+    assert draws(levels.incoherent, REASONED) == {
+        "<think>CT shows a mass on the left side.</think><answer>cyst</answer>"
+    }
     assert draws(levels.incoherent, PLAIN) == {"<think></think><answer>cyst, mass</answer>"}
     assert draws(levels.incoherent, REPORT) == {
-        text for strange in ("MRI of the knee.", "No finding.") for text in (
-            f"{strange} CT of the chest. A mass on the left.", f"CT of the chest. {strange} A mass on the left.",
-            f"CT of the chest. A mass on the left. {strange}")}
+        text
+        for strange in ("MRI of the knee.", "No finding.")
+        for text in (
+            f"{strange} CT of the chest. A mass on the left.",
+            f"CT of the chest. {strange} A mass on the left.",
+            f"CT of the chest. A mass on the left. {strange}",
+        )
+    }
 
 
 def test_irrelevant_is_of_another_image_and_its_answer_wrong_here():
-    assert draws(levels.irrelevant, REASONED) == {records.response_of(PLAIN)}
-    assert draws(levels.irrelevant, OPEN) == {records.response_of(OPEN2)}
+    assert draws(levels.irrelevant, REASONED) == {reference_response(PLAIN)}
+    assert draws(levels.irrelevant, OPEN) == {reference_response(OPEN2)}
     assert draws(levels.irrelevant, REPORT) == {REPORT2["report"]}
-    same = REASONED | {"id": "z", "image": "/9.png"}  # another image with the same answer is no donor
+    # another image with the same answer is no donor
+    same = REASONED | {"id": "z", "image": "/9.png"}
     assert levels.irrelevant(REASONED, [same, REASONED], TERMS, random.Random(0)) is None
-    twin = PLAIN | {"image": REASONED["image"]}  # the same image is no donor either
+    # the same image is no donor either
+    twin = PLAIN | {"image": REASONED["image"]}
     assert levels.irrelevant(REASONED, [twin], TERMS, random.Random(0)) is None
 
 
@@ -112,25 +156,39 @@ def test_levels_do_not_mutate_records():
 
 
 def test_no_text_has_two_levels_and_the_original_keeps_its_own():
-    lobes = ["left lobe", "right lobe"]  # open questions: `perturbed` swaps the side, and that is `irrelevant`'s answer too
-    rows = [{"id": str(k), "image": f"/{k}.png", "question": "Where?", "answer": lobes[k % 2]} for k in range(4)]
+    # open questions: `perturbed` swaps the side, and that is `irrelevant`'s answer too
+    lobes = ["left lobe", "right lobe"]
+    rows = [
+        {"id": str(k), "image": f"/{k}.png", "question": "Where?", "answer": lobes[k % 2]} for k in range(4)
+    ]
     for row, drawn in levels.build_levels(rows, 4, 0):
         texts = [text for _, text in drawn]
-        assert len(texts) == len(set(texts)) and ("original", records.response_of(row)) in drawn
-        wrong = records.format_response(None, next(o for o in lobes if o != row["answer"]))
-        assert levels.perturbed(row, rows, levels.find_terms(rows), random.Random(0)) == wrong  # the case in question
+        assert len(texts) == len(set(texts)) and ("original", reference_response(row)) in drawn
+        wrong = format_response(None, next(o for o in lobes if o != row["answer"]))
+        # the case in question
+        assert levels.perturbed(row, rows, levels.find_terms(rows), random.Random(0)) == wrong
         assert ("irrelevant", wrong) in drawn
 
 
 def test_terms_are_what_stands_side_by_side_among_options():
     pattern, found = levels.find_terms([{"options": ["CT", "MRI", "OCT"]}])
-    assert found["ct"] == ["MRI", "OCT"] and found["left"] == ["right"] and pattern.findall("OCT, ct; mri2") == ["OCT", "ct"]
+    assert (
+        found["ct"] == ["MRI", "OCT"]
+        and found["left"] == ["right"]
+        and pattern.findall("OCT, ct; mri2") == ["OCT", "ct"]
+    )
 
 
 def test_rollouts_count_only_on_expert_questions_and_are_marked_by_the_truth(tmp_path):
-    row = lambda k, response, source: REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}  # noqa: E731
-    rows = [row(0, "<think>a</think><answer>mass</answer>", "expert"), row(1, "<think>a</think><answer>cyst</answer>", "expert"),
-            row(2, "<answer>mass</answer>", "expert"), row(3, "<think>a</think><answer>mass</answer>", "generated")]
+    row = lambda k, response, source: (
+        REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}
+    )  # noqa: E731
+    rows = [
+        row(0, "<think>a</think><answer>mass</answer>", "expert"),
+        row(1, "<think>a</think><answer>cyst</answer>", "expert"),
+        row(2, "<answer>mass</answer>", "expert"),
+        row(3, "<think>a</think><answer>mass</answer>", "generated"),
+    ]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     ((_, marked),) = levels.build_rollouts([str(tmp_path / "rollouts.jsonl")])
     assert sorted(mark for mark, _ in marked) == ["malformed", "right", "wrong"]
@@ -145,48 +203,62 @@ def test_targets_are_those_of_the_levels():
 def test_the_loss_by_hand_leaves_unknown_targets_out():
     out, nan = torch.tensor([[0.5, 0.0, 2.0, 1.0], [0.25, 3.0, 1.0, 1.0]]), float("nan")
     targets = torch.tensor([[1.0, 1.0, nan, 0.0], [0.25, nan, nan, nan]])
-    bce = (np.log(2) + np.log(1 + np.e)) / 2  # of logit 0 against 1, and logit 1 against 0
+    # of logit 0 against 1, and logit 1 against 0
+    bce = (np.log(2) + np.log(1 + np.e)) / 2
     assert reward.reward_loss(out, targets).item() == pytest.approx(0.25 / 2 + bce, rel=1e-5)
 
 
 # ---- what the heads read
 
+
 @pytest.fixture(scope="module")
 def backbone():
-    return vlm.load(str(ROOT / "toy" / "policy"))
+    return loading.load(str(ROOT / "toy" / "policy"))
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clinic")
     clinic.write_clinic(str(folder), (8, 4, 1, 1, 1), seed=11)
-    return list(records.read(folder / "expert.jsonl")) + list(records.read(folder / "reports.jsonl"))
+    return list(records.read_records(folder / "expert.jsonl")) + list(
+        records.read_records(folder / "reports.jsonl")
+    )
 
 
 def test_summary_by_hand():
     x, part = torch.tensor([[3.0, -1.0, -5.0, 2.0, 9.0]]), torch.tensor([[True, True, True, True, False]])
     assert reward.summary(x, part)[0].tolist() == [-1.0, -0.25, -5.0, -1.0, 2.0]
-    assert reward.summary(x, part & (x == 3))[0].tolist() == [3.0, 3.0, 3.0, 0.0, 0.0] and not reward.summary(x, part & False).any()
+    assert (
+        reward.summary(x, part & (x == 3))[0].tolist() == [3.0, 3.0, 3.0, 0.0, 0.0]
+        and not reward.summary(x, part & False).any()
+    )
 
 
 def test_the_answer_begins_at_its_tag_and_the_end_of_turn_belongs_to_it(backbone):
     texts = ["<think>a mass</think><answer>mass</answer>", "CT of the chest."]
     ids, mask = vlm.encode_continuations(backbone, texts)
     marked = reward.answer_mask(backbone, texts, mask)
-    assert backbone.tokenizer.decode(ids[0][marked[0]]) == "<answer>mass</answer>" + backbone.tokenizer.eos_token
+    assert (
+        backbone.tokenizer.decode(ids[0][marked[0]]) == "<answer>mass</answer>" + backbone.tokenizer.eos_token
+    )
     assert not marked[1].any()
 
 
 def test_features_are_what_the_models_own_logits_say(backbone, rows):
     record = rows[0]
-    response, image = records.response_of(record), records.open_image(record["image"])
-    got = reward.read_features(backbone, [image], [records.policy_prompt(record)], [response], True)[0]
-    inputs = vlm.encode_prompts(backbone, [image], [records.policy_prompt(record)])
+    response, image = reference_response(record), open_image(record["image"])
+    got = reward.read_features(backbone, [image], [policy_prompt(record)], [response], True)[0]
+    inputs = vlm.encode_prompts(backbone, [image], [policy_prompt(record)])
     ids = torch.tensor([backbone.tokenizer(response)["input_ids"] + [backbone.end_id]])
     full = torch.cat([inputs["input_ids"], ids], 1)
     with torch.no_grad():
-        out = backbone.model(input_ids=full, pixel_values=inputs["pixel_values"], attention_mask=torch.ones_like(full), output_hidden_states=True)
-    logps = out.logits[0, -ids.shape[1] - 1:-1].log_softmax(-1)
+        out = backbone.model(
+            input_ids=full,
+            pixel_values=inputs["pixel_values"],
+            attention_mask=torch.ones_like(full),
+            output_hidden_states=True,
+        )
+    logps = out.logits[0, -ids.shape[1] - 1 : -1].log_softmax(-1)
     seen = logps.gather(1, ids[0][:, None])[:, 0]
     start = (ids[0] == backbone.tokenizer.convert_tokens_to_ids("<answer>")).nonzero().item()
     width = out.hidden_states[-1].shape[-1]
@@ -200,9 +272,12 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
 
 def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbone, rows):
     from PIL import Image
+
     record, blank = rows[0], Image.new("RGB", (64, 64), (128, 128, 128))
-    read = lambda image: reward.read_features(backbone, [image], [records.policy_prompt(record)], [records.response_of(record)], True)[0]  # noqa: E731
-    assert read(blank)[-10:].abs().max() < 1e-4 < read(records.open_image(record["image"]))[-10:].abs().max()
+    read = lambda image: reward.read_features(
+        backbone, [image], [policy_prompt(record)], [reference_response(record)], True
+    )[0]  # noqa: E731
+    assert read(blank)[-10:].abs().max() < 1e-4 < read(open_image(record["image"]))[-10:].abs().max()
 
 
 def test_reading_a_question_once_for_many_responses_changes_no_feature(backbone, rows):
@@ -214,7 +289,12 @@ def test_reading_a_question_once_for_many_responses_changes_no_feature(backbone,
         flat = {(r["id"], level, k): f for k, ((r, level), f) in enumerate(zip(order, together))}
         assert len(flat) == len(together) == sum(len(d) for _, d in groups)
         for record, drawn in groups[:3]:
-            alone = torch.cat([model.features([records.open_image(record["image"])], [reward.prompt_of(record)], [text]) for _, text in drawn])
+            alone = torch.cat(
+                [
+                    model.features([open_image(record["image"])], [reward.prompt_of(record)], [text])
+                    for _, text in drawn
+                ]
+            )
             mine = torch.stack([f for (i, _, _), f in flat.items() if i == record["id"]])
             assert torch.allclose(alone, mine, atol=2e-3, rtol=1e-3)
 
@@ -222,20 +302,28 @@ def test_reading_a_question_once_for_many_responses_changes_no_feature(backbone,
 def test_a_saved_reward_model_scores_the_same(backbone, rows, tmp_path):
     model = reward.RewardModel(backbone, reward.Heads(backbone.head.weight.shape[1], 8), False)
     model.save(str(tmp_path))
-    ask = ([records.open_image(rows[0]["image"])], [reward.prompt_of(rows[0])], ["<think>x</think><answer>y</answer>", "nonsense"])
+    ask = (
+        [open_image(rows[0]["image"])],
+        [reward.prompt_of(rows[0])],
+        ["<think>x</think><answer>y</answer>", "nonsense"],
+    )
     first, again = model(*ask), reward.RewardModel.load(str(tmp_path))(*ask)
     assert set(first) == set(reward.HEADS) and all(len(v) == 2 for v in first.values())
-    assert all(first[h] == pytest.approx(again[h], abs=1e-5) for h in first) and all(-6 <= x <= 10 for x in first["overall"])
-    with pytest.raises(vlm.ModelError, match="not a reward model"):
+    assert all(first[h] == pytest.approx(again[h], abs=1e-5) for h in first) and all(
+        -6 <= x <= 10 for x in first["overall"]
+    )
+    with pytest.raises(ModelError, match="not a reward model"):
         reward.RewardModel.load(str(ROOT / "toy" / "policy"))
 
 
 # ---- statistics
 
+
 @pytest.mark.parametrize("seed", range(5))
 def test_auroc_is_the_share_of_ordered_pairs(seed):
     rng = np.random.default_rng(seed)
-    scores, right = rng.integers(0, 6, 30), rng.random(30) < 0.4  # ties are frequent
+    # ties are frequent
+    scores, right = rng.integers(0, 6, 30), rng.random(30) < 0.4
     pairs = [(a > b) + 0.5 * (a == b) for a, b in itertools.product(scores[right], scores[~right])]
     assert reward.auroc(scores, right) == pytest.approx(np.mean(pairs))
 
@@ -245,14 +333,18 @@ def test_auroc_and_spearman_are_none_where_they_mean_nothing():
 
 
 def test_spearman_by_hand_with_a_tie():
-    x, y = [1, 2, 2, 4], [10, 30, 20, 40]  # ranks 1 2.5 2.5 4 and 1 3 2 4
+    # ranks 1 2.5 2.5 4 and 1 3 2 4
+    x, y = [1, 2, 2, 4], [10, 30, 20, 40]
     assert reward.spearman(x, y) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
 # ---- filtering
 
+
 def candidates(scores, cells):
-    return [{"id": str(i), "task": c, "reward": {"overall": s}} for i, (s, c) in enumerate(zip(scores, cells))]
+    return [
+        {"id": str(i), "task": c, "reward": {"overall": s}} for i, (s, c) in enumerate(zip(scores, cells))
+    ]
 
 
 def test_the_best_of_each_cell_are_kept_and_as_many_drawn_at_random_from_it():
@@ -260,7 +352,9 @@ def test_the_best_of_each_cell_are_kept_and_as_many_drawn_at_random_from_it():
     accepted, drawn = reward.choose(rows, 0, ["task"], keep=0.5)
     assert accepted == [0, 1, 6, 7] and [rows[i]["task"] for i in drawn] == ["a", "a", "b", "b"]
     assert reward.choose(rows, 0, [], keep=0.5)[0] == [0, 1, 2, 3]
-    assert reward.choose(rows, 0, [], threshold=4)[0] == [0, 1, 2, 3, 7] and reward.choose(rows, 0, [], top_k=3)[0] == [0, 1, 2]
+    assert reward.choose(rows, 0, [], threshold=4)[0] == [0, 1, 2, 3, 7] and reward.choose(
+        rows, 0, [], top_k=3
+    )[0] == [0, 1, 2]
     assert reward.choose(rows, 0, ["task"], top_k=99)[0] == list(range(8))
 
 
@@ -278,26 +372,97 @@ def run(monkeypatch, main_args):
 
 def test_train_then_score_on_the_toy_and_score_adds_a_field_and_touches_no_other(monkeypatch, rows, tmp_path):
     questions = [r for r in rows if "answer" in r]
-    records.write(tmp_path / "expert.jsonl", rows)
-    records.write(tmp_path / "candidates.jsonl", questions)
-    run(monkeypatch, ["train", "--model", ROOT / "toy/policy", "--data", tmp_path / "expert.jsonl", "--resamples", 1, "--steps", 100, "--out", tmp_path / "rm"])
+    records.write_records(tmp_path / "expert.jsonl", rows)
+    records.write_records(tmp_path / "candidates.jsonl", questions)
+    run(
+        monkeypatch,
+        [
+            "train",
+            "--model",
+            ROOT / "toy/policy",
+            "--data",
+            tmp_path / "expert.jsonl",
+            "--resamples",
+            1,
+            "--steps",
+            100,
+            "--out",
+            tmp_path / "rm",
+        ],
+    )
     found = json.load(open(tmp_path / "rm" / "metrics.json"))
-    assert set(found["levels"]) == {"original", "perturbed", "incoherent", "irrelevant"} and 0 <= found["auroc"] <= 1
-    run(monkeypatch, ["score", "--model", tmp_path / "rm", "--data", tmp_path / "candidates.jsonl", "--keep", 0.5, "--batch", 5, "--out", tmp_path / "scored"])
-    scored, accepted, drawn = (list(records.read(tmp_path / "scored" / f"{n}.jsonl", root=records.ANYWHERE)) for n in ("scored", "accepted", "random"))
+    assert (
+        set(found["levels"]) == {"original", "perturbed", "incoherent", "irrelevant"}
+        and 0 <= found["auroc"] <= 1
+    )
+    run(
+        monkeypatch,
+        [
+            "score",
+            "--model",
+            tmp_path / "rm",
+            "--data",
+            tmp_path / "candidates.jsonl",
+            "--keep",
+            0.5,
+            "--batch",
+            5,
+            "--out",
+            tmp_path / "scored",
+        ],
+    )
+    scored, accepted, drawn = (
+        list(records.read_records(tmp_path / "scored" / f"{n}.jsonl", root=records.ANYWHERE))
+        for n in ("scored", "accepted", "random")
+    )
     assert [{k: v for k, v in r.items() if k != "reward"} for r in scored] == questions
-    assert len(accepted) == len(drawn) == round(len(scored) / 2) and all(r in scored for r in accepted + drawn)
+    assert len(accepted) == len(drawn) == round(len(scored) / 2) and all(
+        r in scored for r in accepted + drawn
+    )
 
 
 def test_the_reward_model_learns_without_its_backbone_frozen(monkeypatch, rows, tmp_path):
-    records.write(tmp_path / "expert.jsonl", rows)
-    run(monkeypatch, ["train", "--model", ROOT / "toy/policy", "--data", tmp_path / "expert.jsonl", "--resamples", 1, "--steps", 2, "--lr", 1e-4,
-                      "--freeze", "nothing", "--batch", 4, "--out", tmp_path / "rm"])
-    old, new = (vlm.load(str(f)).model.state_dict() for f in (ROOT / "toy/policy", tmp_path / "rm" / "backbone"))
+    records.write_records(tmp_path / "expert.jsonl", rows)
+    run(
+        monkeypatch,
+        [
+            "train",
+            "--model",
+            ROOT / "toy/policy",
+            "--data",
+            tmp_path / "expert.jsonl",
+            "--resamples",
+            1,
+            "--steps",
+            2,
+            "--lr",
+            1e-4,
+            "--freeze",
+            "nothing",
+            "--batch",
+            4,
+            "--out",
+            tmp_path / "rm",
+        ],
+    )
+    old, new = (
+        loading.load(str(f)).model.state_dict() for f in (ROOT / "toy/policy", tmp_path / "rm" / "backbone")
+    )
     assert any(not torch.equal(old[n], new[n]) for n in old)
 
 
 def test_a_file_without_questions_or_reports_is_one_line(monkeypatch, rows, tmp_path):
-    records.write(tmp_path / "images.jsonl", [{"id": r["id"], "image": r["image"]} for r in rows[:4]])
-    with pytest.raises(records.RecordError, match="neither questions with answers nor reports"):
-        run(monkeypatch, ["train", "--model", ROOT / "toy/policy", "--data", tmp_path / "images.jsonl", "--out", tmp_path / "rm"])
+    records.write_records(tmp_path / "images.jsonl", [{"id": r["id"], "image": r["image"]} for r in rows[:4]])
+    with pytest.raises(RecordError, match="neither questions with answers nor reports"):
+        run(
+            monkeypatch,
+            [
+                "train",
+                "--model",
+                ROOT / "toy/policy",
+                "--data",
+                tmp_path / "images.jsonl",
+                "--out",
+                tmp_path / "rm",
+            ],
+        )

@@ -1,4 +1,5 @@
 """runs.py: a run's folder is final once it exists, goes on where the last commit left off, and holds one run alone."""
+
 import argparse
 import json
 import os
@@ -11,16 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 
-import runs
+from analysis import summarize
+from medgr2 import cli, runs
+from medgr2.errors import RunError
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("kind, least, most, text, value", [
-    (int, 1, None, "1", 1), (int, 1, None, "0", None), (int, 1, None, "1.5", None), (float, 0, 1, "1", 1.0), (float, 0, 1, "1.01", None),
-    (float, 0, None, "nan", None), (float, 0, None, "inf", None), (float, -6, 10, "-6", -6.0), (float, -6, 10, "-inf", None)])
+@pytest.mark.parametrize(
+    "kind, least, most, text, value",
+    [
+        (int, 1, None, "1", 1),
+        (int, 1, None, "0", None),
+        (int, 1, None, "1.5", None),
+        (float, 0, 1, "1", 1.0),
+        (float, 0, 1, "1.01", None),
+        (float, 0, None, "nan", None),
+        (float, 0, None, "inf", None),
+        (float, -6, 10, "-6", -6.0),
+        (float, -6, 10, "-inf", None),
+    ],
+)
 def test_a_number_keeps_to_its_bounds(kind, least, most, text, value):
-    parse = runs.number(kind, least, most)
+    parse = cli.number(kind, least, most)
     if value is None:
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
             parse(text)
@@ -50,7 +64,11 @@ def test_a_finished_run_is_renamed_and_the_same_command_again_leaves_with_status
     run.finish({"loss": 1})
     assert lines(tmp_path / "out" / "metrics.jsonl") == [{"step": 0, "loss": 0.123457}]
     assert json.load(open(tmp_path / "out" / "metrics.json")) == {"loss": 1}
-    assert not (tmp_path / "out.part").exists() and sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.json", "metrics.jsonl"]
+    assert not (tmp_path / "out.part").exists() and sorted(os.listdir(tmp_path / "out")) == [
+        "args.json",
+        "metrics.json",
+        "metrics.jsonl",
+    ]
     with pytest.raises(SystemExit) as left:
         runs.start(args_of(tmp_path, lr=1.0))
     assert left.value.code == 0
@@ -58,40 +76,43 @@ def test_a_finished_run_is_renamed_and_the_same_command_again_leaves_with_status
 
 def test_another_command_on_the_same_folder_is_refused_and_names_the_flag(tmp_path):
     runs.start(args_of(tmp_path, lr=1.0)).finish({})
-    with pytest.raises(runs.RunError, match="--lr 1.0 there, 2.0 here"):
+    with pytest.raises(RunError, match="--lr 1.0 there, 2.0 here"):
         runs.start(args_of(tmp_path, lr=2.0))
 
 
 def test_an_unfinished_run_of_another_command_is_refused(tmp_path):
     runs.start(args_of(tmp_path, lr=1.0)).commit(step=1)
-    with pytest.raises(runs.RunError, match="another run"):
+    with pytest.raises(RunError, match="another run"):
         runs.start(args_of(tmp_path, lr=2.0))
 
 
 def test_an_unfinished_run_that_committed_nothing_is_in_nobodys_way(tmp_path):
-    runs.start(args_of(tmp_path, lr=1.0)).append("rows.jsonl", [{"a": 1}])  # say, a wrong --model, found out at once
+    # say, a wrong --model, found out at once
+    runs.start(args_of(tmp_path, lr=1.0)).append("rows.jsonl", [{"a": 1}])
     run = runs.start(args_of(tmp_path, lr=2.0))
     assert run.state == {} and not (tmp_path / "out.part" / "rows.jsonl").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     os.makedirs(tmp_path / "out")
-    with pytest.raises(runs.RunError, match="something else than a run"):
+    with pytest.raises(RunError, match="something else than a run"):
         runs.start(args_of(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"script": "x.py"}', '{"script": "x.py", "args": [], "inputs": {}}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"script": "x.py"}', '{"script": "x.py", "args": [], "inputs": {}}']
+)
 def test_a_folder_whose_args_json_is_no_runs_is_refused(tmp_path, text):
     os.makedirs(tmp_path / "out")
     (tmp_path / "out" / "args.json").write_text(text)
-    with pytest.raises(runs.RunError, match="something else than a run"):
+    with pytest.raises(RunError, match="something else than a run"):
         runs.start(args_of(tmp_path))
 
 
 def test_an_argument_on_which_no_output_depends_may_change_before_a_resume(tmp_path):
     runs.start(args_of(tmp_path, timeout=1), free=("timeout",)).commit(step=7)
     assert runs.start(args_of(tmp_path, timeout=60), free=("timeout",)).state["step"] == 7
-    with pytest.raises(runs.RunError, match="--timeout 1 there, 9 here"):
+    with pytest.raises(RunError, match="--timeout 1 there, 9 here"):
         runs.start(args_of(tmp_path, timeout=9))
 
 
@@ -99,7 +120,7 @@ def test_an_out_that_cannot_be_written_is_one_line_and_status_2(tmp_path, capsys
     (tmp_path / "file").write_text("")
     args = argparse.Namespace(out=str(tmp_path / "file" / "out"), seed=0, resume=True)
     with pytest.raises(SystemExit) as left:
-        runs.cli(lambda args: runs.start(args), args)
+        cli.run_main(lambda args: runs.start(args), args)
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line and "Not a directory" in line
@@ -111,27 +132,36 @@ def test_a_full_disk_is_one_line_and_a_bug_keeps_its_traceback(capsys):
             f.write("x" * 10000)
 
     with pytest.raises(SystemExit) as left:
-        runs.cli(fill, argparse.Namespace(out="o"))
+        cli.run_main(fill, argparse.Namespace(out="o"))
     assert left.value.code == 2 and "No space left on device" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):
-        runs.cli(lambda args: open("/none"), argparse.Namespace(out="o"))
+        cli.run_main(lambda args: open("/none"), argparse.Namespace(out="o"))
 
 
 def test_what_safetensors_makes_of_a_full_disk_is_one_line_too(capsys):
     from safetensors import SafetensorError
 
-    def fill(args):  # its words; test_kill.py fills a disk
+    # its words; test_kill.py fills a disk
+    def fill(args):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with pytest.raises(SystemExit) as left:
-        runs.cli(fill, argparse.Namespace(out="o"))
+        cli.run_main(fill, argparse.Namespace(out="o"))
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and "o: No space left on device; make room" in line
 
 
-@pytest.mark.parametrize("free, error, says", [(1000, runs.RunError, r"a commit needs 1\.\d+ MiB and 0\.001 MiB are free"),
-                                               (1 << 40, OSError, "No space left on device")])  # the second: a quota
-def test_a_commit_that_does_not_fit_says_so_and_the_one_before_stays(tmp_path, monkeypatch, free, error, says):
+@pytest.mark.parametrize(
+    "free, error, says",
+    [
+        (1000, RunError, r"a commit needs 1\.\d+ MiB and 0\.001 MiB are free"),
+        # the second: a quota
+        (1 << 40, OSError, "No space left on device"),
+    ],
+)
+def test_a_commit_that_does_not_fit_says_so_and_the_one_before_stays(
+    tmp_path, monkeypatch, free, error, says
+):
     run = runs.start(args_of(tmp_path))
     run.commit(step=1)
     os.symlink("/dev/full", run.path("state/new"))
@@ -142,14 +172,22 @@ def test_a_commit_that_does_not_fit_says_so_and_the_one_before_stays(tmp_path, m
 
 
 def test_a_second_process_on_one_folder_is_told_who_the_first_is(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runs, time\n"
-                               f"lock = runs.take_lock({str(tmp_path / 'out.part')!r}); print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from medgr2 import runs; import time\n"
+            f"lock = runs.take_lock({str(tmp_path / 'out.part')!r}); print('held', flush=True); time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+    )
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(runs.RunError, match=f"process {holder.pid} on "):
+    with pytest.raises(RunError, match=f"process {holder.pid} on "):
         runs.start(args_of(tmp_path))
     holder.kill()
     holder.wait()
-    runs.start(args_of(tmp_path)).finish({})  # the lock went with the process that held it
+    # the lock went with the process that held it
+    runs.start(args_of(tmp_path)).finish({})
 
 
 def test_a_damaged_newest_commit_is_set_aside_and_the_one_before_is_used(tmp_path, capsys):
@@ -163,7 +201,10 @@ def test_a_damaged_newest_commit_is_set_aside_and_the_one_before_is_used(tmp_pat
     damaged[len(damaged) // 2] ^= 1
     states[-1].write_bytes(damaged)
     again = runs.start(args_of(tmp_path))
-    assert again.state["step"] == 2 and lines(tmp_path / "out.part" / "rows.jsonl") == [{"step": 1}, {"step": 2}]
+    assert again.state["step"] == 2 and lines(tmp_path / "out.part" / "rows.jsonl") == [
+        {"step": 1},
+        {"step": 2},
+    ]
     assert "damaged, set aside" in capsys.readouterr().out
 
 
@@ -192,7 +233,9 @@ def test_sigterm_ends_a_loop_that_commits_nothing_after_its_step(tmp_path):
 def test_rows_of_a_table_with_one_label_draw_on_several_files(tmp_path):
     for name, values in (("a+b.json", {"accuracy": 0.5}), ("c.json", {"auroc": 0.25})):
         (tmp_path / name).write_text(json.dumps(values))
-    shown = runs.show([f"x={tmp_path}/a+b.json", f"y={tmp_path}/a+b.json", f"x={tmp_path}/c.json"], ["accuracy", "auroc"])
+    shown = summarize.summarize(
+        [f"x={tmp_path}/a+b.json", f"y={tmp_path}/a+b.json", f"x={tmp_path}/c.json"], ["accuracy", "auroc"]
+    )
     assert [line.split() for line in shown.splitlines()[2:]] == [["x", "0.500", "0.250"], ["y", "0.500"]]
 
 
@@ -201,7 +244,7 @@ def test_an_input_that_changed_is_refused(tmp_path):
     data.write_text("one")
     runs.start(args_of(tmp_path), [str(data)]).commit(step=1)
     data.write_text("two")
-    with pytest.raises(runs.RunError, match="has changed"):
+    with pytest.raises(RunError, match="has changed"):
         runs.start(args_of(tmp_path), [str(data)])
 
 
@@ -213,7 +256,8 @@ def test_what_was_written_after_the_last_commit_is_cut_off_and_the_state_comes_b
     run.append("late.jsonl", [{"b": 1}])
     for file in run.files.values():
         file.write('{"half')
-        file.close()  # a crash: nothing more was committed
+        # a crash: nothing more was committed
+        file.close()
     again = runs.start(args_of(tmp_path))
     assert again.state["step"] == 1 and torch.equal(again.state["weights"]["w"], torch.arange(3.0))
     assert "dropped" in capsys.readouterr().out
@@ -229,9 +273,12 @@ def test_a_file_untouched_since_the_commit_keeps_its_rows_through_two_resumes(tm
     run.commit(step=1)
     run = runs.start(args_of(tmp_path))
     run.append("second.jsonl", [{"b": 1}])
-    run.commit(step=2)  # first.jsonl was not opened by this process
+    # first.jsonl was not opened by this process
+    run.commit(step=2)
     runs.start(args_of(tmp_path)).finish({})
-    assert lines(tmp_path / "out" / "first.jsonl") == [{"a": 1}] and lines(tmp_path / "out" / "second.jsonl") == [{"b": 1}]
+    assert lines(tmp_path / "out" / "first.jsonl") == [{"a": 1}] and lines(
+        tmp_path / "out" / "second.jsonl"
+    ) == [{"b": 1}]
 
 
 def test_no_resume_starts_over(tmp_path):
@@ -249,7 +296,8 @@ def test_args_json_holds_arguments_versions_and_hashes_of_inputs(tmp_path):
     runs.start(args_of(tmp_path, lr=1.0), [str(data), "a/hub-name"]).finish({})
     meta = json.load(open(tmp_path / "out" / "args.json"))
     assert meta["args"]["lr"] == 1.0 and meta["versions"]["torch"] and meta["ended"] >= meta["started"]
-    assert meta["inputs"][str(data)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", FIPS 180-2
+    # of "abc", FIPS 180-2
+    assert meta["inputs"][str(data)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert meta["inputs"]["a/hub-name"] is None
 
 
@@ -261,19 +309,22 @@ def test_not_a_number_never_reaches_a_file(tmp_path):
 
 def test_seeds_are_the_same_everywhere_and_differ_by_part():
     assert runs.seed_of(0, "a", 1) == runs.seed_of(0, "a", 1)
-    assert len({runs.seed_of(0, "a", k) for k in range(1000)} | {runs.seed_of(0, "b", k) for k in range(1000)}) == 2000
-    assert all(0 <= runs.seed_of(k) < 2 ** 63 for k in range(100))
+    assert (
+        len({runs.seed_of(0, "a", k) for k in range(1000)} | {runs.seed_of(0, "b", k) for k in range(1000)})
+        == 2000
+    )
+    assert all(0 <= runs.seed_of(k) < 2**63 for k in range(100))
 
 
 def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
     n, size = 10, 4
-    flat = [i for step in range(5) for i in runs.batch_at(step, size, n, seed=1)]
+    flat = [i for step in range(5) for i in runs.batch_indices(step, size, n, seed=1)]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert runs.batch_at(3, size, n, 1) == flat[12:16]
+    assert runs.batch_indices(3, size, n, 1) == flat[12:16]
 
 
 def test_a_table_lines_up_and_puts_numbers_to_the_right():
-    text = runs.table([("a", 1.5, 10), ("bbb", None, 7)], ("name", "x", "n")).splitlines()
+    text = cli.format_table([("a", 1.5, 10), ("bbb", None, 7)], ("name", "x", "n")).splitlines()
     assert text == ["name      x   n", "----  -----  --", "a     1.500  10", "bbb           7"]
 
 
@@ -284,7 +335,7 @@ def test_where_images_may_lie_may_change_before_a_resume_and_another_argument_ma
     args.image_root = "there"
     assert runs.start(args).state["step"] == 3
     args.seed += 1
-    with pytest.raises(runs.RunError, match="--seed"):
+    with pytest.raises(RunError, match="--seed"):
         runs.start(args)
 
 
@@ -296,11 +347,12 @@ def test_the_next_item_is_made_in_another_thread_while_the_caller_works_on_one()
             working.append(threading.current_thread())
             event.set()
             yield k
-    ahead = runs.ahead(items())
+
+    ahead = runs.prefetch(items())
     for k in range(3):
         assert next(ahead) == k
         assert made[k + 1].wait(10), "made while the caller has the one before"
-        assert not any(event.is_set() for event in made[k + 2:]), "and no more than one"
+        assert not any(event.is_set() for event in made[k + 2 :]), "and no more than one"
     assert len(set(working)) == 1 and threading.current_thread() not in working
 
 
@@ -308,8 +360,9 @@ def test_an_error_in_an_item_comes_when_that_item_is_due_and_not_before():
     def items():
         yield 0
         yield 1
-        raise runs.RunError("item 2")
-    ahead = runs.ahead(items())
+        raise RunError("item 2")
+
+    ahead = runs.prefetch(items())
     assert [next(ahead), next(ahead)] == [0, 1]
-    with pytest.raises(runs.RunError, match="item 2"):
+    with pytest.raises(RunError, match="item 2"):
         next(ahead)

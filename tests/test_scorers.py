@@ -1,4 +1,5 @@
 """scorers.py: every scorer on real odd answers, the authors' figure on the authors' file, anybody's rows as ours."""
+
 import difflib
 import json
 import pathlib
@@ -6,12 +7,19 @@ import string
 
 import pytest
 
-import records
-import scorers
+from medgr2 import scorers
+from medgr2.errors import RecordError
 
-AUTHORS = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "medgr_square" / "checkpoint_30.jsonl"
+AUTHORS = (
+    pathlib.Path(__file__).resolve().parent.parent.parent
+    / "shared"
+    / "data"
+    / "medgr_square"
+    / "checkpoint_30.jsonl"
+)
 MODALITIES = ["MRI", "CT", "Ultrasound"]
-NESTED = ["CT", "CT scan", "X-ray"]  # an option that contains another
+# an option that contains another
+NESTED = ["CT", "CT scan", "X-ray"]
 WITH_OR = ["Left or right lung", "Liver", "Left", "Spleen or kidney"]
 NUMBERS = ["2", "12", "21"]
 NAMES = ("strict", "letter or text", "most similar", "Med-R1", "MedGR-Square", "unique mention")
@@ -22,29 +30,41 @@ ODD = [
     ("b", MODALITIES, [None, "CT", None, None, None, None]),
     ("(B)", MODALITIES, [None, "CT", None, None, None, "CT"]),
     ("B) CT", MODALITIES, [None, "CT", "CT", None, None, "CT"]),
-    ("C) CT", MODALITIES, [None, None, "CT", None, None, "Ultrasound"]),  # the letter of one option, the text of another
+    # the letter of one option, the text of another
+    ("C) CT", MODALITIES, [None, None, "CT", None, None, "Ultrasound"]),
     ("CT.", MODALITIES, ["CT", "CT", "CT", None, "CT", "CT"]),
-    ("ct", MODALITIES, ["CT", "CT", "Ultrasound", None, "CT", "CT"]),  # difflib minds the case, and finds a t
+    # difflib minds the case, and finds a t
+    ("ct", MODALITIES, ["CT", "CT", "Ultrasound", None, "CT", "CT"]),
     ("CT", MODALITIES, ["CT"] * 6),
     ("**CT**", MODALITIES, ["CT", "CT", "CT", None, "CT", "CT"]),
     ("The answer is CT", MODALITIES, [None, None, "CT", None, None, "CT"]),
-    ("CT or MRI", MODALITIES, [None, None, "MRI", None, None, None]),  # two named: difflib takes the longer
-    ("PET", MODALITIES, [None, None, "CT", None, None, None]),  # none named: difflib always has one
+    # two named: difflib takes the longer
+    ("CT or MRI", MODALITIES, [None, None, "MRI", None, None, None]),
+    # none named: difflib always has one
+    ("PET", MODALITIES, [None, None, "CT", None, None, None]),
     ("", MODALITIES, [None] * 6),
     ("CT scan", NESTED, ["CT scan", "CT scan", "CT scan", None, "CT scan", None]),
     ("CT", NESTED, ["CT"] * 6),
-    ("xray", NESTED, [None, None, "X-ray", None, "X-ray", None]),  # the authors drop the hyphen
-    ("left or right lung", WITH_OR, ["Left or right lung", "Left or right lung", "Left or right lung", None, "Left or right lung", None]),
+    # the authors drop the hyphen
+    ("xray", NESTED, [None, None, "X-ray", None, "X-ray", None]),
+    (
+        "left or right lung",
+        WITH_OR,
+        ["Left or right lung", "Left or right lung", "Left or right lung", None, "Left or right lung", None],
+    ),
     ("Spleen or kidney", WITH_OR, ["Spleen or kidney"] * 3 + [None] + ["Spleen or kidney"] * 2),
     ("left", WITH_OR, ["Left", "Left", "Left", None, "Left", "Left"]),
-    ("12", NUMBERS, ["12", "12", "12", "12", "12", None]),  # `2` is in `12`
+    # `2` is in `12`
+    ("12", NUMBERS, ["12", "12", "12", "12", "12", None]),
     ("2.", NUMBERS, ["2", "2", "2", None, "2", "2"]),
     ("A", NUMBERS, [None, "2", None, "2", None, "2"]),
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("text, options, wanted", ODD, ids=[f"{text or 'empty'} of {options[0]}" for text, options, _ in ODD])
+@pytest.mark.parametrize(
+    "text, options, wanted", ODD, ids=[f"{text or 'empty'} of {options[0]}" for text, options, _ in ODD]
+)
 def test_odd_answers_are_read_as_the_scorers_source_reads_them(name, text, options, wanted):
     before = list(options)
     assert scorers.CLOSED[name](text, options) == wanted[NAMES.index(name)]
@@ -61,7 +81,8 @@ def test_most_similar_is_the_option_with_the_highest_ratio_and_the_first_of_equa
 
 
 def test_a_letter_is_a_mention_only_among_the_last_four_words():
-    assert scorers.unique_mention("It is option B as far as seen", MODALITIES) is None  # five words from the end
+    # five words from the end
+    assert scorers.unique_mention("It is option B as far as seen", MODALITIES) is None
     assert scorers.unique_mention("It is option B as I see", MODALITIES) == "CT"
     assert scorers.unique_mention("A or B", MODALITIES) is None
 
@@ -74,15 +95,28 @@ def test_a_text_over_twice_as_long_as_all_options_is_not_searched():
 
 # Open answers -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, answer, exact, recall, f1", [
-    ("The left lung.", "left lung", 0, 1, 2 * 2 / 5), ("left lung", "Left Lung.", 1, 1, 1), ("lung lung", "left lung", 0, 0.5, 0.5),
-    ("3", "3", 1, 1, 1), ("", "left", 0, 0, 0), ("no", "yes", 0, 0, 0), ("5 cm", "5.1 cm", 0, 2 / 3, 2 * 2 / 5)])
+
+@pytest.mark.parametrize(
+    "text, answer, exact, recall, f1",
+    [
+        ("The left lung.", "left lung", 0, 1, 2 * 2 / 5),
+        ("left lung", "Left Lung.", 1, 1, 1),
+        ("lung lung", "left lung", 0, 0.5, 0.5),
+        ("3", "3", 1, 1, 1),
+        ("", "left", 0, 0, 0),
+        ("no", "yes", 0, 0, 0),
+        ("5 cm", "5.1 cm", 0, 2 / 3, 2 * 2 / 5),
+    ],
+)
 def test_open_answers_equal_a_count_by_hand(text, answer, exact, recall, f1):
     got = [scorer(text, answer) for scorer in scorers.OPEN.values()]
-    assert list(scorers.OPEN) == ["exact match", "token F1", "token recall"] and got == pytest.approx([exact, f1, recall])
+    assert list(scorers.OPEN) == ["exact match", "token F1", "token recall"] and got == pytest.approx(
+        [exact, f1, recall]
+    )
 
 
 # A file -------------------------------------------------------------------------------------------------
+
 
 def row(prediction, answer="CT", options=MODALITIES, **fields):
     return {"prediction": prediction, "answer": answer} | ({"options": options} if options else {}) | fields
@@ -96,15 +130,28 @@ def test_the_text_that_is_scored_is_what_stands_in_the_answer_tag_and_else_the_w
 
 
 def test_every_scorer_has_the_same_denominator_and_says_how_many_it_could_not_read():
-    rows = [row("CT", response="CT"), row("CT", response="B"), row(None, response="It is CT"), row("MRI", response="MRI"),
-            row("lung", "left lung", None), row("left lung", "left lung", None)]
+    rows = [
+        row("CT", response="CT"),
+        row("CT", response="B"),
+        row(None, response="It is CT"),
+        row("MRI", response="MRI"),
+        row("lung", "left lung", None),
+        row("left lung", "left lung", None),
+    ]
     found = scorers.scores(rows, [scorers.readings(r) for r in rows])
-    pick = {name: (f["accuracy"], f["unread"], f["of_read"]) for name, f in found["closed"].items() if name != "questions"}
+    pick = {
+        name: (f["accuracy"], f["unread"], f["of_read"])
+        for name, f in found["closed"].items()
+        if name != "questions"
+    }
     assert found["closed"]["questions"] == 4 and found["open"]["questions"] == 2
     assert pick["strict"] == (1 / 4, 2, 1 / 2) and pick["letter or text"] == (2 / 4, 1, 2 / 3)
     assert pick["most similar"] == (2 / 4, 1, 2 / 3) and pick["Med-R1"] == (2 / 4, 1, 2 / 3)
     assert pick["MedGR-Square"] == (1 / 4, 2, 1 / 2) and pick["unique mention"] == (3 / 4, 0, 3 / 4)
-    assert (found["closed"]["MedGR-Square"]["left_out"], found["closed"]["MedGR-Square"]["published"]) == (1, 1 / 3)
+    assert (found["closed"]["MedGR-Square"]["left_out"], found["closed"]["MedGR-Square"]["published"]) == (
+        1,
+        1 / 3,
+    )
     assert found["open"]["exact match"] == 0.5 and found["open"]["token recall"] == 0.75
     assert "open" not in scorers.scores(rows[:4], [scorers.readings(r) for r in rows[:4]])
 
@@ -113,7 +160,8 @@ def test_every_scorer_has_the_same_denominator_and_says_how_many_it_could_not_re
 @pytest.mark.parametrize("unread", [0, 1, 2, 19, 100])
 def test_left_out_is_what_the_authors_loop_leaves_out(unread, share):
     skipped, force = 0, False
-    for invalid in [False] * 100 + [True] * unread + [False] * 60:  # the loop as they wrote it, on as many rows
+    # the loop as they wrote it, on as many rows
+    for invalid in [False] * 100 + [True] * unread + [False] * 60:
         if invalid and not force:
             skipped += 1
             force = skipped >= int((160 + unread) * share)
@@ -122,7 +170,10 @@ def test_left_out_is_what_the_authors_loop_leaves_out(unread, share):
 
 @pytest.mark.skipif(not AUTHORS.exists(), reason=f"no {AUTHORS}")
 def test_on_the_authors_file_the_authors_scorer_gives_the_papers_figure():
-    rows, unsure = scorers.read_predictions(AUTHORS, {"id": "question_id", "prediction": "model_answer", "answer": "gt_answer", "image": "image_path"})
+    rows, unsure = scorers.read_predictions(
+        AUTHORS,
+        {"id": "question_id", "prediction": "model_answer", "answer": "gt_answer", "image": "image_path"},
+    )
     found = scorers.scores(rows, [scorers.readings(r) for r in rows])["closed"]["MedGR-Square"]
     bare = lambda text: "".join(c for c in text.lower() if c not in string.punctuation).strip()  # noqa: E731
     raw = [json.loads(line) for line in AUTHORS.read_text().splitlines()]
@@ -136,13 +187,35 @@ def test_on_the_authors_file_the_authors_scorer_gives_the_papers_figure():
 ASKED = "Where is it? Please choose one of the following: {}. You must pick only one answer."
 
 
-@pytest.mark.parametrize("inside, known, options, sure", [
-    ("CT or MRI", (), ["CT", "MRI"], True), ("Yes. or No.", (), ["Yes.", "No."], True),
-    ("Left or right lung or Liver or Spleen or Heart", ("Left or right lung",), ["Left or right lung", "Liver", "Spleen", "Heart"], True),
-    ("Liver or Left or right lung", ("liver", "left or right lung."), ["Liver", "Left or right lung"], True),
-    ("Left or right lung or Liver or Spleen or Heart", ("Liver",), ["Left", "right lung", "Liver", "Spleen", "Heart"], False),
-    ("CT or MRI or CT or PET", (), ["CT", "MRI", "PET"], True)])
-def test_options_inside_the_question_are_found_and_those_with_or_inside_joined_where_they_are_known(inside, known, options, sure):
+@pytest.mark.parametrize(
+    "inside, known, options, sure",
+    [
+        ("CT or MRI", (), ["CT", "MRI"], True),
+        ("Yes. or No.", (), ["Yes.", "No."], True),
+        (
+            "Left or right lung or Liver or Spleen or Heart",
+            ("Left or right lung",),
+            ["Left or right lung", "Liver", "Spleen", "Heart"],
+            True,
+        ),
+        (
+            "Liver or Left or right lung",
+            ("liver", "left or right lung."),
+            ["Liver", "Left or right lung"],
+            True,
+        ),
+        (
+            "Left or right lung or Liver or Spleen or Heart",
+            ("Liver",),
+            ["Left", "right lung", "Liver", "Spleen", "Heart"],
+            False,
+        ),
+        ("CT or MRI or CT or PET", (), ["CT", "MRI", "PET"], True),
+    ],
+)
+def test_options_inside_the_question_are_found_and_those_with_or_inside_joined_where_they_are_known(
+    inside, known, options, sure
+):
     assert scorers.split_choices(ASKED.format(inside), *known) == ("Where is it?", options, sure)
 
 
@@ -153,25 +226,55 @@ def test_a_question_without_options_inside_is_open():
 def test_rows_of_four_shapes_become_the_same_row_of_ours():
     common = {"question_id": "MHSMA_0001", "model_answer": "B", "gt_answer": "CT"}
     fields = {"id": "question_id", "prediction": "model_answer", "answer": "gt_answer"}
-    shapes = [{"question": "Where is it?", "options": ["MRI", "CT"]}, {"question": "Where is it?", "options": {"A": "MRI", "B": "CT"}},
-              {"question": "Where is it?", "option_A": "MRI", "option_B": "CT", "option_C": None}, {"question": ASKED.format("MRI or CT")}]
+    shapes = [
+        {"question": "Where is it?", "options": ["MRI", "CT"]},
+        {"question": "Where is it?", "options": {"A": "MRI", "B": "CT"}},
+        {"question": "Where is it?", "option_A": "MRI", "option_B": "CT", "option_C": None},
+        {"question": ASKED.format("MRI or CT")},
+    ]
     got = [scorers.adopt(common | shape, 1, fields)[0] for shape in shapes]
     assert all(r == got[0] for r in got)
-    wanted = {"id": "MHSMA_0001", "question": "Where is it?", "options": ["MRI", "CT"], "answer": "CT", "response": "B", "prediction": "CT",
-              "reason": None, "correct": True, "dataset": "MHSMA", "modality": "Microscopy", "image_hash": "MHSMA_0001"}
+    wanted = {
+        "id": "MHSMA_0001",
+        "question": "Where is it?",
+        "options": ["MRI", "CT"],
+        "answer": "CT",
+        "response": "B",
+        "prediction": "CT",
+        "reason": None,
+        "correct": True,
+        "dataset": "MHSMA",
+        "modality": "Microscopy",
+        "image_hash": "MHSMA_0001",
+    }
     assert got[0] == wanted
 
 
 def test_a_response_with_tags_numbers_and_a_letter_as_the_right_answer_are_read():
-    got, _ = scorers.adopt({"prediction": "<think>2?</think><answer>C</answer>", "answer": "C", "options": [1, 2, 3]}, 7, {})
-    assert (got["id"], got["options"], got["answer"], got["prediction"], got["correct"]) == ("row7", ["1", "2", "3"], "3", "3", True)
+    got, _ = scorers.adopt(
+        {"prediction": "<think>2?</think><answer>C</answer>", "answer": "C", "options": [1, 2, 3]}, 7, {}
+    )
+    assert (got["id"], got["options"], got["answer"], got["prediction"], got["correct"]) == (
+        "row7",
+        ["1", "2", "3"],
+        "3",
+        "3",
+        True,
+    )
     got, _ = scorers.adopt({"prediction": 3, "answer": 3}, 1, {})
     assert "options" not in got and got["prediction"] == "3" and got["correct"]
 
 
-@pytest.mark.parametrize("line, words", [
-    ({"answer": "CT"}, "row 2: no field `prediction`"), ({"prediction": "CT", "answer": "PET", "options": ["CT", "MRI"]}, "row 2: the right answer `PET`")])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ({"answer": "CT"}, "row 2: no field `prediction`"),
+        ({"prediction": "CT", "answer": "PET", "options": ["CT", "MRI"]}, "row 2: the right answer `PET`"),
+    ],
+)
 def test_a_row_that_cannot_be_scored_is_refused_by_its_number(tmp_path, line, words):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ({"prediction": "CT", "answer": "CT"}, line)))
-    with pytest.raises(records.RecordError, match=words):
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in ({"prediction": "CT", "answer": "CT"}, line))
+    )
+    with pytest.raises(RecordError, match=words):
         scorers.read_predictions(tmp_path / "p.jsonl", {})

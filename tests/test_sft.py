@@ -1,23 +1,25 @@
 """sft.py: what is trained, over what it is divided, and that cutting the batch or the run changes nothing."""
+
 import json
 import sys
 from pathlib import Path
 
+import clinic
 import pytest
 import torch
 
-import clinic
-import records
-import runs
 import sft
-import vlm
+from medgr2 import loading, records, vlm
+from medgr2.errors import ModelError, RecordError, RunError
+from medgr2.images import open_image
+from medgr2.prompts import parse_candidate, report_prompt
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def policy():
-    return vlm.load(str(ROOT / "toy" / "policy"))
+    return loading.load(str(ROOT / "toy" / "policy"))
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +51,29 @@ def gradient(policy, examples, micro_batch, accelerator=None):
 def test_the_loss_is_cross_entropy_over_the_response_and_its_end_of_turn_alone(policy, data):
     examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")[:5]
     total, count = 0.0, 0
-    for path, prompt, response in examples:  # one at a time, no padding, through the model's own logits
-        inputs = vlm.encode_prompts(policy, [records.open_image(path)], [prompt])
+    # one at a time, no padding, through the model's own logits
+    for path, prompt, response in examples:
+        inputs = vlm.encode_prompts(policy, [open_image(path)], [prompt])
         ids = torch.tensor([policy.tokenizer(response)["input_ids"] + [policy.tokenizer.eos_token_id]])
         full = torch.cat([inputs["input_ids"], ids], 1)
         labels = full.clone()
-        labels[:, :inputs["input_ids"].shape[1]] = -100
+        labels[:, : inputs["input_ids"].shape[1]] = -100
         with torch.no_grad():
-            out = policy.model(input_ids=full, pixel_values=inputs["pixel_values"], attention_mask=torch.ones_like(full), labels=labels)
+            out = policy.model(
+                input_ids=full,
+                pixel_values=inputs["pixel_values"],
+                attention_mask=torch.ones_like(full),
+                labels=labels,
+            )
         total, count = total + out.loss.item() * ids.shape[1], count + ids.shape[1]
     _, loss, tokens = gradient(policy, examples, 5)
     assert tokens == count and loss == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(policy, data):
-    examples = sft.load_examples([str(data / "expert.jsonl"), str(data / "reports.jsonl")], [1.0, 1.0], "policy")[:13]
+    examples = sft.load_examples(
+        [str(data / "expert.jsonl"), str(data / "reports.jsonl")], [1.0, 1.0], "policy"
+    )[:13]
     whole, loss, _ = gradient(policy, examples, 13)
     parts, again, _ = gradient(policy, examples, 3)
     assert (whole - parts).norm() <= 1e-5 * whole.norm() and again == pytest.approx(loss, rel=1e-5)
@@ -77,31 +87,41 @@ def test_the_gradient_is_the_sum_over_processes_even_when_one_has_nothing(policy
         accelerator = OneProcess(index, of)
         return gradient(policy, examples, 4, accelerator)
 
-    shares = [share(i, 4) for i in range(4)]  # three examples, four processes
+    # three examples, four processes
+    shares = [share(i, 4) for i in range(4)]
     assert (whole - sum(s[0] for s in shares)).norm() <= 1e-5 * whole.norm()
     assert sum(s[1] for s in shares) == pytest.approx(loss, rel=1e-5) and shares[3][1] == 0
 
 
 def test_weights_say_how_often_a_file_is_gone_through(data):
     one = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")
-    weighted = sft.load_examples([str(data / "expert.jsonl"), str(data / "reports.jsonl")], [2.5, 0.5], "policy")
+    weighted = sft.load_examples(
+        [str(data / "expert.jsonl"), str(data / "reports.jsonl")], [2.5, 0.5], "policy"
+    )
     assert len(one) == 18 and len(weighted) == 45 + 2
     assert [weighted.count(e) for e in one[:9]] == [3] * 9 and [weighted.count(e) for e in one[9:]] == [2] * 9
 
 
 def test_the_generator_learns_what_its_parser_reads(data):
-    for record, (_, prompt, response) in zip(records.read(data / "expert.jsonl"), sft.load_examples([str(data / "expert.jsonl")], [1.0], "generator")):
-        candidate, reason = records.parse_candidate(response)
+    for record, (_, prompt, response) in zip(
+        records.read_records(data / "expert.jsonl"),
+        sft.load_examples([str(data / "expert.jsonl")], [1.0], "generator"),
+    ):
+        candidate, reason = parse_candidate(response)
         assert reason is None and {k: record[k] for k in candidate} == candidate and record["task"] in prompt
 
 
 def test_a_report_is_learned_by_both_roles(data):
-    record = next(records.read(data / "reports.jsonl"))
-    assert sft.example(record, "policy", "r.jsonl") == sft.example(record, "generator", "r.jsonl") == (record["image"], records.report_prompt(), record["report"])
+    record = next(records.read_records(data / "reports.jsonl"))
+    assert (
+        sft.example(record, "policy", "r.jsonl")
+        == sft.example(record, "generator", "r.jsonl")
+        == (record["image"], report_prompt(), record["report"])
+    )
 
 
 def test_records_are_not_mutated(data):
-    record = next(records.read(data / "expert.jsonl"))
+    record = next(records.read_records(data / "expert.jsonl"))
     before = json.dumps(record)
     sft.example(record, "policy", "r.jsonl"), sft.example(record, "generator", "r.jsonl")
     assert json.dumps(record) == before
@@ -114,8 +134,22 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 
 
 def run_sft(monkeypatch, data, out, *extra):
-    command = ["sft.py", "--model", str(ROOT / "toy/policy"), "--data", str(data / "expert.jsonl"), "--epochs", "2", "--batch", "6",
-               "--save-every", "2", "--out", str(out), *extra]
+    command = [
+        "sft.py",
+        "--model",
+        str(ROOT / "toy/policy"),
+        "--data",
+        str(data / "expert.jsonl"),
+        "--epochs",
+        "2",
+        "--batch",
+        "6",
+        "--save-every",
+        "2",
+        "--out",
+        str(out),
+        *extra,
+    ]
     monkeypatch.setattr(sys, "argv", command)
     sft.main(sft.parse_args())
 
@@ -141,18 +175,35 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp
 
 
 def test_training_on_test_images_is_refused_unless_allowed(monkeypatch, data, tmp_path):
-    with pytest.raises(runs.RunError, match="leak from the training files.*--allow-leakage"):
+    with pytest.raises(RunError, match="leak from the training files.*--allow-leakage"):
         run_sft(monkeypatch, data, tmp_path / "run", "--test", str(data / "expert.jsonl"))
-    assert not (tmp_path / "run").exists() and not (tmp_path / "run.part").exists() and (tmp_path / "run.leaks.jsonl").exists()
-    run_sft(monkeypatch, data, tmp_path / "run", "--epochs", "0", "--test", str(data / "expert.jsonl"), "--allow-leakage")
+    assert (
+        not (tmp_path / "run").exists()
+        and not (tmp_path / "run.part").exists()
+        and (tmp_path / "run.leaks.jsonl").exists()
+    )
+    run_sft(
+        monkeypatch,
+        data,
+        tmp_path / "run",
+        "--epochs",
+        "0",
+        "--test",
+        str(data / "expert.jsonl"),
+        "--allow-leakage",
+    )
     assert (tmp_path / "run").exists()
 
 
 def test_freezing_vision_leaves_the_tower_alone_and_moves_the_rest(monkeypatch, data, tmp_path):
     run_sft(monkeypatch, data, tmp_path / "frozen", "--freeze", "vision")
-    old, new = (vlm.load(str(f)).model.state_dict() for f in (ROOT / "toy/policy", tmp_path / "frozen"))
+    old, new = (loading.load(str(f)).model.state_dict() for f in (ROOT / "toy/policy", tmp_path / "frozen"))
     moved = {n for n in old if not torch.equal(old[n], new[n])}
-    assert moved and not any("vision_tower" in n for n in moved) and any("multi_modal_projector" in n for n in moved)
+    assert (
+        moved
+        and not any("vision_tower" in n for n in moved)
+        and any("multi_modal_projector" in n for n in moved)
+    )
 
 
 def test_training_lowers_the_loss_on_its_own_data(monkeypatch, data, tmp_path):
@@ -164,12 +215,51 @@ def test_training_lowers_the_loss_on_its_own_data(monkeypatch, data, tmp_path):
 def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
     import os
     import subprocess
-    command = ["sft.py", "--model", "toy/policy", "--data", str(data / "expert.jsonl"), "--epochs", "1", "--batch", "6", "--lr", "1e-4"]
+
+    command = [
+        "sft.py",
+        "--model",
+        "toy/policy",
+        "--data",
+        str(data / "expert.jsonl"),
+        "--epochs",
+        "1",
+        "--batch",
+        "6",
+        "--lr",
+        "1e-4",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command, "--out", str(tmp_path / "one")], cwd=ROOT, env=env, check=True, capture_output=True)
-    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                    "--mixed_precision", "no", "--dynamo_backend", "no", *command, "--out", str(tmp_path / "two")],
-                   cwd=ROOT, env=env, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *command, "--out", str(tmp_path / "one")],
+        cwd=ROOT,
+        env=env,
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            *command,
+            "--out",
+            str(tmp_path / "two"),
+        ],
+        cwd=ROOT,
+        env=env,
+        check=True,
+        capture_output=True,
+    )
     one, two = ([json.loads(line) for line in open(tmp_path / k / "metrics.jsonl")] for k in ("one", "two"))
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
@@ -178,22 +268,35 @@ def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
 
 
 def test_weights_that_do_not_fit_the_files_are_one_line(monkeypatch, data, tmp_path):
-    with pytest.raises(runs.RunError, match="--weights"):
+    with pytest.raises(RunError, match="--weights"):
         run_sft(monkeypatch, data, tmp_path / "x", "--weights", "1", "2")
-    with pytest.raises(vlm.ModelError, match="config.json"):
-        monkeypatch.setattr(sys, "argv", ["sft.py", "--model", str(data), "--data", str(data / "expert.jsonl"), "--out", str(tmp_path / "y")])
+    with pytest.raises(ModelError, match="config.json"):
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "sft.py",
+                "--model",
+                str(data),
+                "--data",
+                str(data / "expert.jsonl"),
+                "--out",
+                str(tmp_path / "y"),
+            ],
+        )
         sft.main(sft.parse_args())
 
 
 def test_a_record_that_teaches_nothing_is_one_line(tmp_path):
     from PIL import Image
+
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "r.jsonl").write_text('{"id": "7", "image": "a.png"}\n')
-    with pytest.raises(records.RecordError, match="r.jsonl: record 7 has neither"):
+    with pytest.raises(RecordError, match="r.jsonl: record 7 has neither"):
         sft.load_examples([str(tmp_path / "r.jsonl")], [1.0], "policy")
 
 
 def test_no_examples_at_all_are_refused(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"id": "7", "image": "a.png", "question": "q", "answer": "a"}\n')
-    with pytest.raises(records.RecordError, match="nothing to learn"):
+    with pytest.raises(RecordError, match="nothing to learn"):
         sft.load_examples([str(tmp_path / "r.jsonl")], [0.0], "policy")

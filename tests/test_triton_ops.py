@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # counts only if nothing has imported Triton yet
+    # counts only if nothing has imported Triton yet
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton_ops
 from grpo import grpo_loss
@@ -26,7 +27,9 @@ TRITON = triton_ops.triton
 INTERPRETED = TRITON is not None and not isinstance(triton_ops.tl.sum, TRITON.JITFunction)
 
 
-@pytest.fixture(params=[("cpu", "torch"), ("cpu", "triton"), ("cuda", "torch"), ("cuda", "triton")], ids="-".join)
+@pytest.fixture(
+    params=[("cpu", "torch"), ("cpu", "triton"), ("cuda", "torch"), ("cuda", "triton")], ids="-".join
+)
 def where(request):
     device, backend = request.param
     if device == "cuda" and not torch.cuda.is_available():
@@ -34,7 +37,9 @@ def where(request):
     if backend == "triton" and TRITON is None:
         pytest.skip("triton is not installed")
     if (device, backend) == ("cpu", "triton") and not INTERPRETED:
-        pytest.skip("Triton was imported without its interpreter: these run on CUDA, or in a process of their own below")
+        pytest.skip(
+            "Triton was imported without its interpreter: these run on CUDA, or in a process of their own below"
+        )
     return device, backend
 
 
@@ -63,14 +68,18 @@ def ours(where, hidden, weight, targets, temperature, grads, **options):
     """The same four from linear_logprob, on the CPU again but in their own dtypes."""
     device, backend = where
     hidden, weight = (x.detach().to(device).requires_grad_() for x in (hidden, weight))
-    logps, entropy = linear_logprob(hidden, weight, targets.to(device), temperature, backend=backend, **options)
+    logps, entropy = linear_logprob(
+        hidden, weight, targets.to(device), temperature, backend=backend, **options
+    )
     torch.autograd.backward((logps, entropy), tuple(grads.to(device, logps.dtype)))
     return [x.detach().cpu() for x in (logps, entropy, hidden.grad, weight.grad)]
 
 
 def assert_equal(actual, expected, tolerance=2e-5):
     for name, a, b in zip(("logps", "entropy", "d hidden", "d weight"), actual, expected):
-        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
+        )
 
 
 class Watch(TorchDispatchMode):
@@ -92,12 +101,17 @@ class Watch(TorchDispatchMode):
 # ---- values and gradients
 
 
-SIZES = [  # N, D, V, chunk
-    (1, 3, 1, None),  # one word
-    (5, 4, 7, 2),  # an odd last chunk
+# N, D, V, chunk
+SIZES = [
+    # one word
+    (1, 3, 1, None),
+    # an odd last chunk
+    (5, 4, 7, 2),
     (17, 5, 129, 4),
-    (3, 8, triton_ops.MAX_BLOCK + 3, 2),  # a second, nearly empty block
-    (2, 2, triton_ops.MAX_BLOCK, None),  # exactly one block
+    # a second, nearly empty block
+    (3, 8, triton_ops.MAX_BLOCK + 3, 2),
+    # exactly one block
+    (2, 2, triton_ops.MAX_BLOCK, None),
 ]
 
 
@@ -113,7 +127,8 @@ def test_gradient_of_one_output_alone_is_right(where, output):
     hidden, weight, targets = make(6, 4, 11)
     device, backend = where
     leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
-    linear_logprob(*leaves, targets.to(device), backend=backend)[output].sum().backward()  # the gradient is expanded
+    # the gradient is expanded
+    linear_logprob(*leaves, targets.to(device), backend=backend)[output].sum().backward()
     grads = torch.zeros(2, 6, dtype=torch.float64)
     grads[output] = 1
     _, _, *expected = reference(hidden, weight, targets, 1.0, grads)
@@ -156,17 +171,21 @@ def test_two_runs_agree_bit_for_bit(where):
 
 def test_equal_logits_give_minus_log_v_and_log_v(where):
     hidden, weight, targets = torch.ones(3, 2), torch.full((10, 2), 0.5), torch.tensor([0, 4, 9])
-    logps, entropy, _, d_weight = ours(where, hidden, weight, targets, 1.0, torch.tensor([[1.0] * 3, [0.0] * 3]))
+    logps, entropy, _, d_weight = ours(
+        where, hidden, weight, targets, 1.0, torch.tensor([[1.0] * 3, [0.0] * 3])
+    )
     log_v = torch.full((3,), 10.0).log()
     torch.testing.assert_close(logps, -log_v)
     torch.testing.assert_close(entropy, log_v)
     expected = torch.full((10, 2), -0.3)
-    expected[targets] += 1  # each target gets its own gradient and not that of another tied word
+    # each target gets its own gradient and not that of another tied word
+    expected[targets] += 1
     torch.testing.assert_close(d_weight, expected)
 
 
 INF = float("inf")
-EXTREME = {  # logits of one row; the target is the last
+# logits of one row; the target is the last
+EXTREME = {
     "one certain word": [0.0, -1e4, -1e4, 1e4],
     "huge and tied": [1e38, -1e38, 1e38, 1e38],
     "huge and negative": [-3e38, -1e38, -1e38],
@@ -179,11 +198,14 @@ EXTREME = {  # logits of one row; the target is the last
 }
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, under the interpreter
+# NumPy's, under the interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("name", EXTREME)
 def test_extreme_logits_give_the_float64_values_and_no_nan(where, name, monkeypatch):
-    monkeypatch.setattr(triton_ops, "MAX_BLOCK", 2)  # several blocks to a row
-    weight = torch.tensor(EXTREME[name])[:, None]  # (V, 1): with hidden = 1 these are the logits
+    # several blocks to a row
+    monkeypatch.setattr(triton_ops, "MAX_BLOCK", 2)
+    # (V, 1): with hidden = 1 these are the logits
+    weight = torch.tensor(EXTREME[name])[:, None]
     hidden, targets = torch.ones(1, 1), torch.tensor([len(weight) - 1])
     grads = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
     logps, entropy, _, d_weight = ours(where, hidden, weight, targets, 1.0, grads)
@@ -193,7 +215,9 @@ def test_extreme_logits_give_the_float64_values_and_no_nan(where, name, monkeypa
     one_hot = torch.nn.functional.one_hot(targets[0], len(weight))
     torch.testing.assert_close(logps.double(), log_p[-1:], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(entropy.double(), H[None], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(d_weight[:, 0].double(), one_hot - log_p.exp() + d_entropy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        d_weight[:, 0].double(), one_hot - log_p.exp() + d_entropy, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_nan_reaches_its_own_row_and_no_other(where):
@@ -237,15 +261,19 @@ def test_bf16_error_is_not_above_that_of_plain_bf16_logits(where):
 
 
 def test_one_minus_p_is_formed_before_rounding_to_bf16(where):
-    weight = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16)  # p = 0.99909, which bf16 would round to 1
+    # p = 0.99909, which bf16 would round to 1
+    weight = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16)
     hidden, targets = torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([0])
     d_weight = ours(where, hidden, weight, targets, 1.0, torch.tensor([[1.0], [0.0]]))[3]
     one_minus_p = 1 - torch.sigmoid(torch.tensor(7.0, dtype=torch.float64))
-    torch.testing.assert_close(d_weight[:, 0].double(), torch.stack([one_minus_p, -one_minus_p]), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        d_weight[:, 0].double(), torch.stack([one_minus_p, -one_minus_p]), rtol=1e-2, atol=0
+    )
 
 
 def test_bf16_weight_gradient_is_summed_over_chunks_in_fp32(where):
-    N, V = 320, 64  # each row adds 1 - 1/64 to the target's gradient; a bf16 sum would stop at 256
+    # each row adds 1 - 1/64 to the target's gradient; a bf16 sum would stop at 256
+    N, V = 320, 64
     hidden, weight = torch.ones(N, 1, dtype=torch.bfloat16), torch.zeros(V, 1, dtype=torch.bfloat16)
     grads = torch.stack([torch.ones(N), torch.zeros(N)])
     d_weight = ours(where, hidden, weight, torch.zeros(N, dtype=torch.int64), 1.0, grads, chunk=5)[3]
@@ -270,7 +298,9 @@ def test_inputs_are_not_mutated(where):
     leaves = inputs[0].requires_grad_(), inputs[1].requires_grad_()
     grads = [torch.ones(5, device=device), torch.ones(5, device=device)]
     torch.autograd.backward(linear_logprob(*leaves, inputs[2], 0.5, chunk=2, backend=backend), grads)
-    assert all(torch.equal(x, y) for x, y in zip([*inputs, *grads], [*before, *[torch.ones_like(g) for g in grads]]))
+    assert all(
+        torch.equal(x, y) for x, y in zip([*inputs, *grads], [*before, *[torch.ones_like(g) for g in grads]])
+    )
 
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(where):
@@ -278,7 +308,8 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(where):
     inputs = *make(N, D, V), 1.0, cotangents(N)
     with Watch() as watch:
         ours(where, *inputs, chunk=chunk)
-    assert watch.largest == 4 * chunk * V  # bytes; the weight is half of that, (N, V) logits would be eight times it
+    # bytes; the weight is half of that, (N, V) logits would be eight times it
+    assert watch.largest == 4 * chunk * V
 
 
 def test_default_chunk_fits_the_budget_and_has_at_least_one_row(where, monkeypatch):
@@ -289,7 +320,8 @@ def test_default_chunk_fits_the_budget_and_has_at_least_one_row(where, monkeypat
         monkeypatch.setitem(triton_ops.CHUNK_ROWS, where[0], limit)
         with Watch() as watch:
             ours(where, *inputs)
-        assert watch.gemms == 4 * chunks  # a chunk: one GEMM forward, three backward
+        # a chunk: one GEMM forward, three backward
+        assert watch.gemms == 4 * chunks
 
 
 @pytest.mark.parametrize("frozen, backward_gemms", [((), 3), (("weight",), 2), (("hidden",), 2)])
@@ -328,7 +360,9 @@ def exact(*tensors):
 def assert_gradients(ours, theirs, tolerance=2e-5):
     for name, a, b in zip(("d hidden", "d weight", "d bias"), ours, theirs):
         if a is not None:
-            torch.testing.assert_close(a.grad.cpu().double(), b.grad, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(
+                a.grad.cpu().double(), b.grad, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
+            )
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -338,7 +372,10 @@ def test_bias_and_softcap_give_the_float64_values_and_gradients(where, with_bias
     bias, grads = (make(1, 13, 1)[0][0] if with_bias else None), cotangents(7)
     theirs = exact(hidden, weight, bias)
     logits = full_logits(*theirs, softcap, 0.7)
-    want = logits.log_softmax(-1)[torch.arange(7), targets], torch.distributions.Categorical(logits=logits).entropy()
+    want = (
+        logits.log_softmax(-1)[torch.arange(7), targets],
+        torch.distributions.Categorical(logits=logits).entropy(),
+    )
     torch.autograd.backward(want, tuple(grads))
     mine = leaves(where, hidden, weight, bias)
     got = linear_logprob(*mine[:2], targets.to(where[0]), 0.7, mine[2], softcap, chunk=3, backend=where[1])
@@ -354,11 +391,14 @@ def test_cross_entropy_equals_pytorch_s_through_full_float64_logits(where, reduc
     targets[[0, 4, 5]] = -7
     bias = make(1, 13, 1)[0][0] if with_bias else None
     theirs, mine = exact(hidden, weight, bias), leaves(where, hidden, weight, bias)
-    want = torch.nn.functional.cross_entropy(full_logits(*theirs, softcap, 0.7), targets, ignore_index=-7, reduction=reduction)
+    want = torch.nn.functional.cross_entropy(
+        full_logits(*theirs, softcap, 0.7), targets, ignore_index=-7, reduction=reduction
+    )
     got = linear_cross_entropy(*mine[:2], targets.to(where[0]), -7, reduction=reduction, temperature=0.7, bias=mine[2], softcap=softcap,
                                chunk=4, backend=where[1])  # fmt: skip
     (3 * want).backward()
-    (3 * got).backward()  # what comes after the loss scales its gradient
+    # what comes after the loss scales its gradient
+    (3 * got).backward()
     torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=1e-5, atol=1e-5)
     assert_gradients(mine, theirs)
 
@@ -371,7 +411,15 @@ def rollout(S=6, C=5, D=4, V=17):
     now = (hidden @ weight.T).log_softmax(-1)[torch.arange(S * C), targets].reshape(S, C)
     old, ref = (now + 0.4 * torch.randn(S, C, generator=g) for _ in range(2))
     advantages = torch.tensor([0.9, -1.3, 0.4, 0.0, -0.6, 0.0])
-    return (hidden.reshape(S, C, D), weight, targets.reshape(S, C), old * mask, ref * mask, advantages, mask), (5, 16, 8)
+    return (
+        hidden.reshape(S, C, D),
+        weight,
+        targets.reshape(S, C),
+        old * mask,
+        ref * mask,
+        advantages,
+        mask,
+    ), (5, 16, 8)
 
 
 def plain_grpo(inputs, counts, **variant):
@@ -388,7 +436,9 @@ def plain_grpo(inputs, counts, **variant):
 def fused_grpo(where, inputs, counts, chunk=4, **variant):
     moved = [x if x is None else x.to(where[0]) for x in inputs]
     mine = leaves(where, *moved[:2])
-    loss, metrics, logps = linear_grpo_loss(grpo_loss, *mine, *moved[2:], counts, temperature=0.8, chunk=chunk, backend=where[1], **variant)
+    loss, metrics, logps = linear_grpo_loss(
+        grpo_loss, *mine, *moved[2:], counts, temperature=0.8, chunk=chunk, backend=where[1], **variant
+    )
     loss.backward()
     return loss.item(), metrics, logps.cpu(), mine
 
@@ -401,16 +451,20 @@ def test_the_grpo_loss_in_one_pass_equals_the_plain_one_through_full_logits(wher
     inputs = *inputs[:3], None if on_policy else inputs[3], *inputs[4:]
     variant = {"loss": loss, "kl": kl, "epsilon": 0.1, "epsilon_high": 0.15}
     want, sums, logps, theirs = plain_grpo(inputs, counts, **variant)
-    for chunk in (1, 6, 100):  # less than a sequence, several sequences, all
+    # less than a sequence, several sequences, all
+    for chunk in (1, 6, 100):
         got, metrics, mine_logps, mine = fused_grpo(where, inputs, counts, chunk, **variant)
         assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
         assert_gradients(mine, theirs)
-        assert {k: float(metrics[k]) for k in sums} == pytest.approx({k: float(v) for k, v in sums.items()}, rel=1e-4, abs=1e-5)
+        assert {k: float(metrics[k]) for k in sums} == pytest.approx(
+            {k: float(v) for k, v in sums.items()}, rel=1e-4, abs=1e-5
+        )
         computed = inputs[6].bool() if kl else inputs[6].bool() & (inputs[5] != 0)[:, None]
         torch.testing.assert_close(mine_logps.double(), logps * computed, rtol=1e-5, atol=1e-5)
         assert metrics["rows"] == int(computed.sum())
     if not on_policy:
-        assert sums["clip_low"] + sums["clip_high"] > 0  # or the branch would not have been tested
+        # or the branch would not have been tested
+        assert sums["clip_low"] + sums["clip_high"] > 0
 
 
 def test_the_entropy_in_the_metrics_is_the_sum_over_the_tokens_computed(where):
@@ -441,7 +495,8 @@ class Rows(TorchDispatchMode):
 def test_three_gemms_a_chunk_two_with_a_frozen_head_and_rows_without_gradient_in_none(where, frozen, gemms):
     (hidden, weight, targets, old, ref, advantages, mask), counts = rollout()
     kept = mask.bool() & (advantages != 0)[:, None]
-    hidden = hidden.masked_fill(~kept[..., None], float("nan"))  # it would spread if it were read
+    # it would spread if it were read
+    hidden = hidden.masked_fill(~kept[..., None], float("nan"))
     moved = [x.to(where[0]) for x in (hidden, weight, targets, old, ref, advantages, mask)]
     for name, leaf in zip(("hidden", "weight"), moved):
         leaf.requires_grad_(name not in frozen)
@@ -449,10 +504,15 @@ def test_three_gemms_a_chunk_two_with_a_frozen_head_and_rows_without_gradient_in
         loss, metrics, _ = linear_grpo_loss(grpo_loss, *moved, counts, chunk=100, backend=where[1])
         if gemms > 1:
             loss.backward()
-    assert loss.isfinite() and watch.gemms == gemms and watch.rows == gemms * int(kept.sum()) * hidden.shape[-1]
+    assert (
+        loss.isfinite() and watch.gemms == gemms and watch.rows == gemms * int(kept.sum()) * hidden.shape[-1]
+    )
     assert all((leaf.grad is None) == (name in frozen) for name, leaf in zip(("hidden", "weight"), moved))
     if "hidden" not in frozen:
-        assert torch.equal(moved[0].grad.cpu()[~kept], torch.zeros(int((~kept).sum()), 4)) and moved[0].grad.isfinite().all()
+        assert (
+            torch.equal(moved[0].grad.cpu()[~kept], torch.zeros(int((~kept).sum()), 4))
+            and moved[0].grad.isfinite().all()
+        )
 
 
 def test_cross_entropy_reads_no_ignored_row_and_without_gradient_needs_one_gemm(where):
@@ -487,7 +547,9 @@ def test_a_second_backward_pass_through_a_loss_is_refused_in_one_line(where):
     hidden, weight, targets = make(3, 4, 5)
     loss = linear_cross_entropy(*leaves(where, hidden, weight), targets.to(where[0]), backend=where[1])
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="^the gradient of this loss has been handed out already: compute the loss again$"):
+    with pytest.raises(
+        RuntimeError, match="^the gradient of this loss has been handed out already: compute the loss again$"
+    ):
         loss.backward()
 
 
@@ -495,7 +557,9 @@ def test_two_runs_of_the_losses_agree_bit_for_bit_and_leave_their_inputs_alone(w
     inputs, counts = rollout()
     before = [x.clone() for x in inputs]
     runs = [fused_grpo(where, inputs, counts, loss="gspo", kl=0.3) for _ in range(2)]
-    assert runs[0][0] == runs[1][0] and all(torch.equal(a.grad, b.grad) for a, b in zip(runs[0][3], runs[1][3]))
+    assert runs[0][0] == runs[1][0] and all(
+        torch.equal(a.grad, b.grad) for a, b in zip(runs[0][3], runs[1][3])
+    )
     assert all(torch.equal(a, b) for a, b in zip(inputs, before))
 
 
@@ -517,7 +581,9 @@ class Afresh(torch.autograd.Function):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck_passes_in_float64_for_the_losses(softcap):
     inputs, counts = rollout(V=7)
-    hidden, weight, targets, old, ref, advantages, mask = (x.double() if x.is_floating_point() else x for x in inputs)
+    hidden, weight, targets, old, ref, advantages, mask = (
+        x.double() if x.is_floating_point() else x for x in inputs
+    )
     bias = make(1, 7, 1, torch.float64)[0][0]
     hidden, weight, bias = (x.requires_grad_() for x in (hidden, weight, bias))
 
@@ -525,7 +591,21 @@ def test_gradcheck_passes_in_float64_for_the_losses(softcap):
         return linear_cross_entropy(h[0], w, targets[0], bias=b, softcap=softcap, chunk=2)
 
     def grpo(h, w, b):
-        return linear_grpo_loss(grpo_loss, h, w, targets, old, ref, advantages, mask, counts, bias=b, softcap=softcap, chunk=6, kl=0.3)[0]
+        return linear_grpo_loss(
+            grpo_loss,
+            h,
+            w,
+            targets,
+            old,
+            ref,
+            advantages,
+            mask,
+            counts,
+            bias=b,
+            softcap=softcap,
+            chunk=6,
+            kl=0.3,
+        )[0]
 
     for function in (cross_entropy, grpo):
         assert torch.autograd.gradcheck(lambda *x, f=function: Afresh.apply(f, *x), (hidden, weight, bias))
@@ -533,7 +613,11 @@ def test_gradcheck_passes_in_float64_for_the_losses(softcap):
 
 def test_bf16_error_of_the_cross_entropy_is_not_above_that_of_plain_bf16_logits(where):
     hidden, weight, targets = make(64, 32, 200, torch.bfloat16)
-    plain, mine, theirs = leaves(("cpu",), hidden, weight), leaves(where, hidden, weight), exact(hidden, weight)
+    plain, mine, theirs = (
+        leaves(("cpu",), hidden, weight),
+        leaves(where, hidden, weight),
+        exact(hidden, weight),
+    )
     losses = [torch.nn.functional.cross_entropy((plain[0] @ plain[1].T).float(), targets),
               linear_cross_entropy(*mine, targets.to(where[0]), chunk=16, backend=where[1]),
               torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].T, targets)]  # fmt: skip
@@ -593,8 +677,11 @@ def test_a_wrong_argument_is_one_line_that_names_it(arguments, options, message)
 
 @pytest.mark.skipif(TRITON is None, reason="triton is not installed")
 def test_triton_on_the_cpu_without_its_interpreter_is_one_line(monkeypatch):
-    monkeypatch.setattr(TRITON, "JITFunction", object)  # as if tl.sum had been compiled and not interpreted
-    with pytest.raises(ValueError, match="^backend='triton' runs on the CPU only if TRITON_INTERPRET=1 is set.*$"):
+    # as if tl.sum had been compiled and not interpreted
+    monkeypatch.setattr(TRITON, "JITFunction", object)
+    with pytest.raises(
+        ValueError, match="^backend='triton' runs on the CPU only if TRITON_INTERPRET=1 is set.*$"
+    ):
         linear_logprob(H, W, Y, backend="triton")
 
 
@@ -603,7 +690,9 @@ def test_a_target_outside_the_vocabulary_is_nan_in_the_kernel_and_touches_no_oth
     if backend == "torch":
         pytest.skip("PyTorch's gather raises")
     logits = torch.zeros(3, 4, device=device)
-    (logps, entropy), _ = triton_ops._statistics_triton(logits, torch.tensor([1, 4, -1], device=device), 1.0, 0.0)
+    (logps, entropy), _ = triton_ops._statistics_triton(
+        logits, torch.tensor([1, 4, -1], device=device), 1.0, 0.0
+    )
     assert logps.isnan().tolist() == [False, True, True] and not entropy.isnan().any()
 
 
@@ -614,7 +703,8 @@ def test_the_cpu_default_is_plain_pytorch(monkeypatch):
 
 
 def test_without_triton_the_module_imports_and_says_so_only_when_asked_for_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)  # makes `import triton` an ImportError
+    # makes `import triton` an ImportError
+    monkeypatch.setitem(sys.modules, "triton", None)
     spec = importlib.util.spec_from_file_location("triton_ops_without_triton", triton_ops.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -628,7 +718,11 @@ def test_without_triton_the_module_imports_and_says_so_only_when_asked_for_it(mo
 
 def run_python(*arguments, **environment):
     process = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
@@ -660,5 +754,7 @@ def test_kernels_compile_for_ampere_and_hopper_without_a_gpu_and_without_atomics
 
 @pytest.mark.skipif(INTERPRETED or TRITON is None, reason="they ran in this process")
 def test_interpreted_kernels_pass_in_a_process_of_their_own():
-    out = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cpu-triton", TRITON_INTERPRET="1")
+    out = run_python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cpu-triton", TRITON_INTERPRET="1"
+    )
     assert " passed" in out

@@ -1,8 +1,9 @@
 """vlm.py: a prompt read once and continued many times gives what the plain model gives, one row at a time.
 
-Nine architectures (and a few more that cannot share a prefix), built small with random weights and saved as a hub repository has them, go through `vlm.load`.
+Nine architectures (and a few more that cannot share a prefix), built small with random weights and saved as a hub repository has them, go through `loading.load`.
 Expected values come from `model(...).logits`, `model.generate` and `log_softmax`, never from vlm.py's own functions.
 """
+
 import copy
 import json
 import shutil
@@ -14,38 +15,56 @@ import pytest
 import torch
 from PIL import Image
 
-import vlm
+from medgr2 import loading, vlm
+from medgr2.errors import ModelError
 
 # ---------------------------------------------------------------------------------------------------------
 # The models.
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 TOWER = dict(SIZES, image_size=16, patch_size=4)
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-          "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAVA_CHAT = ("{% for m in messages %}<|user|>{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else "
-              "c['text'] }}{% endfor %}{% endfor %}<|assistant|>")
-GEMMA_CHAT = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
-              "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_turn>\n"
-              "{% endfor %}<start_of_turn>model\n")
-IDEFICS_CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-                "<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA_CHAT = (
+    "{% for m in messages %}<|user|>{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else "
+    "c['text'] }}{% endfor %}{% endfor %}<|assistant|>"
+)
+GEMMA_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_turn>\n"
+    "{% endfor %}<start_of_turn>model\n"
+)
+IDEFICS_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
+)
 
 
 def build_tokenizer(special, add_bos=False, **names):
     """A byte-level BPE of about 300 tokens whose first ids are the special ones; `add_bos` as Llama's and Gemma's do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(["A cyst in the left kidney, mild. What does the scan show?"] * 3, trainers.BpeTrainer(
-        vocab_size=290 + len(special), special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(
+        ["A cyst in the left kidney, mild. What does the scan show?"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=290 + len(special),
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if add_bos:
         bos = names["bos_token"]
-        bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, special.index(bos))])
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, special.index(bos))]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=special, **names)
 
 
@@ -63,130 +82,339 @@ def save_model(model, folder, end, pad):
 def build_llava(folder, family="Qwen2", **more):
     """As LLaVA 1.5: its tokenizer begins with <s>, and its chat does not. `family`: of the decoder."""
     import transformers
-    from transformers import (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessorPil,
-                              SiglipVisionConfig)
-    tokenizer = build_tokenizer(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<s>"], True,
-                                pad_token="<|pad|>", eos_token="<|end|>", bos_token="<s>")
-    LlavaProcessor(SiglipImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, patch_size=4,
-                   vision_feature_select_strategy="full", chat_template=LLAVA_CHAT).save_pretrained(folder)
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        SiglipImageProcessorPil,
+        SiglipVisionConfig,
+    )
+
+    tokenizer = build_tokenizer(
+        ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<s>"],
+        True,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        bos_token="<s>",
+    )
+    LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="full",
+        chat_template=LLAVA_CHAT,
+    ).save_pretrained(folder)
     text = getattr(transformers, f"{family}Config")(
-        **SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
-        bos_token_id=5, **more)
-    config = LlavaConfig(vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False), text_config=text,
-                         image_token_index=4, vision_feature_layer=-1, vision_feature_select_strategy="full",
-                         image_seq_length=16, tie_word_embeddings=True)
+        **SIZES,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer) + 3,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=5,
+        **more,
+    )
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=text,
+        image_token_index=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=16,
+        tie_word_embeddings=True,
+    )
     save_model(LlavaForConditionalGeneration(config), folder, 1, 0)
 
 
 def build_qwen(folder, family):
     """As on the hub: no processor_config.json (saving one demands torchvision), and a video processor's file."""
     import transformers
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-               "<|video_pad|>"]
+
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     tokenizer = build_tokenizer(special, pad_token="<|endoftext|>", eos_token="<|im_end|>")
     tokenizer.save_pretrained(folder)
-    images = transformers.Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024})
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024}
+    )
     images.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(CHATML)
-    (folder / "video_preprocessor_config.json").write_text(json.dumps({"video_processor_type": "Qwen2VLVideoProcessor"}))
-    text = dict(SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, pad_token_id=0,
-                rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]})
+    (folder / "video_preprocessor_config.json").write_text(
+        json.dumps({"video_processor_type": "Qwen2VLVideoProcessor"})
+    )
+    text = dict(
+        SIZES,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer) + 3,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 3, 3]},
+    )
     tower = dict(depth=2, num_heads=2, patch_size=4)
     text, tower = {
-        "Qwen2": (dict(text, eos_token_id=2, bos_token_id=None), dict(tower, embed_dim=32, hidden_size=32, mlp_ratio=2)),
-        "Qwen2_5_": (dict(text, eos_token_id=2, bos_token_id=None),
-                     dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32, window_size=16,
-                          fullatt_block_indexes=[1])),
-        "Qwen3": (dict(text, head_dim=16), dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32,
-                                                deepstack_visual_indexes=[0], num_position_embeddings=16)),
-        "Qwen3_5": (dict(text, head_dim=16, eos_token_id=2, layer_types=["linear_attention", "full_attention"], linear_key_head_dim=16,
-                         linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2),
-                    dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=16)),
+        "Qwen2": (
+            dict(text, eos_token_id=2, bos_token_id=None),
+            dict(tower, embed_dim=32, hidden_size=32, mlp_ratio=2),
+        ),
+        "Qwen2_5_": (
+            dict(text, eos_token_id=2, bos_token_id=None),
+            dict(
+                tower,
+                hidden_size=32,
+                intermediate_size=48,
+                out_hidden_size=32,
+                window_size=16,
+                fullatt_block_indexes=[1],
+            ),
+        ),
+        "Qwen3": (
+            dict(text, head_dim=16),
+            dict(
+                tower,
+                hidden_size=32,
+                intermediate_size=48,
+                out_hidden_size=32,
+                deepstack_visual_indexes=[0],
+                num_position_embeddings=16,
+            ),
+        ),
+        "Qwen3_5": (
+            dict(
+                text,
+                head_dim=16,
+                eos_token_id=2,
+                layer_types=["linear_attention", "full_attention"],
+                linear_key_head_dim=16,
+                linear_value_head_dim=16,
+                linear_num_key_heads=2,
+                linear_num_value_heads=2,
+            ),
+            dict(tower, hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=16),
+        ),
     }[family]
     family += "" if family == "Qwen3_5" else "VL"
-    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=tower, vision_start_token_id=3,
-                                                        vision_end_token_id=4, image_token_id=5, video_token_id=6)
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text,
+        vision_config=tower,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        image_token_id=5,
+        video_token_id=6,
+    )
     save_model(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder, [2, 0], 0)
 
 
 def build_idefics3(folder, family="Idefics3"):
     """SmolVLM is written as on the hub: to make its processor demands num2words, which only a video needs."""
     import transformers
-    special = ["<|pad|>", "<end_of_utterance>", "<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>",
-               *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
-    tokenizer = build_tokenizer(special, pad_token="<|pad|>", eos_token="<end_of_utterance>", bos_token="<|im_start|>")
-    images = getattr(transformers, f"{family}ImageProcessorPil")(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+
+    special = [
+        "<|pad|>",
+        "<end_of_utterance>",
+        "<|im_start|>",
+        "<image>",
+        "<fake_token_around_image>",
+        "<global-img>",
+        *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)),
+    ]
+    tokenizer = build_tokenizer(
+        special, pad_token="<|pad|>", eos_token="<end_of_utterance>", bos_token="<|im_start|>"
+    )
+    images = getattr(transformers, f"{family}ImageProcessorPil")(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+    )
     for part in (tokenizer, images):
         part.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(IDEFICS_CHAT)
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": f"{family}Processor", "image_seq_len": 4}))
-    text = dict(SIZES, model_type="llama", num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=1,
-                pad_token_id=0, bos_token_id=2)
-    config = getattr(transformers, f"{family}Config")(vision_config=TOWER, text_config=text, image_token_id=3, scale_factor=2)
+    (folder / "processor_config.json").write_text(
+        json.dumps({"processor_class": f"{family}Processor", "image_seq_len": 4})
+    )
+    text = dict(
+        SIZES,
+        model_type="llama",
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer) + 3,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=2,
+    )
+    config = getattr(transformers, f"{family}Config")(
+        vision_config=TOWER, text_config=text, image_token_id=3, scale_factor=2
+    )
     save_model(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder, 1, 0)
 
 
 def build_onevision(folder):
     """As LLaVA-OneVision: an image is seen whole and in tiles, so that each has its own number of tokens."""
     import transformers
+
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<video>"]
     tokenizer = build_tokenizer(special, pad_token="<|pad|>", eos_token="<|end|>")
     grid = [[16, 16], [16, 32], [32, 16]]
-    images = transformers.LlavaOnevisionImageProcessorPil(size={"height": 16, "width": 16}, image_grid_pinpoints=grid)
+    images = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 16, "width": 16}, image_grid_pinpoints=grid
+    )
     for part in (tokenizer, images):
         part.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(LLAVA_CHAT)
-    (folder / "processor_config.json").write_text(json.dumps({
-        "processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 16, "vision_feature_select_strategy": "full"}))
-    text = transformers.Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=1,
-                                    pad_token_id=0, bos_token_id=None)
+    (folder / "processor_config.json").write_text(
+        json.dumps(
+            {
+                "processor_class": "LlavaOnevisionProcessor",
+                "num_image_tokens": 16,
+                "vision_feature_select_strategy": "full",
+            }
+        )
+    )
+    text = transformers.Qwen2Config(
+        **SIZES,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer) + 3,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     config = transformers.LlavaOnevisionConfig(
-        vision_config=transformers.SiglipVisionConfig(**TOWER, vision_use_head=False), text_config=text,
-        image_token_index=4, video_token_index=5, image_grid_pinpoints=grid)
+        vision_config=transformers.SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=text,
+        image_token_index=4,
+        video_token_index=5,
+        image_grid_pinpoints=grid,
+    )
     save_model(transformers.LlavaOnevisionForConditionalGeneration(config), folder, 1, 0)
 
 
 def build_internvl(folder):
     import transformers
+
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
-    tokenizer = build_tokenizer(special, pad_token="<|endoftext|>", eos_token="<|im_end|>", extra_special_tokens={
-        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"})
-    images = transformers.GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=3)
+    tokenizer = build_tokenizer(
+        special,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    )
+    images = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=3
+    )
     for part in (tokenizer, images):
         part.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>"))
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "InternVLProcessor", "image_seq_length": 4}))
-    text = transformers.Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=len(tokenizer) + 3, eos_token_id=2,
-                                    pad_token_id=0, bos_token_id=None)
-    config = transformers.InternVLConfig(vision_config=transformers.InternVLVisionConfig(**TOWER), text_config=text,
-                                         image_token_id=5, image_seq_length=4)
+    (folder / "chat_template.jinja").write_text(
+        CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>")
+    )
+    (folder / "processor_config.json").write_text(
+        json.dumps({"processor_class": "InternVLProcessor", "image_seq_length": 4})
+    )
+    text = transformers.Qwen2Config(
+        **SIZES,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer) + 3,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**TOWER),
+        text_config=text,
+        image_token_id=5,
+        image_seq_length=4,
+    )
     save_model(transformers.InternVLForConditionalGeneration(config), folder, 2, 0)
 
 
 def build_gemma3(folder):
     """Its tokenizer begins with <bos>, and so does its chat; half of its layers see no more than eight tokens back."""
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessorPil, Gemma3Processor
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>",
-               "<end_of_image>", "<image_soft_token>"]
-    tokenizer = build_tokenizer(special, True, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
-                                extra_special_tokens={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
-                                                      "image_token": "<image_soft_token>"})
-    Gemma3Processor(Gemma3ImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, image_seq_length=4,
-                    chat_template=GEMMA_CHAT).save_pretrained(folder)
-    text = dict(SIZES, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, vocab_size=len(tokenizer) + 3,
-                sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3ImageProcessorPil,
+        Gemma3Processor,
+    )
+
+    special = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<start_of_image>",
+        "<end_of_image>",
+        "<image_soft_token>",
+    ]
+    tokenizer = build_tokenizer(
+        special,
+        True,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        extra_special_tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+    )
+    Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 16, "width": 16}),
+        tokenizer,
+        image_seq_length=4,
+        chat_template=GEMMA_CHAT,
+    ).save_pretrained(folder)
+    text = dict(
+        SIZES,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        vocab_size=len(tokenizer) + 3,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )
     tower = dict(TOWER, model_type="siglip_vision_model", vision_use_head=False)
-    config = Gemma3Config(vision_config=tower, text_config=text, mm_tokens_per_image=4, boi_token_index=6,
-                          eoi_token_index=7, image_token_index=8)
+    config = Gemma3Config(
+        vision_config=tower,
+        text_config=text,
+        mm_tokens_per_image=4,
+        boi_token_index=6,
+        eoi_token_index=7,
+        image_token_index=8,
+    )
     save_model(Gemma3ForConditionalGeneration(config), folder, [1, 5], 0)
 
 
-BUILD = {"llava": build_llava, "idefics3": build_idefics3, "gemma3": build_gemma3,
-         "smolvlm": lambda folder: build_idefics3(folder, "SmolVLM"), "llava_onevision": build_onevision, "internvl": build_internvl,
-         "qwen2_vl": lambda folder: build_qwen(folder, "Qwen2"),
-         "qwen2_5_vl": lambda folder: build_qwen(folder, "Qwen2_5_"),
-         "qwen3_vl": lambda folder: build_qwen(folder, "Qwen3")}
-STOPS = {"llava": [1], "idefics3": [1], "gemma3": [1, 5], "smolvlm": [1], "llava_onevision": [1], "internvl": [2], "qwen2_vl": [0, 2], "qwen2_5_vl": [0, 2], "qwen3_vl": [0, 2]}
+BUILD = {
+    "llava": build_llava,
+    "idefics3": build_idefics3,
+    "gemma3": build_gemma3,
+    "smolvlm": lambda folder: build_idefics3(folder, "SmolVLM"),
+    "llava_onevision": build_onevision,
+    "internvl": build_internvl,
+    "qwen2_vl": lambda folder: build_qwen(folder, "Qwen2"),
+    "qwen2_5_vl": lambda folder: build_qwen(folder, "Qwen2_5_"),
+    "qwen3_vl": lambda folder: build_qwen(folder, "Qwen3"),
+}
+STOPS = {
+    "llava": [1],
+    "idefics3": [1],
+    "gemma3": [1, 5],
+    "smolvlm": [1],
+    "llava_onevision": [1],
+    "internvl": [2],
+    "qwen2_vl": [0, 2],
+    "qwen2_5_vl": [0, 2],
+    "qwen3_vl": [0, 2],
+}
 
 
 @pytest.fixture(scope="session")
@@ -200,6 +428,7 @@ def built(tmp_path_factory):
             BUILD[name](folder)
             folders[name] = folder
         return folders[name]
+
     return build
 
 
@@ -211,33 +440,41 @@ def architecture(request):
 @pytest.fixture(scope="session")
 def vlm_(architecture, built):
     """Shared by all tests of an architecture, which leave its weights and gradients as they found them."""
-    return vlm.load(str(built(architecture)), "cpu")
+    return loading.load(str(built(architecture)), "cpu")
 
 
 @pytest.fixture
 def llava(built):
     """One to spoil."""
-    return vlm.load(str(built("llava")), "cpu")
+    return loading.load(str(built("llava")), "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The plain way, one row at a time and unpadded.
 
+
 def image(seed, width=16, height=16):
-    pixels = torch.randint(0, 256, (height * width * 3,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (height * width * 3,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return Image.frombytes("RGB", (width, height), bytes(pixels.tolist()))
 
 
-IMAGES = [image(1), image(2, 24, 32), image(3, 40, 8)]  # 16, 48 and 20 patches where the resolution is dynamic
+# 16, 48 and 20 patches where the resolution is dynamic
+IMAGES = [image(1), image(2, 24, 32), image(3, 40, 8)]
 TEXTS = ["What does the scan show?", "Which side is it, left or right? Think first, then answer.", "Hm"]
-ANSWERS = ["left", "a cyst in the kidney", "x", "", "mild.\n", "<answer>right</answer>"]  # two a prompt
+# two a prompt
+ANSWERS = ["left", "a cyst in the kidney", "x", "", "mild.\n", "<answer>right</answer>"]
 
 
 def plain_prompt(vlm_, image, text):
     """One prompt as the library itself encodes it."""
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
-    return dict(vlm_.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                                   return_tensors="pt"))
+    return dict(
+        vlm_.processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    )
 
 
 def plain_logits(vlm_, image, text, ids):
@@ -248,7 +485,7 @@ def plain_logits(vlm_, image, text, ids):
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for kind in {"token_type_ids", "mm_token_type_ids"} & set(inputs):
         inputs[kind] = torch.nn.functional.pad(inputs[kind], (0, len(ids)))
-    return vlm_.model(**inputs, use_cache=False).logits[0, width - 1:]
+    return vlm_.model(**inputs, use_cache=False).logits[0, width - 1 :]
 
 
 def plain_logps(vlm_, images, texts, ids, mask, temperature=1.0):
@@ -256,16 +493,18 @@ def plain_logps(vlm_, images, texts, ids, mask, temperature=1.0):
     logps, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
     group = len(ids) // len(images)
     for n, row in enumerate(ids):
-        row = row[:mask[n].sum()]
-        log_p = (plain_logits(vlm_, images[n // group], texts[n // group], row)[:-1] / temperature).log_softmax(-1)
-        logps[n, :len(row)] = log_p[range(len(row)), row]
-        entropy[n, :len(row)] = -(log_p.exp() * log_p).sum(-1)
+        row = row[: mask[n].sum()]
+        log_p = (
+            plain_logits(vlm_, images[n // group], texts[n // group], row)[:-1] / temperature
+        ).log_softmax(-1)
+        logps[n, : len(row)] = log_p[range(len(row)), row]
+        entropy[n, : len(row)] = -(log_p.exp() * log_p).sum(-1)
     return logps, entropy
 
 
 def encoded(vlm_, group):
     """Three prompts of different lengths and image sizes, `group` answers of different lengths to each."""
-    return vlm.encode_prompts(vlm_, IMAGES, TEXTS), *vlm.encode_continuations(vlm_, ANSWERS[:3 * group])
+    return vlm.encode_prompts(vlm_, IMAGES, TEXTS), *vlm.encode_continuations(vlm_, ANSWERS[: 3 * group])
 
 
 def largest(difference):
@@ -275,11 +514,14 @@ def largest(difference):
 # ---------------------------------------------------------------------------------------------------------
 # Token log-probabilities.
 
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("group", [1, 2])
 def test_log_probabilities_and_entropy_are_those_of_plain_rows(vlm_, group, temperature):
     prompts, ids, mask = encoded(vlm_, group)
-    assert 0 < prompts["attention_mask"].sum(1).min() < prompts["input_ids"].shape[1] and not mask.all(), "no padding"
+    assert 0 < prompts["attention_mask"].sum(1).min() < prompts["input_ids"].shape[1] and not mask.all(), (
+        "no padding"
+    )
     with torch.no_grad():
         logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask, temperature)
         plain, plain_entropy = plain_logps(vlm_, IMAGES, TEXTS, ids, mask, temperature)
@@ -288,7 +530,7 @@ def test_log_probabilities_and_entropy_are_those_of_plain_rows(vlm_, group, temp
 
 
 def test_bf16_gives_the_same_to_its_precision_in_fp32_statistics(vlm_, architecture, built):
-    half = vlm.load(str(built(architecture)), "cpu", torch.bfloat16)
+    half = loading.load(str(built(architecture)), "cpu", torch.bfloat16)
     inputs = encoded(vlm_, 2)
     with torch.no_grad():
         plain = vlm.token_logps(vlm_, *inputs)[0]
@@ -296,19 +538,27 @@ def test_bf16_gives_the_same_to_its_precision_in_fp32_statistics(vlm_, architect
         with torch.autocast("cpu", torch.bfloat16):
             cast = vlm.token_logps(vlm_, *inputs)[0]
     for logps in (loaded, cast):
-        assert logps.dtype == torch.float32 and 0 < largest(logps - plain) and (logps - plain).abs().mean() < 0.1
+        assert (
+            logps.dtype == torch.float32 and 0 < largest(logps - plain) and (logps - plain).abs().mean() < 0.1
+        )
     assert vlm.sample(half, inputs[0], [1, 2, 3], 3)[0].shape == (3, 3)
 
 
 def test_image_words_their_order_and_the_answer_so_far_all_count(vlm_):
     """Or else the models here could not tell right from wrong."""
+
     def score(image, text, answer):
         ids, mask = vlm.encode_continuations(vlm_, [answer])
         with torch.no_grad():
             return plain_logps(vlm_, [image], [text], ids, mask)[0][0, -3:]
+
     base = score(IMAGES[0], "left right", "a cyst")
-    for other in (score(IMAGES[1], "left right", "a cyst"), score(IMAGES[0], "right left", "a cyst"),
-                  score(IMAGES[0], "left  right", "a cyst"), score(IMAGES[0], "left right", "b cyst")):
+    for other in (
+        score(IMAGES[1], "left right", "a cyst"),
+        score(IMAGES[0], "right left", "a cyst"),
+        score(IMAGES[0], "left  right", "a cyst"),
+        score(IMAGES[0], "left right", "b cyst"),
+    ):
         assert largest(base - other) > 1e-2
 
 
@@ -319,8 +569,9 @@ def test_states_of_a_group_stand_where_states_of_a_single_pass_do(vlm_):
         shared = vlm.hidden_states(vlm_, prompts, ids, mask)  # (N, C+1, D)
         single = vlm.hidden_states(vlm_, vlm.encode_prompts(vlm_, images, texts), ids, mask)
     assert shared.shape == single.shape == (6, ids.shape[1] + 1, 32)
-    for a, b, count in zip(shared, single, mask.sum(1)):  # up to the state after the last token
-        assert largest(a[:count + 1] - b[:count + 1]) < 1e-4
+    # up to the state after the last token
+    for a, b, count in zip(shared, single, mask.sum(1)):
+        assert largest(a[: count + 1] - b[: count + 1]) < 1e-4
 
 
 def test_gradients_through_the_shared_prompt_are_those_of_plain_rows(vlm_):
@@ -332,12 +583,14 @@ def test_gradients_through_the_shared_prompt_are_those_of_plain_rows(vlm_):
         loss = (weights * logps).sum() + 0.3 * entropy.sum()
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+
     shared = gradients(*vlm.token_logps(vlm_, prompts, ids, mask))
     plain = gradients(*plain_logps(vlm_, IMAGES, TEXTS, ids, mask))
     size = max(g.norm() for g in plain)
     seen = set()
     for name, a, b in zip(names, shared, plain):
-        if b.norm() > 1e-3 * size:  # a key's bias has none in theory
+        # a key's bias has none in theory
+        if b.norm() > 1e-3 * size:
             seen.add("tower" if "vision" in name or "visual" in name else "decoder")
             assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) >= 1 - 1e-6, name
             assert abs(a.norm() / b.norm() - 1) < 1e-3, name
@@ -350,13 +603,16 @@ def test_an_answer_of_padding_alone_counts_for_nothing(vlm_, group):
     mask[0] = 0
     logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask)
     assert (logps[0] == 0).all() and (entropy[0] == 0).all() and (logps[1] != 0).any()
-    assert not any(g.isnan().any() for g in torch.autograd.grad(logps.sum(), vlm_.model.parameters(), allow_unused=True)
-                   if g is not None)
+    assert not any(
+        g.isnan().any()
+        for g in torch.autograd.grad(logps.sum(), vlm_.model.parameters(), allow_unused=True)
+        if g is not None
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_gradient_checkpointing_changes_no_gradient_of_single_answers(architecture, built):
-    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    vlm_ = loading.load(str(built(architecture)), "cpu")
     prompts, ids, mask = encoded(vlm_, 1)
     passes = []
     vlm_.model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -365,16 +621,20 @@ def test_gradient_checkpointing_changes_no_gradient_of_single_answers(architectu
         vlm_.model.zero_grad()
         vlm.token_logps(vlm_, prompts, ids, mask)[0].sum().backward()
         return {name: p.grad.clone() for name, p in vlm_.model.named_parameters() if p.grad is not None}
+
     plain = gradients()
     vlm_.model.train().gradient_checkpointing_enable()
     checkpointed = gradients()
     assert len(passes) == 3, "checkpointing computes each layer once more in the backward pass"
     assert plain.keys() == checkpointed.keys()
-    assert all(largest(plain[name] - checkpointed[name]) <= 1e-4 * (1 + largest(plain[name])) for name in plain)
+    assert all(
+        largest(plain[name] - checkpointed[name]) <= 1e-4 * (1 + largest(plain[name])) for name in plain
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Encoding.
+
 
 def test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vlm_):
     prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
@@ -382,14 +642,14 @@ def test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vl
         plain = plain_prompt(vlm_, image, text)["input_ids"][0]
         assert plain.tolist().count(vlm_.tokenizer.bos_token_id) == (vlm_.tokenizer.bos_token is not None)
         assert mask.tolist() == [0] * (len(mask) - len(plain)) + [1] * len(plain)
-        assert row[-len(plain):].equal(plain)
+        assert row[-len(plain) :].equal(plain)
 
 
 def test_an_answer_closes_with_a_counted_end_of_turn_and_padding_counts_for_nothing(vlm_):
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
     for row, kept, answer in zip(ids, mask, ANSWERS):
         own = vlm_.tokenizer(answer, add_special_tokens=False)["input_ids"] + [vlm_.tokenizer.eos_token_id]
-        assert row[:len(own)].tolist() == own
+        assert row[: len(own)].tolist() == own
         assert kept.tolist() == [1] * len(own) + [0] * (len(row) - len(own))
     assert mask.any(0).all(), "no column of padding alone"
     assert vlm.decode(vlm_, ids, mask) == ANSWERS
@@ -401,11 +661,14 @@ def test_without_an_end_only_the_text_is_encoded(vlm_):
 
 
 def test_the_name_of_a_special_token_in_an_answer_is_plain_text(vlm_):
-    names = "".join(vlm_.tokenizer.convert_ids_to_tokens(sorted({*vlm_.stop_ids, *vlm_.banned_ids} & set(range(12)))))
+    names = "".join(
+        vlm_.tokenizer.convert_ids_to_tokens(sorted({*vlm_.stop_ids, *vlm_.banned_ids} & set(range(12))))
+    )
     ids, mask = vlm.encode_continuations(vlm_, [f"see {names}"], end=False)
     assert not set(ids[0].tolist()) & {*vlm_.banned_ids, *vlm_.stop_ids}
     assert vlm.decode(vlm_, ids, mask) == [f"see {names}"]
-    test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vlm_)  # special tokens are special again
+    # special tokens are special again
+    test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vlm_)
 
 
 def test_the_name_of_a_special_token_in_a_prompt_is_plain_text(vlm_):
@@ -417,24 +680,38 @@ def test_the_name_of_a_special_token_in_a_prompt_is_plain_text(vlm_):
     assert len(names) >= 5 and found.equal(expected), "the template's own special tokens and no other"
     said = vlm_.tokenizer.decode(prompts["input_ids"][0])
     assert "{{ 7*7 }} {% for x in y %}" in said and all(f"{n[0]} {n[1:]}" in said for n in names)
-    vlm.read(vlm_, prompts)
+    vlm.prefill(vlm_, prompts)
 
 
 def test_of_images_smolvlm_s_own_processor_makes_what_is_made_in_its_place(built, monkeypatch):
     import transformers
     from transformers.models.smolvlm import processing_smolvlm
+
     folder = built("smolvlm")
-    ours = vlm.load_processor(str(folder))
-    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # what it asks for
-    monkeypatch.setattr(transformers.SmolVLMProcessor, "get_attributes", classmethod(lambda _: ["image_processor", "tokenizer"]))
+    ours = loading.load_processor(str(folder))
+    # what it asks for
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    monkeypatch.setattr(
+        transformers.SmolVLMProcessor,
+        "get_attributes",
+        classmethod(lambda _: ["image_processor", "tokenizer"]),
+    )
     own = transformers.SmolVLMProcessor(ours.image_processor, ours.tokenizer, None, image_seq_len=4)
     chats = [f"<|im_start|>user:<image>{text}<end_of_utterance>\nAssistant:" for text in TEXTS]
-    made, expected = (p(text=chats, images=[[i] for i in IMAGES], padding=True, padding_side="left", return_tensors="pt") for p in (ours, own))
-    assert made.keys() == expected.keys() and all(made[k].equal(expected[k]) for k in made) and made["pixel_values"].shape[1] > 1
+    made, expected = (
+        p(text=chats, images=[[i] for i in IMAGES], padding=True, padding_side="left", return_tensors="pt")
+        for p in (ours, own)
+    )
+    assert (
+        made.keys() == expected.keys()
+        and all(made[k].equal(expected[k]) for k in made)
+        and made["pixel_values"].shape[1] > 1
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Sampling.
+
 
 def kept(ids, mask):
     return [row[m.bool()].tolist() for row, m in zip(ids, mask)]
@@ -443,14 +720,23 @@ def kept(ids, mask):
 @pytest.mark.parametrize("ends", [False, True])
 def test_greedy_sampling_is_generate_token_for_token(vlm_, ends):
     prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
-    if ends:  # what the first row says third now ends a turn
+    # what the first row says third now ends a turn
+    if ends:
         ids, _ = vlm.sample(vlm_, prompts, None, 3, temperature=0)
         vlm_ = replace(vlm_, stop_ids=[*vlm_.stop_ids, ids[0, 2].item()])
     ids, mask = vlm.sample(vlm_, prompts, None, 9, temperature=0)
-    plain = vlm_.model.generate(**prompts, do_sample=False, max_new_tokens=9, suppress_tokens=vlm_.banned_ids,
-                                eos_token_id=vlm_.stop_ids, pad_token_id=0)[:, prompts["input_ids"].shape[1]:]
+    plain = vlm_.model.generate(
+        **prompts,
+        do_sample=False,
+        max_new_tokens=9,
+        suppress_tokens=vlm_.banned_ids,
+        eos_token_id=vlm_.stop_ids,
+        pad_token_id=0,
+    )[:, prompts["input_ids"].shape[1] :]
     assert (ids * mask).equal(plain * mask) and ids.shape == plain.shape
-    assert len({tuple(row) for row in kept(ids, mask)}) == 3 and len(set(ids.flatten().tolist())) > 5, "models that babble"
+    assert len({tuple(row) for row in kept(ids, mask)}) == 3 and len(set(ids.flatten().tolist())) > 5, (
+        "models that babble"
+    )
     assert not ends or mask[0].sum() <= 3 < mask.shape[1], "the first row ends before another"
 
 
@@ -459,21 +745,24 @@ def test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm
     seeds = [3, 1, 4, 1, 5, 9]
     ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 5, temperature, group=2)
     assert ids.shape[0] == 6
-    for n, row in enumerate(kept(ids, mask)):  # row b * group + g continues prompt b
+    # row b * group + g continues prompt b
+    for n, row in enumerate(kept(ids, mask)):
         uniform = torch.rand(5, generator=torch.Generator().manual_seed(seeds[n]))
         with torch.no_grad():
             logits = plain_logits(vlm_, IMAGES[n // 2], TEXTS[n // 2], torch.tensor(row))[:-1] / temperature
         logits[:, vlm_.banned_ids] = -torch.inf
         cdf = logits.double().softmax(-1).cumsum(-1)
-        assert row == torch.searchsorted(cdf, uniform[:len(row), None].double(), right=True)[:, 0].tolist()
+        assert row == torch.searchsorted(cdf, uniform[: len(row), None].double(), right=True)[:, 0].tolist()
 
 
 def test_a_row_depends_neither_on_the_rows_beside_it_nor_on_their_order(vlm_):
     seeds = [11, 12, 13]
     together = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 12))
     backwards = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES[::-1], TEXTS[::-1]), seeds[::-1], 12))
-    alone = [kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, [i], [t]), [s], 12))[0]
-             for i, t, s in zip(IMAGES, TEXTS, seeds)]
+    alone = [
+        kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, [i], [t]), [s], 12))[0]
+        for i, t, s in zip(IMAGES, TEXTS, seeds)
+    ]
     other = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), [21, 22, 23], 12))
     assert together == backwards[::-1] == alone != other
 
@@ -500,7 +789,9 @@ def test_banned_tokens_are_never_sampled_however_likely(vlm_):
             ids, _ = vlm.sample(vlm_, prompts, range(6), 6, temperature, group=2)
             assert not set(ids.flatten().tolist()) & (set(vlm_.banned_ids) - {vlm_.tokenizer.pad_token_id})
             unbanned, _ = vlm.sample(replace(vlm_, banned_ids=[]), prompts, range(6), 1, temperature, group=2)
-            assert set(unbanned.flatten().tolist()) <= set(vlm_.banned_ids), "the push is too weak to test anything"
+            assert set(unbanned.flatten().tolist()) <= set(vlm_.banned_ids), (
+                "the push is too weak to test anything"
+            )
     finally:
         hook.remove()
 
@@ -509,12 +800,14 @@ def test_each_stop_token_ends_its_row_and_no_other(vlm_):
     prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
     rows = vlm_.head.weight.shape[0]
     for stop in vlm_.stop_ids:
+
         def bonus(call):
             bonus = torch.zeros(3, rows)
             bonus[:, vlm_.stop_ids] = -1e4
             if call == 2:
                 bonus[1, stop] = 1e5
             return bonus
+
         hook = push(vlm_, bonus)
         try:
             ids, mask = vlm.sample(vlm_, prompts, [7, 8, 9], 6)
@@ -542,9 +835,12 @@ def test_pick_follows_the_distribution():
     logits = torch.randn(60, generator=torch.Generator().manual_seed(0)) * 2
     logits[[0, 7, 8, 59]] = -torch.inf
     count = 20_000
-    uniform = (torch.arange(count) + 0.5) / count  # of evenly spread numbers each token gets its share but for one or two
+    # of evenly spread numbers each token gets its share but for one or two
+    uniform = (torch.arange(count) + 0.5) / count
     for temperature in (1.0, 0.6):
-        share = vlm.pick(logits.expand(count, -1), temperature, uniform).bincount(minlength=60) / count
+        share = (
+            vlm.sample_token(logits.expand(count, -1), temperature, uniform).bincount(minlength=60) / count
+        )
         assert largest(share - (logits / temperature).softmax(-1)) < 2 / count
 
 
@@ -552,39 +848,72 @@ def test_pick_never_returns_a_token_of_probability_zero_at_either_end_of_the_uni
     logits = torch.zeros(4, 151_936)
     logits[:, :1000] = logits[:, -1000:] = -torch.inf
     ends = torch.tensor([0.0, 1e-30, 1 - 2**-24, 0.5])
-    assert vlm.pick(logits, 1.0, ends).tolist()[:3] == [1000, 1000, 151_936 - 1001]
+    assert vlm.sample_token(logits, 1.0, ends).tolist()[:3] == [1000, 1000, 151_936 - 1001]
     logits[:, 75_000] = 1e4
-    assert vlm.pick(logits, 1.0, ends).tolist() == [75_000] * 4
+    assert vlm.sample_token(logits, 1.0, ends).tolist() == [75_000] * 4
 
 
 def test_pick_at_temperature_zero_is_the_largest_logit_whatever_the_uniform():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.9]])
     for uniform in (0.0, 0.999):
-        assert vlm.pick(logits, 0, torch.full((2,), uniform)).tolist() == [1, 0]
+        assert vlm.sample_token(logits, 0, torch.full((2,), uniform)).tolist() == [1, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Architectures with recurrent layers, of which some cannot continue a prompt.
 
 MAMBA = dict(mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_chunk_size=8)
-RECURRENT = {  # how to build it, what it can, and what the line at loading says
-    "lfm2": (lambda folder: build_llava(folder, "Lfm2", layer_types=["conv", "full_attention"]), "always", ""),
-    "qwen3_5": (lambda folder: build_qwen(folder, "Qwen3_5"), "without gradient", "can only without gradient continue a prompt"),
-    "bamba": (lambda folder: build_llava(folder, "Bamba", attn_layer_indices=[1], **MAMBA), "never", "can not continue a prompt"),
-    "jamba": (lambda folder: build_llava(folder, "Jamba", attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
-                                         num_experts=1, mamba_d_state=8), "never", "can not continue a prompt")}
+# how to build it, what it can, and what the line at loading says
+RECURRENT = {
+    "lfm2": (
+        lambda folder: build_llava(folder, "Lfm2", layer_types=["conv", "full_attention"]),
+        "always",
+        "",
+    ),
+    "qwen3_5": (
+        lambda folder: build_qwen(folder, "Qwen3_5"),
+        "without gradient",
+        "can only without gradient continue a prompt",
+    ),
+    "bamba": (
+        lambda folder: build_llava(folder, "Bamba", attn_layer_indices=[1], **MAMBA),
+        "never",
+        "can not continue a prompt",
+    ),
+    "jamba": (
+        lambda folder: build_llava(
+            folder,
+            "Jamba",
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            use_mamba_kernels=False,
+            num_experts=1,
+            mamba_d_state=8,
+        ),
+        "never",
+        "can not continue a prompt",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_and_says_so_once(name, tmp_path, capsys):
+def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_and_says_so_once(
+    name, tmp_path, capsys
+):
     build, shares, line = RECURRENT[name]
     build(tmp_path)
-    vlm_ = vlm.load(str(tmp_path), "cpu")
+    vlm_ = loading.load(str(tmp_path), "cpu")
     said = capsys.readouterr().out
-    assert vlm_.shares == shares and said.count("\n") == bool(line) and line in said and (not line or str(tmp_path) in said)
+    assert (
+        vlm_.shares == shares
+        and said.count("\n") == bool(line)
+        and line in said
+        and (not line or str(tmp_path) in said)
+    )
     passes = []
     hook = vlm_.model.get_decoder().register_forward_pre_hook(
-        lambda _, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+        lambda _, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
     inputs = encoded(vlm_, 2)
     with torch.no_grad():
         vlm.token_logps(vlm_, *inputs)
@@ -595,41 +924,51 @@ def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_a
     for ends in (False, True):
         test_greedy_sampling_is_generate_token_for_token(vlm_, ends)
     test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm_, 1.0)
-    vlm.freeze_images(vlm_)
-    test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any_order_and_number((vlm_, None))
+    loading.freeze_images(vlm_)
+    test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any_order_and_number(
+        (vlm_, None)
+    )
     assert vlm_.keeps and capsys.readouterr().out == ""
 
 
 def test_a_model_that_reads_no_plain_row_of_prompt_and_answer_is_refused(built, monkeypatch):
     from transformers import LlavaModel
+
     real = LlavaModel.forward
 
-    def forward(self, *args, attention_mask=None, **kwargs):  # as one whose image inputs are as wide as the prompt
-        assert kwargs["pixel_values"] is None or attention_mask.shape[1] == width, "cross attention of another width"
+    # as one whose image inputs are as wide as the prompt
+    def forward(self, *args, attention_mask=None, **kwargs):
+        assert kwargs["pixel_values"] is None or attention_mask.shape[1] == width, (
+            "cross attention of another width"
+        )
         return real(self, *args, attention_mask=attention_mask, **kwargs)
-    width = plain_prompt(vlm.load(str(built("llava")), "cpu"), image(1), "?")["input_ids"].shape[1]
+
+    width = plain_prompt(loading.load(str(built("llava")), "cpu"), image(1), "?")["input_ids"].shape[1]
     monkeypatch.setattr(LlavaModel, "forward", forward)
-    with pytest.raises(vlm.ModelError, match="does not fit the model: cross attention of another width") as refused:
-        vlm.load(str(built("llava")), "cpu")
+    with pytest.raises(
+        ModelError, match="does not fit the model: cross attention of another width"
+    ) as refused:
+        loading.load(str(built("llava")), "cpu")
     assert "\n" not in str(refused.value)
 
 
 def test_loading_holds_no_activations_of_an_image_for_a_backward_pass(architecture, built, monkeypatch):
     """A large model's, over hundreds of image tokens, would not fit: gradients are tried on a few words."""
-    widths, real = [], vlm.read
+    widths, real = [], vlm.prefill
 
     def read(vlm_, prompts, group=1):
         widths.append((torch.is_grad_enabled(), prompts["input_ids"].shape[1]))
         return real(vlm_, prompts, group)
-    monkeypatch.setattr(vlm, "read", read)
-    vlm_ = vlm.load(str(built(architecture)), "cpu")
+
+    monkeypatch.setattr(loading, "prefill", read)
+    vlm_ = loading.load(str(built(architecture)), "cpu")
     words = max(len(vlm_.tokenizer(t)["input_ids"]) for t in ("?", "Which side?"))
     assert [w for grad, w in widths if grad] == [words] and all(w > words for grad, w in widths if not grad)
 
 
 def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeypatch):
-    assert vlm.how_it_shares(vlm_) == "always"
-    real = vlm.continue_from
+    assert loading.find_prefix_sharing(vlm_) == "always"
+    real = vlm.decode_step
 
     def forgets(vlm_, cache, mask, ids):
         return real(vlm_, cache, mask, ids) * 1.01
@@ -639,19 +978,26 @@ def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeyp
 
     def raises(*args):
         raise NotImplementedError
+
     for wrong, found in ((forgets, "never"), (raises, "never"), (detaches, "without gradient")):
-        monkeypatch.setattr(vlm, "continue_from", wrong)
-        assert vlm.how_it_shares(vlm_) == found
+        monkeypatch.setattr(loading, "decode_step", wrong)
+        assert loading.find_prefix_sharing(vlm_) == found
         assert vlm_.shares == "always" and not any(p.grad is not None for p in vlm_.model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows that have ended.
 
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_rows_that_have_ended_leave_the_batch_and_no_row_changes(vlm_, greedy, monkeypatch):
-    images, texts, seeds, lengths = [*IMAGES, *IMAGES[::-1]], [*TEXTS, *TEXTS], list(range(6)), torch.tensor([1, 4, 12, 3, 7, 2])
-    real, widths = vlm.pick, []
+    images, texts, seeds, lengths = (
+        [*IMAGES, *IMAGES[::-1]],
+        [*TEXTS, *TEXTS],
+        list(range(6)),
+        torch.tensor([1, 4, 12, 3, 7, 2]),
+    )
+    real, widths = vlm.sample_token, []
     uniforms = torch.stack([torch.rand(20, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
     def ends(logits, temperature, uniform):
@@ -659,18 +1005,29 @@ def test_rows_that_have_ended_leave_the_batch_and_no_row_changes(vlm_, greedy, m
         row = (uniforms[:, len(widths)] == uniform[:, None]).nonzero()[:, 1]  # (n,)
         widths.append(len(row))
         logits[:, vlm_.stop_ids] = -torch.inf
-        return torch.where(len(widths) >= lengths[row], vlm_.end_id, real(logits, 0 if greedy else 1.0, uniform))
-    monkeypatch.setattr(vlm, "pick", ends)
+        return torch.where(
+            len(widths) >= lengths[row], vlm_.end_id, real(logits, 0 if greedy else 1.0, uniform)
+        )
+
+    monkeypatch.setattr(vlm, "sample_token", ends)
     ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, images, texts), seeds, 20)
-    assert widths == [6, 6, 6, 3, 3, 3, 3, 1, 1, 1, 1, 1] and mask.sum(1).equal(lengths) and ids.shape == mask.shape == (6, 12)
+    assert (
+        widths == [6, 6, 6, 3, 3, 3, 3, 1, 1, 1, 1, 1]
+        and mask.sum(1).equal(lengths)
+        and ids.shape == mask.shape == (6, 12)
+    )
     assert (ids[mask == 0] == vlm_.tokenizer.pad_token_id).all()
-    for n, row in enumerate(kept(ids, mask)):  # a row alone leaves nothing
+    # a row alone leaves nothing
+    for n, row in enumerate(kept(ids, mask)):
         widths.clear()
-        assert [row] == kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, [images[n]], [texts[n]]), [seeds[n]], 20))
+        assert [row] == kept(
+            *vlm.sample(vlm_, vlm.encode_prompts(vlm_, [images[n]], [texts[n]]), [seeds[n]], 20)
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # No trace of one call in another.
+
 
 def test_sampling_and_scoring_leave_their_inputs_as_they_were(vlm_):
     for group in (1, 2):
@@ -684,15 +1041,22 @@ def test_sampling_and_scoring_leave_their_inputs_as_they_were(vlm_):
         vlm.sample(vlm_, prompts, seeds, 3, group=group)
         vlm.decode(vlm_, ids, mask)
         assert prompts.keys() == before[0].keys() and all(prompts[k].equal(before[0][k]) for k in prompts)
-        assert ids.equal(before[1]) and mask.equal(before[2]) and states.equal(copied) and seeds == list(range(3 * group))
+        assert (
+            ids.equal(before[1])
+            and mask.equal(before[2])
+            and states.equal(copied)
+            and seeds == list(range(3 * group))
+        )
 
 
 def test_nothing_of_a_former_batch_leaks_into_the_next(architecture, built):
     """Qwen's models keep the positions of the last batch that they read (`rope_deltas`)."""
-    vlm_ = vlm.load(str(built(architecture)), "cpu")
+    vlm_ = loading.load(str(built(architecture)), "cpu")
     prompts, ids, mask = encoded(vlm_, 2)
     single = vlm.encode_prompts(vlm_, IMAGES, TEXTS), ids[::2], mask[::2]
-    other = vlm.encode_prompts(vlm_, [image(5, 80, 16), image(6, 8, 8)], ["What?", "Is there a cyst, and where is it?"])
+    other = vlm.encode_prompts(
+        vlm_, [image(5, 80, 16), image(6, 8, 8)], ["What?", "Is there a cyst, and where is it?"]
+    )
 
     @torch.no_grad()
     def results(read_before):
@@ -702,8 +1066,12 @@ def test_nothing_of_a_former_batch_leaks_into_the_next(architecture, built):
         alone = vlm.token_logps(vlm_, *single)[0]
         read_before()
         return shared, alone, vlm.sample(vlm_, prompts, range(6), 6, group=2)[0]
+
     fresh = results(lambda: None)
-    for read_before in (lambda: vlm.sample(vlm_, other, [1, 2], 3), lambda: vlm_.model.generate(**other, max_new_tokens=2)):
+    for read_before in (
+        lambda: vlm.sample(vlm_, other, [1, 2], 3),
+        lambda: vlm_.model.generate(**other, max_new_tokens=2),
+    ):
         assert all(a.equal(b) for a, b in zip(fresh, results(read_before)))
 
 
@@ -711,9 +1079,9 @@ def test_a_cache_keeps_its_own_positions_while_another_prompt_is_read(vlm_):
     prompts, ids, mask = encoded(vlm_, 2)
     with torch.no_grad():
         expected = vlm.hidden_states(vlm_, prompts, ids, mask)[:, 1:]
-        cache, prompt_mask, _ = vlm.read(vlm_, prompts, 2)
-        vlm.read(vlm_, vlm.encode_prompts(vlm_, [image(5, 80, 16)] * 3, TEXTS), 2)
-        states = vlm.continue_from(vlm_, cache, torch.cat([prompt_mask, mask], 1), ids)
+        cache, prompt_mask, _ = vlm.prefill(vlm_, prompts, 2)
+        vlm.prefill(vlm_, vlm.encode_prompts(vlm_, [image(5, 80, 16)] * 3, TEXTS), 2)
+        states = vlm.decode_step(vlm_, cache, torch.cat([prompt_mask, mask], 1), ids)
     assert states.equal(expected)
 
 
@@ -722,21 +1090,29 @@ def test_with_room_tokens_are_written_in_place_and_give_the_states_of_a_cache_th
     seen = {}
     with torch.no_grad():
         for roomy in (False, True):
-            cache, so_far, _ = vlm.read(vlm_, prompts, 2)
+            cache, so_far, _ = vlm.prefill(vlm_, prompts, 2)
             if roomy:
                 vlm.make_room(cache, ids.shape[1])
             states, places = [], []
             for c in range(ids.shape[1]):
-                so_far = torch.cat([so_far, mask[:, c:c + 1]], 1)
-                states.append(vlm.continue_from(vlm_, cache, so_far, ids[:, c:c + 1]))
-                places.append([layer.keys.data_ptr() for layer in cache.layers if type(layer).__name__ == "DynamicLayer"])
+                so_far = torch.cat([so_far, mask[:, c : c + 1]], 1)
+                states.append(vlm.decode_step(vlm_, cache, so_far, ids[:, c : c + 1]))
+                places.append(
+                    [
+                        layer.keys.data_ptr()
+                        for layer in cache.layers
+                        if type(layer).__name__ == "DynamicLayer"
+                    ]
+                )
             assert (all(p == places[0] for p in places)) == roomy and places[0], "where the keys stand"
             seen[roomy] = torch.cat(states, 1)
     assert seen[True].equal(seen[False])
 
 
 def test_a_prompt_without_an_image_is_read_alike_before_and_after_one_with(vlm_):
-    text = vlm_.tokenizer(["What does the scan show?", "Hm"], padding=True, padding_side="left", return_tensors="pt")
+    text = vlm_.tokenizer(
+        ["What does the scan show?", "Hm"], padding=True, padding_side="left", return_tensors="pt"
+    )
     text = {k: text[k] for k in ("input_ids", "attention_mask")}
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS[:4])
     with torch.no_grad():
@@ -745,34 +1121,35 @@ def test_a_prompt_without_an_image_is_read_alike_before_and_after_one_with(vlm_)
         for n in range(4):
             prompt = text["input_ids"][n // 2][text["attention_mask"][n // 2].bool()]
             row = ids[n][mask[n].bool()]
-            log_p = vlm_.model(torch.cat([prompt, row])[None]).logits[0, len(prompt) - 1:-1].log_softmax(-1)
-            assert largest(log_p[range(len(row)), row] - logps[n, :len(row)]) < 1e-5
+            log_p = vlm_.model(torch.cat([prompt, row])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            assert largest(log_p[range(len(row)), row] - logps[n, : len(row)]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Kept features.
 
+
 @pytest.fixture
 def keeping(architecture, built):
     """A model whose images are frozen, and a list that each pass of its vision tower adds to."""
-    vlm_, read = vlm.load(str(built(architecture)), "cpu"), []
-    vlm.freeze_images(vlm_)
+    vlm_, read = loading.load(str(built(architecture)), "cpu"), []
+    loading.freeze_images(vlm_)
     base, prefix = vlm_.model.base_model, FROZEN[architecture][0].split(".")[1]
     getattr(base, prefix).register_forward_pre_hook(lambda *_, **__: read.append(1))
     return vlm_, read
 
 
 def looked_at(vlm_, images=IMAGES, texts=TEXTS):
-    return vlm.look(vlm_, images, texts, vlm.prepare(vlm_, images, texts))
+    return vlm.encode_images(vlm_, images, texts, vlm.preprocess(vlm_, images, texts))
 
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_prompt_that_was_looked_at_gives_the_log_probabilities_and_gradients_of_plain_rows(keeping, group):
     vlm_, read = keeping
     assert vlm_.keeps
-    prompts = vlm.side_by_side(vlm_, looked_at(vlm_))
+    prompts = vlm.collate_prompts(vlm_, looked_at(vlm_))
     assert len(read) == 1
-    ids, mask = vlm.encode_continuations(vlm_, ANSWERS[:3 * group])
+    ids, mask = vlm.encode_continuations(vlm_, ANSWERS[: 3 * group])
     sampled = vlm.sample(vlm_, prompts, range(3 * group), 6, group=group)
     logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask, 0.7)
     learning = [p for p in vlm_.model.parameters() if p.requires_grad]
@@ -791,75 +1168,105 @@ def test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any
     vlm_, _ = keeping
     looked = looked_at(vlm_)
     for order in ([0, 1, 2], [2, 0], [1], [2, 2, 1]):
-        prompts = vlm.side_by_side(vlm_, [looked[k] for k in order])
+        prompts = vlm.collate_prompts(vlm_, [looked[k] for k in order])
         plain = vlm.encode_prompts(vlm_, [IMAGES[k] for k in order], [TEXTS[k] for k in order])
         assert prompts.keys() - {"mm_encoder_outputs"} == {k for k in plain if not k.startswith("pixel_")}
         assert all(prompts[k].equal(plain[k]) for k in prompts.keys() - {"mm_encoder_outputs"})
-        inputs = vlm.encode_continuations(vlm_, ANSWERS[:len(order)])
+        inputs = vlm.encode_continuations(vlm_, ANSWERS[: len(order)])
         with torch.no_grad():
-            assert largest(vlm.token_logps(vlm_, prompts, *inputs)[0] - vlm.token_logps(vlm_, plain, *inputs)[0]) < 1e-5
-            doubled = vlm.token_logps(vlm_, prompts.repeated(2), *(x.repeat_interleave(2, 0) for x in inputs))[0]
+            assert (
+                largest(vlm.token_logps(vlm_, prompts, *inputs)[0] - vlm.token_logps(vlm_, plain, *inputs)[0])
+                < 1e-5
+            )
+            doubled = vlm.token_logps(
+                vlm_, prompts.repeated(2), *(x.repeat_interleave(2, 0) for x in inputs)
+            )[0]
             assert largest(doubled[1::2] - vlm.token_logps(vlm_, plain, *inputs)[0]) < 1e-5
 
 
 def test_while_the_projector_learns_nothing_is_kept(architecture, built):
-    vlm_ = vlm.load(str(built(architecture)), "cpu")
-    vlm.freeze_vision(vlm_)
+    vlm_ = loading.load(str(built(architecture)), "cpu")
+    loading.freeze_vision(vlm_)
     looked = looked_at(vlm_)
-    prompts, plain = vlm.side_by_side(vlm_, looked), vlm.encode_prompts(vlm_, IMAGES, TEXTS)
-    assert [p.inputs for p in looked] == [None] * 3 and prompts.keys() == plain.keys() and all(prompts[k].equal(plain[k]) for k in plain)
+    prompts, plain = vlm.collate_prompts(vlm_, looked), vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    assert (
+        [p.inputs for p in looked] == [None] * 3
+        and prompts.keys() == plain.keys()
+        and all(prompts[k].equal(plain[k]) for k in plain)
+    )
 
 
 @pytest.mark.parametrize("spoil", ["refuses", "ignores", "confuses"])
-def test_a_model_that_takes_no_kept_features_reads_each_image_anew_and_says_so(spoil, built, monkeypatch, capsys):
+def test_a_model_that_takes_no_kept_features_reads_each_image_anew_and_says_so(
+    spoil, built, monkeypatch, capsys
+):
     from transformers import LlavaModel
-    real, vlm_ = LlavaModel.forward, vlm.load(str(built("llava")), "cpu")
+
+    real, vlm_ = LlavaModel.forward, loading.load(str(built("llava")), "cpu")
 
     def forward(self, *args, mm_encoder_outputs=None, **kwargs):
-        if mm_encoder_outputs and spoil == "refuses":  # as a library of before they were taken
+        # as a library of before they were taken
+        if mm_encoder_outputs and spoil == "refuses":
             raise TypeError("unexpected keyword argument")
         if mm_encoder_outputs and spoil == "confuses":
-            mm_encoder_outputs = {"image": SimpleNamespace(pooler_output=mm_encoder_outputs["image"].pooler_output[::-1])}
-        return real(self, *args, mm_encoder_outputs=None if spoil == "ignores" else mm_encoder_outputs, **kwargs)
+            mm_encoder_outputs = {
+                "image": SimpleNamespace(pooler_output=mm_encoder_outputs["image"].pooler_output[::-1])
+            }
+        return real(
+            self, *args, mm_encoder_outputs=None if spoil == "ignores" else mm_encoder_outputs, **kwargs
+        )
+
     monkeypatch.setattr(LlavaModel, "forward", forward)
-    vlm.freeze_images(vlm_)
+    loading.freeze_images(vlm_)
     said = capsys.readouterr().out
     assert not vlm_.keeps and said.count("\n") == 1 and "takes no features" in said
     looked = looked_at(vlm_)
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
     with torch.no_grad():
-        got = vlm.token_logps(vlm_, vlm.side_by_side(vlm_, looked), ids, mask)[0]
+        got = vlm.token_logps(vlm_, vlm.collate_prompts(vlm_, looked), ids, mask)[0]
         assert largest(got - plain_logps(vlm_, IMAGES, TEXTS, ids, mask)[0]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Weights.
 
-FROZEN = {  # what stands in the vision tower, and what of that goes on learning
-    "llava": ("model.vision_tower.", ()), "gemma3": ("model.vision_tower.", ()), "idefics3": ("model.vision_model.", ()),
-    "smolvlm": ("model.vision_model.", ()), "llava_onevision": ("model.vision_tower.", ()), "internvl": ("model.vision_tower.", ()),
-    "qwen2_vl": ("model.visual.", ("model.visual.merger.",)), "qwen2_5_vl": ("model.visual.", ("model.visual.merger.",)),
-    "qwen3_vl": ("model.visual.", ("model.visual.merger.", "model.visual.deepstack_merger_list."))}
+# what stands in the vision tower, and what of that goes on learning
+FROZEN = {
+    "llava": ("model.vision_tower.", ()),
+    "gemma3": ("model.vision_tower.", ()),
+    "idefics3": ("model.vision_model.", ()),
+    "smolvlm": ("model.vision_model.", ()),
+    "llava_onevision": ("model.vision_tower.", ()),
+    "internvl": ("model.vision_tower.", ()),
+    "qwen2_vl": ("model.visual.", ("model.visual.merger.",)),
+    "qwen2_5_vl": ("model.visual.", ("model.visual.merger.",)),
+    "qwen3_vl": ("model.visual.", ("model.visual.merger.", "model.visual.deepstack_merger_list.")),
+}
 
 
 def test_freezing_vision_freezes_the_tower_and_nothing_else(architecture, built):
-    vlm_ = vlm.load(str(built(architecture)), "cpu")
-    vlm.freeze_vision(vlm_)
+    vlm_ = loading.load(str(built(architecture)), "cpu")
+    loading.freeze_vision(vlm_)
     vlm.token_logps(vlm_, *encoded(vlm_, 2))[0].sum().backward()
     tower, learning = FROZEN[architecture]
     names = [name for name, _ in vlm_.model.named_parameters()]
-    assert all(any(name.startswith(part) for name in names) for part in (tower, *learning)), "no such parameters"
+    assert all(any(name.startswith(part) for name in names) for part in (tower, *learning)), (
+        "no such parameters"
+    )
     for name, parameter in vlm_.model.named_parameters():
         assert parameter.requires_grad == (not name.startswith(tower) or name.startswith(learning)), name
         assert parameter.requires_grad or parameter.grad is None
-    bridge = [p for name, p in vlm_.model.named_parameters()
-              if any(part in name for part in ("projector", "connector", "merger"))]
+    bridge = [
+        p
+        for name, p in vlm_.model.named_parameters()
+        if any(part in name for part in ("projector", "connector", "merger"))
+    ]
     assert bridge and all(p.grad is not None and p.grad.any() for p in bridge)
 
 
 def test_freezing_images_freezes_the_projector_too_and_nothing_of_the_language_model(architecture, built):
-    vlm_ = vlm.load(str(built(architecture)), "cpu")
-    vlm.freeze_images(vlm_)
+    vlm_ = loading.load(str(built(architecture)), "cpu")
+    loading.freeze_images(vlm_)
     tower, _ = FROZEN[architecture]
     bridge = ("model.multi_modal_projector.", "model.connector.", "model.image_newline", "model.visual.")
     for name, parameter in vlm_.model.named_parameters():
@@ -867,29 +1274,32 @@ def test_freezing_images_freezes_the_projector_too_and_nothing_of_the_language_m
 
 
 def test_freezing_a_tower_that_has_an_unknown_name_is_an_error():
-    with pytest.raises(vlm.ModelError, match="Linear: no vision tower"):
-        vlm.freeze_vision(SimpleNamespace(model=torch.nn.Linear(2, 2)))
+    with pytest.raises(ModelError, match="Linear: no vision tower"):
+        loading.freeze_vision(SimpleNamespace(model=torch.nn.Linear(2, 2)))
 
 
 def test_a_frozen_copy_shares_what_is_frozen_already_and_nothing_that_learns(architecture, built):
-    vlm_ = vlm.load(str(built(architecture)), "cpu")
-    vlm.freeze_images(vlm_)
-    twin = dict(vlm.frozen_copy(vlm_).model.named_parameters())
+    vlm_ = loading.load(str(built(architecture)), "cpu")
+    loading.freeze_images(vlm_)
+    twin = dict(loading.frozen_copy(vlm_).model.named_parameters())
     for name, parameter in vlm_.model.named_parameters():
         assert (twin[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad), name
 
 
 def test_freezing_images_of_a_model_that_has_nothing_but_its_language_model_is_an_error(llava, monkeypatch):
-    monkeypatch.setattr(type(llava.model), "get_decoder", lambda self: self)  # the library's answer where it knows no better
-    with pytest.raises(vlm.ModelError, match="LlavaForConditionalGeneration: nothing found beside the language model"):
-        vlm.freeze_images(llava)
+    # the library's answer where it knows no better
+    monkeypatch.setattr(type(llava.model), "get_decoder", lambda self: self)
+    with pytest.raises(
+        ModelError, match="LlavaForConditionalGeneration: nothing found beside the language model"
+    ):
+        loading.freeze_images(llava)
     assert all(p.requires_grad for p in llava.model.parameters())
 
 
 def test_a_frozen_copy_computes_the_same_shares_no_storage_and_cannot_learn(vlm_):
     before = [p.requires_grad for p in vlm_.model.parameters()]
     vlm_.model.train()
-    twin = vlm.frozen_copy(vlm_)
+    twin = loading.frozen_copy(vlm_)
     vlm_.model.eval()
     tensors = [[*v.model.parameters(), *v.model.buffers()] for v in (vlm_, twin)]
     assert not {t.data_ptr() for t in tensors[0]} & {t.data_ptr() for t in tensors[1]}
@@ -901,8 +1311,8 @@ def test_a_frozen_copy_computes_the_same_shares_no_storage_and_cannot_learn(vlm_
 
 
 def test_a_saved_model_loads_with_the_same_logits_inputs_and_tokens(vlm_, tmp_path):
-    vlm.save(vlm_, tmp_path / "saved")
-    again = vlm.load(str(tmp_path / "saved"), "cpu")
+    loading.save(vlm_, tmp_path / "saved")
+    again = loading.load(str(tmp_path / "saved"), "cpu")
     before, after = (vlm.encode_prompts(v, IMAGES, TEXTS) for v in (vlm_, again))
     assert before.keys() == after.keys() and all(before[k].equal(after[k]) for k in before)
     with torch.no_grad():
@@ -913,6 +1323,7 @@ def test_a_saved_model_loads_with_the_same_logits_inputs_and_tokens(vlm_, tmp_pa
 
 # ---------------------------------------------------------------------------------------------------------
 # What ends a turn, what must never be sampled, what cannot be loaded.
+
 
 def test_stops_end_a_turn_and_every_other_special_or_nameless_token_is_banned(architecture, vlm_):
     rows, tokens = vlm_.head.weight.shape[0], len(vlm_.tokenizer)
@@ -925,15 +1336,18 @@ def test_stops_end_a_turn_and_every_other_special_or_nameless_token_is_banned(ar
 def test_a_vocabulary_with_holes_bans_the_holes_and_not_its_last_tokens(llava):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
+
     words = {"a": 10, "b": 11, "c": 100, "<|end|>": 101}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "a")), eos_token="<|end|>")
-    banned = vlm.wrap(llava.model, SimpleNamespace(tokenizer=tokenizer)).banned_ids
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "a")), eos_token="<|end|>"
+    )
+    banned = loading.wrap(llava.model, SimpleNamespace(tokenizer=tokenizer)).banned_ids
     assert not {10, 11, 100, 101} & set(banned) and {9, 12, 99, 102} <= set(banned)
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(llava):
     llava.tokenizer.pad_token = None
-    again = vlm.wrap(llava.model, llava.processor)
+    again = loading.wrap(llava.model, llava.processor)
     assert again.tokenizer.pad_token_id == again.end_id == 1 and 1 not in again.banned_ids
 
 
@@ -943,54 +1357,91 @@ def spoilt(folder, name):
         return (folder / name[3:]).unlink()
     if name == "half its weights":
         weights = (folder / "model.safetensors").read_bytes()
-        return (folder / "model.safetensors").write_bytes(weights[:len(weights) // 2])
+        return (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     config = (folder / "config.json").read_text()
     if name != "broken config.json":
         config = json.loads(config)
-        config["text_config"] |= {"a width in words": {"hidden_size": "large"},
-                                  "one more layer": {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
-                                  "another width": {"intermediate_size": 64}}[name]
+        config["text_config"] |= {
+            "a width in words": {"hidden_size": "large"},
+            "one more layer": {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+            "another width": {"intermediate_size": 64},
+        }[name]
         config = json.dumps(config)
     (folder / "config.json").write_text(config[:-9] if name == "broken config.json" else config)
 
 
-@pytest.mark.parametrize("name, why", [
-    ("no config.json", "no config.json in it"), ("no model.safetensors", "no file named model.safetensors"),
-    ("no tokenizer.json", "tokenizer"), ("no processor_config.json", "processor"),
-    ("no chat_template.jinja", "no chat template"), ("half its weights", "deserializing"),
-    ("broken config.json", "not a valid JSON"), ("a width in words", "hidden_size"),
-    ("one more layer", r"layers\.2\..* and 11 more are missing"),
-    ("another width", r"mlp.* and 5 more are missing or of another shape")])
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("no config.json", "no config.json in it"),
+        ("no model.safetensors", "no file named model.safetensors"),
+        ("no tokenizer.json", "tokenizer"),
+        ("no processor_config.json", "processor"),
+        ("no chat_template.jinja", "no chat template"),
+        ("half its weights", "deserializing"),
+        ("broken config.json", "not a valid JSON"),
+        ("a width in words", "hidden_size"),
+        ("one more layer", r"layers\.2\..* and 11 more are missing"),
+        ("another width", r"mlp.* and 5 more are missing or of another shape"),
+    ],
+)
 def test_a_spoilt_folder_is_refused_in_one_line_that_names_it(name, why, built, tmp_path):
     folder = shutil.copytree(built("llava"), tmp_path / "spoilt")
     spoilt(folder, name)
-    with pytest.raises(vlm.ModelError, match=why) as refused:
-        vlm.load(str(folder), "cpu")
-    assert str(refused.value).startswith(f"{folder}: ") and "\n" not in str(refused.value) and len(str(refused.value)) < 500
+    with pytest.raises(ModelError, match=why) as refused:
+        loading.load(str(folder), "cpu")
+    assert (
+        str(refused.value).startswith(f"{folder}: ")
+        and "\n" not in str(refused.value)
+        and len(str(refused.value)) < 500
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Logits that are more than weight times state.
 
-@pytest.mark.parametrize("family, number, rule", [
-    ("Gemma2", {"final_logit_softcapping": 30.0}, (1.0, 30.0)), ("Granite", {"logits_scaling": 8.0}, (8.0, None)),
-    ("Cohere", {"logit_scale": 0.0625}, (16.0, None)), ("HyperCLOVAX", {"logits_scaling": 0.125}, (8.0, None)),
-    ("Qwen2", {"final_logit_softcapping": 30.0}, (1.0, None)),  # its class knows nothing of such a number
-    ("Qwen2", {}, (1.0, None))])
+
+@pytest.mark.parametrize(
+    "family, number, rule",
+    [
+        ("Gemma2", {"final_logit_softcapping": 30.0}, (1.0, 30.0)),
+        ("Granite", {"logits_scaling": 8.0}, (8.0, None)),
+        ("Cohere", {"logit_scale": 0.0625}, (16.0, None)),
+        ("HyperCLOVAX", {"logits_scaling": 0.125}, (8.0, None)),
+        # its class knows nothing of such a number
+        ("Qwen2", {"final_logit_softcapping": 30.0}, (1.0, None)),
+        ("Qwen2", {}, (1.0, None)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_asked_what_it_makes_of_its_head_s_output(family, number, rule, dtype):
     import transformers
-    config = getattr(transformers, f"{family}Config")(**SIZES, num_key_value_heads=1, vocab_size=50, head_dim=16, pad_token_id=0,
-                                                      bos_token_id=1, eos_token_id=2, **number)
+
+    config = getattr(transformers, f"{family}Config")(
+        **SIZES,
+        num_key_value_heads=1,
+        vocab_size=50,
+        head_dim=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **number,
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval().to(dtype)
     before = model(input_ids=torch.tensor([[3]])).logits
-    assert vlm.find_logit_rule(model) == rule
-    assert torch.equal(model(input_ids=torch.tensor([[3]])).logits, before)  # and is left as it was
+    assert loading.find_logit_rule(model) == rule
+    # and is left as it was
+    assert torch.equal(model(input_ids=torch.tensor([[3]])).logits, before)
 
 
-@pytest.mark.parametrize("ways, loads", [({"final_logit_softcapping": 30.0}, True), ({"logit_scale": 3.0}, False)])
-def test_a_number_that_the_class_ignores_does_no_harm_and_one_it_uses_in_another_way_is_refused(ways, loads, built, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "ways, loads", [({"final_logit_softcapping": 30.0}, True), ({"logit_scale": 3.0}, False)]
+)
+def test_a_number_that_the_class_ignores_does_no_harm_and_one_it_uses_in_another_way_is_refused(
+    ways, loads, built, tmp_path, monkeypatch
+):
     from transformers import LlavaForConditionalGeneration
+
     folder = shutil.copytree(built("llava"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= ways
@@ -1001,12 +1452,13 @@ def test_a_number_that_the_class_ignores_does_no_harm_and_one_it_uses_in_another
         out = real(self, *args, **kwargs)
         out.logits = out.logits + 3
         return out
+
     if loads:
-        assert vlm.load(str(folder), "cpu").logit_rule == (1.0, None)
+        assert loading.load(str(folder), "cpu").logit_rule == (1.0, None)
         return
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", forward)
-    with pytest.raises(vlm.ModelError, match="neither capped nor scaled as config.json says") as refused:
-        vlm.load(str(folder), "cpu")
+    with pytest.raises(ModelError, match="neither capped nor scaled as config.json says") as refused:
+        loading.load(str(folder), "cpu")
     assert "\n" not in str(refused.value)
 
 
@@ -1017,11 +1469,11 @@ def test_capped_and_scaled_logits_and_a_bias_reach_the_log_probabilities(llava):
     with torch.no_grad():
         logps, entropy = vlm.token_logps(llava, prompts, ids, mask, 0.7)
         for n, row in enumerate(ids):
-            row = row[:mask[n].sum()]
+            row = row[: mask[n].sum()]
             logits = 3 * torch.tanh(plain_logits(llava, IMAGES[n], TEXTS[n], row)[:-1] / 3) / 0.5 / 0.7
             log_p = logits.log_softmax(-1)
-            assert largest(logps[n, :len(row)] - log_p[range(len(row)), row]) < 1e-5
-            assert largest(entropy[n, :len(row)] + (log_p.exp() * log_p).sum(-1)) < 1e-5
+            assert largest(logps[n, : len(row)] - log_p[range(len(row)), row]) < 1e-5
+            assert largest(entropy[n, : len(row)] + (log_p.exp() * log_p).sum(-1)) < 1e-5
 
 
 def test_capped_and_scaled_logits_are_what_is_sampled_from(llava):
@@ -1036,10 +1488,11 @@ def test_capped_and_scaled_logits_are_what_is_sampled_from(llava):
 
 def test_a_model_of_text_alone_is_refused_in_one_line_that_names_it(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
     build_tokenizer(["<|end|>"], eos_token="<|end|>").save_pretrained(tmp_path)
     Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=300)).save_pretrained(tmp_path)
-    with pytest.raises(vlm.ModelError, match="Qwen2Config") as refused:
-        vlm.load(str(tmp_path), "cpu")
+    with pytest.raises(ModelError, match="Qwen2Config") as refused:
+        loading.load(str(tmp_path), "cpu")
     assert str(refused.value).startswith(f"{tmp_path}: ") and "\n" not in str(refused.value)
 
 
@@ -1048,7 +1501,9 @@ def test_a_name_that_is_nowhere_is_refused_in_one_line_that_names_it(name, monke
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a) or [])
-    with pytest.raises(vlm.ModelError) as refused:
-        vlm.load(name, "cpu")
+    with pytest.raises(ModelError) as refused:
+        loading.load(name, "cpu")
     assert str(refused.value).startswith(f"{name}: ") and "\n" not in str(refused.value) and not asked
-    assert ("no config.json" in str(refused.value)) == (name != "nobody/no-such-model"), "a path is no hub name"
+    assert ("no config.json" in str(refused.value)) == (name != "nobody/no-such-model"), (
+        "a path is no hub name"
+    )

@@ -16,29 +16,45 @@ Writes into --out:
 
     python toy/clinic.py --out runs/toy/data --seed 0
 """
+
 import argparse
 import os
 import random
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import records  # noqa: E402
-import runs  # noqa: E402
-from records import MODALITIES, TASKS  # noqa: E402
+from medgr2 import cli, records, runs
+from medgr2.prompts import MODALITIES, PARADIGMS, TASKS
 
-SIZE = 64  # pixels, height and width
+# pixels, height and width
+SIZE = 64
 ANATOMIES = ("brain", "chest", "abdomen", "knee")
 FINDINGS = ("mass", "cyst", "calcification", "fissure", "no finding")
 DEGREES = ("mild", "moderate", "severe")
 SIDES = ("left", "right")
-CLUES = {"mass": "a solid round spot", "cyst": "a hollow ring", "calcification": "a cluster of dots",
-         "fissure": "a long thin line", "no finding": "nothing unusual",
-         "mild": "it is small", "moderate": "it is of middle size", "severe": "it is large", "no lesion": "nothing unusual",
-         "brain": "one round outline", "chest": "two long lobes", "abdomen": "one wide outline",
-         "knee": "an upright shaft",
-         "CT": "a bright rim on black", "MRI": "a soft glow on black", "X-Ray": "a grey film with bars",
-         "Ultrasound": "a speckled fan", "Dermoscopy": "skin with hairs", "Fundus Photography": "an orange disc",
-         "Microscopy": "violet cells", "OCT": "stacked bands"}
+CLUES = {
+    "mass": "a solid round spot",
+    "cyst": "a hollow ring",
+    "calcification": "a cluster of dots",
+    "fissure": "a long thin line",
+    "no finding": "nothing unusual",
+    "mild": "it is small",
+    "moderate": "it is of middle size",
+    "severe": "it is large",
+    "no lesion": "nothing unusual",
+    "brain": "one round outline",
+    "chest": "two long lobes",
+    "abdomen": "one wide outline",
+    "knee": "an upright shaft",
+    "CT": "a bright rim on black",
+    "MRI": "a soft glow on black",
+    "X-Ray": "a grey film with bars",
+    "Ultrasound": "a speckled fan",
+    "Dermoscopy": "skin with hairs",
+    "Fundus Photography": "an orange disc",
+    "Microscopy": "violet cells",
+    "OCT": "stacked bands",
+}
 QUESTIONS = {
     "Modality Recognition": ("Which modality is this image?", "How was this image acquired?"),
     "Anatomy Identification": ("Which anatomy is shown?", "Which part of the body is this?"),
@@ -52,27 +68,37 @@ def draw_facts(rng, modalities=MODALITIES):
     """One image's facts. `degree` and `side` are None where there is no finding."""
     finding = rng.choice(FINDINGS)
     none = finding == "no finding"
-    return {"modality": rng.choice(modalities), "anatomy": rng.choice(ANATOMIES), "finding": finding,
-            "degree": None if none else rng.choice(DEGREES), "side": None if none else rng.choice(SIDES)}
+    return {
+        "modality": rng.choice(modalities),
+        "anatomy": rng.choice(ANATOMIES),
+        "finding": finding,
+        "degree": None if none else rng.choice(DEGREES),
+        "side": None if none else rng.choice(SIDES),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
 # From facts to pixels.
 
+
 def organ_mask(anatomy, rng):
     """Where the organ is: (SIZE, SIZE) floats in [0, 1], soft at the edge, jittered in place and scale."""
     import numpy as np
+
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
     x, y = x - SIZE / 2 - rng.uniform(-2, 2), y - SIZE / 2 - rng.uniform(-2, 2)
     s = rng.uniform(0.92, 1.08)
     if anatomy == "brain":
         r = np.hypot(x / (23 * s), y / (25 * s))
     elif anatomy == "chest":
-        r = np.minimum(np.hypot((x - 13) / (11 * s), y / (25 * s)), np.hypot((x + 13) / (11 * s), y / (25 * s)))
+        r = np.minimum(
+            np.hypot((x - 13) / (11 * s), y / (25 * s)), np.hypot((x + 13) / (11 * s), y / (25 * s))
+        )
     elif anatomy == "abdomen":
         r = (np.abs(x / (29 * s)) ** 4 + np.abs(y / (17 * s)) ** 4) ** 0.25
-    else:  # knee: a shaft, wider at the joint in the middle
-        width = 10 * s + 9 * np.exp(-(y / 8) ** 2)
+    else:
+        # knee: a shaft, wider at the joint in the middle
+        width = 10 * s + 9 * np.exp(-((y / 8) ** 2))
         r = np.maximum(np.abs(x) / width, np.abs(y) / 30)
     return 1 / (1 + np.exp((r - 1) * 12))
 
@@ -80,6 +106,7 @@ def organ_mask(anatomy, rng):
 def lesion_mask(facts, rng):
     """Where the lesion is: (SIZE, SIZE) floats in [0, 1]; empty where there is no finding."""
     import numpy as np
+
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
     if facts["finding"] == "no finding":
         return np.zeros((SIZE, SIZE))
@@ -90,15 +117,21 @@ def lesion_mask(facts, rng):
     if facts["finding"] == "mass":
         return 1 / (1 + np.exp((d - radius) * 2))
     if facts["finding"] == "cyst":
-        return np.exp(-((d - radius) / 1.1) ** 2)
+        return np.exp(-(((d - radius) / 1.1) ** 2))
     if facts["finding"] == "fissure":
         angle, length = rng.uniform(-0.5, 0.5), radius * 1.6
-        along, across = (x - cx) * np.sin(angle) + (y - cy) * np.cos(angle), (x - cx) * np.cos(angle) - (y - cy) * np.sin(angle)
-        return np.exp(-(across / 1.1) ** 2) / (1 + np.exp((np.abs(along) - length) * 2))
-    mask = np.zeros((SIZE, SIZE))  # calcification: dots that fill the disc
+        along, across = (
+            (x - cx) * np.sin(angle) + (y - cy) * np.cos(angle),
+            (x - cx) * np.cos(angle) - (y - cy) * np.sin(angle),
+        )
+        return np.exp(-((across / 1.1) ** 2)) / (1 + np.exp((np.abs(along) - length) * 2))
+    # calcification: dots that fill the disc
+    mask = np.zeros((SIZE, SIZE))
     for k in range(int(3 + radius)):
         a, r = 2.4 * k + rng.uniform(-0.3, 0.3), radius * ((k + 0.5) / (3 + radius)) ** 0.5
-        mask = np.maximum(mask, np.exp(-(((x - cx - r * np.cos(a)) ** 2 + (y - cy - r * np.sin(a)) ** 2) / 1.2)))
+        mask = np.maximum(
+            mask, np.exp(-(((x - cx - r * np.cos(a)) ** 2 + (y - cy - r * np.sin(a)) ** 2) / 1.2))
+        )
     return mask
 
 
@@ -106,13 +139,15 @@ def draw(facts, rng):
     """Draw the facts as a PIL RGB image, SIZE × SIZE; `rng` (random.Random) moves, scales and adds noise."""
     import numpy as np
     from PIL import Image
+
     noise = np.random.default_rng(rng.getrandbits(32))
     organ, lesion = organ_mask(facts["anatomy"], rng), lesion_mask(facts, rng)
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
     grain = noise.normal(size=(SIZE, SIZE))
     edge = np.clip(4 * organ * (1 - organ), 0, 1)
 
-    def tint(ground, tissue, spot):  # three RGB colours, blended by the two masks
+    # three RGB colours, blended by the two masks
+    def tint(ground, tissue, spot):
         base = np.array(ground)[:, None, None] * (1 - organ) + np.array(tissue)[:, None, None] * organ
         return base * (1 - lesion) + np.array(spot)[:, None, None] * lesion
 
@@ -120,9 +155,15 @@ def draw(facts, rng):
     if modality == "CT":
         image = tint((8,) * 3, (95,) * 3, (200,) * 3) + 150 * edge + 6 * grain
     elif modality == "MRI":
-        image = tint((4,) * 3, (140,) * 3, (245,) * 3) * (1 - 0.35 * np.hypot(x - 32, y - 32) / 45) + 5 * grain
+        image = (
+            tint((4,) * 3, (140,) * 3, (245,) * 3) * (1 - 0.35 * np.hypot(x - 32, y - 32) / 45) + 5 * grain
+        )
     elif modality == "X-Ray":
-        image = tint((150,) * 3, (90,) * 3, (225,) * 3) + 25 * (np.sin(y * 2 * np.pi / 12 + rng.uniform(0, 6)) > 0.6) + 6 * grain
+        image = (
+            tint((150,) * 3, (90,) * 3, (225,) * 3)
+            + 25 * (np.sin(y * 2 * np.pi / 12 + rng.uniform(0, 6)) > 0.6)
+            + 6 * grain
+        )
     elif modality == "Ultrasound":
         fan = np.abs(x - 32) < 8 + 0.6 * y
         image = (tint((70,) * 3, (110,) * 3, (235,) * 3) * (1 + 0.3 * grain)) * fan
@@ -137,29 +178,39 @@ def draw(facts, rng):
     elif modality == "Microscopy":
         cells = np.sin(x * 0.9 + rng.uniform(0, 6)) * np.sin(y * 0.9 + rng.uniform(0, 6)) > 0.35
         image = tint((235, 215, 235), (205, 150, 205), (80, 20, 110)) - 22 * cells + 5 * grain
-    else:  # OCT
+    else:
+        # OCT
         bands = 30 * np.sin(y * 2 * np.pi / 9 + 0.06 * x + rng.uniform(0, 6))
         image = tint((20, 30, 45), (95, 110, 130), (225, 235, 245)) + bands + 10 * grain
     image = 128 + (image - 128) * rng.uniform(0.85, 1.1) + rng.uniform(-10, 10)
-    return Image.fromarray(np.clip(np.broadcast_to(image, (3, SIZE, SIZE)), 0, 255).astype("uint8").transpose(1, 2, 0))
+    return Image.fromarray(
+        np.clip(np.broadcast_to(image, (3, SIZE, SIZE)), 0, 255).astype("uint8").transpose(1, 2, 0)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # From facts to words.
 
+
 def report(facts):
     """The image's report: every fact, in one or two short sentences."""
-    lesion = "No finding." if facts["side"] is None else f"A {facts['degree']} {facts['finding']} on the {facts['side']} side."
+    lesion = (
+        "No finding."
+        if facts["side"] is None
+        else f"A {facts['degree']} {facts['finding']} on the {facts['side']} side."
+    )
     return f"{facts['modality']} of the {facts['anatomy']}. {lesion}"
 
 
 def truth(facts, task):
     """(answer, all options) of a question of this task about an image with these facts."""
-    return {"Modality Recognition": (facts["modality"], MODALITIES),
-            "Anatomy Identification": (facts["anatomy"], ANATOMIES),
-            "Disease Diagnosis": (facts["finding"], FINDINGS),
-            "Lesion Grading": (facts["degree"] or "no lesion", DEGREES + ("no lesion",)),
-            "Other Biological Attributes": (facts["side"] or "no lesion", SIDES + ("no lesion",))}[task]
+    return {
+        "Modality Recognition": (facts["modality"], MODALITIES),
+        "Anatomy Identification": (facts["anatomy"], ANATOMIES),
+        "Disease Diagnosis": (facts["finding"], FINDINGS),
+        "Lesion Grading": (facts["degree"] or "no lesion", DEGREES + ("no lesion",)),
+        "Other Biological Attributes": (facts["side"] or "no lesion", SIDES + ("no lesion",)),
+    }[task]
 
 
 def clue(facts, answer):
@@ -176,26 +227,36 @@ def rationale(facts, task, rng, paradigm="stepwise"):
     if paradigm == "stepwise":
         return f"{facts['modality']} of the {facts['anatomy']}. I see {seen}. So {answer}."
     other = rng.choice([o for o in options if o != answer])
-    return f"{other} or {answer}? For {other} I would see {clue(facts, other)}, but I see {seen}. So {answer}."
+    return (
+        f"{other} or {answer}? For {other} I would see {clue(facts, other)}, but I see {seen}. So {answer}."
+    )
 
 
 def question(facts, task, rng, paradigm="stepwise"):
     """A question record about an image (without `id` and `image`), its options in random order."""
     answer, options = truth(facts, task)
     wrong = rng.sample([o for o in options if o != answer], min(3, len(options) - 1))
-    return {"question": rng.choice(QUESTIONS[task]), "options": rng.sample([answer, *wrong], len(wrong) + 1),
-            "rationale": rationale(facts, task, rng, paradigm), "answer": answer, "modality": facts["modality"],
-            "task": task, "source": "expert"}
+    return {
+        "question": rng.choice(QUESTIONS[task]),
+        "options": rng.sample([answer, *wrong], len(wrong) + 1),
+        "rationale": rationale(facts, task, rng, paradigm),
+        "answer": answer,
+        "modality": facts["modality"],
+        "task": task,
+        "source": "expert",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
 # From words and pixels to files.
 
+
 def image_rows(folder, split, n, seed, modalities=MODALITIES):
     """Draw n images into folder/images; yields (row with id, image, modality; facts; rng), one an image."""
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
     for i in range(n):
-        rng = random.Random(f"{seed} {split} {i}")  # an image depends on its own number alone
+        # an image depends on its own number alone
+        rng = random.Random(f"{seed} {split} {i}")
         facts = draw_facts(rng, modalities)
         path = os.path.abspath(os.path.join(folder, "images", f"{split}{i:05d}.png"))
         draw(facts, rng).save(path)
@@ -206,7 +267,8 @@ def question_rows(folder, split, n, seed, per_image, tasks=TASKS, modalities=MOD
     """Question records on n images, `per_image` different tasks each."""
     for row, facts, rng in image_rows(folder, split, n, seed, modalities):
         for k, task in enumerate(rng.sample(tasks, min(per_image, len(tasks)))):
-            manner = rng.choice(list(records.PARADIGMS))  # experts do not all reason alike
+            # experts do not all reason alike
+            manner = rng.choice(list(PARADIGMS))
             yield row | question(facts, task, rng, manner) | {"id": f"{row['id']}-{k}"}
 
 
@@ -220,24 +282,38 @@ def write_clinic(folder, sizes, seed, modalities=MODALITIES, tasks=TASKS):
     images = list(image_rows(os.path.join(folder, "unlabelled"), "unlabelled", unlabelled, seed, modalities))
     written = {
         "expert.jsonl": question_rows(folder, "expert", expert, seed, 3, tasks, modalities),
-        "reports.jsonl": (row | {"report": report(facts), "source": "expert"}
-                          for row, facts, _ in image_rows(folder, "report", reports, seed, modalities)),
+        "reports.jsonl": (
+            row | {"report": report(facts), "source": "expert"}
+            for row, facts, _ in image_rows(folder, "report", reports, seed, modalities)
+        ),
         "unlabelled/images.jsonl": (row for row, _, _ in images),
         "unlabelled/truth.jsonl": ({"id": row["id"], "facts": facts} for row, facts, _ in images),
         "val.jsonl": question_rows(folder, "val", val, seed, 2),
         "test.jsonl": question_rows(folder, "test", test, seed, 2),
     }
-    return {name: records.write(os.path.join(folder, name), rows) for name, rows in written.items()}
+    return {name: records.write_records(os.path.join(folder, name), rows) for name, rows in written.items()}
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--out", required=True, help="folder to write; if it exists, nothing is done")
     p.add_argument("--seed", type=int, default=0, help="another seed, another clinic")
-    p.add_argument("--sizes", type=int, nargs=5, default=(100, 200, 400, 200, 800), metavar="N",
-                   help="images in expert, reports, unlabelled, val, test")
-    p.add_argument("--heldout-modality", default="OCT", choices=MODALITIES, help="missing from training in heldout/")
-    p.add_argument("--heldout-task", default="Lesion Grading", choices=TASKS, help="missing from training in heldout/")
+    p.add_argument(
+        "--sizes",
+        type=int,
+        nargs=5,
+        default=(100, 200, 400, 200, 800),
+        metavar="N",
+        help="images in expert, reports, unlabelled, val, test",
+    )
+    p.add_argument(
+        "--heldout-modality", default="OCT", choices=MODALITIES, help="missing from training in heldout/"
+    )
+    p.add_argument(
+        "--heldout-task", default="Lesion Grading", choices=TASKS, help="missing from training in heldout/"
+    )
     return p.parse_args()
 
 
@@ -245,12 +321,19 @@ def main(args):
     if os.path.exists(args.out):
         return print(f"{args.out} is there already")
     part = args.out.rstrip("/") + ".part"
-    lock = runs.take_lock(part)  # a killed cycle's clinic may still be drawing
-    runs.empty(part)  # a killed call leaves this; drawing again takes seconds
+    # a killed cycle's clinic may still be drawing
+    lock = runs.take_lock(part)
+    # a killed call leaves this; drawing again takes seconds
+    runs.empty(part)
     counts = write_clinic(part, args.sizes, args.seed)
     m, t = args.heldout_modality, args.heldout_task
-    write_clinic(os.path.join(part, "heldout"), args.sizes, args.seed + 1, modalities=[x for x in MODALITIES if x != m],
-                 tasks=[x for x in TASKS if x != t])
+    write_clinic(
+        os.path.join(part, "heldout"),
+        args.sizes,
+        args.seed + 1,
+        modalities=[x for x in MODALITIES if x != m],
+        tasks=[x for x in TASKS if x != t],
+    )
     os.replace(part, args.out)
     os.remove(os.path.join(args.out, "lock"))
     lock.close()
@@ -258,4 +341,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runs.cli(main, parse_args())
+    cli.run_main(main, parse_args())

@@ -13,6 +13,7 @@ own, saved in the Hugging Face format. Two phases, on images drawn for it:
     python toy/pretrain.py --role generator --start blurred --out toy/generator
     python toy/pretrain.py --role backbone --out toy/backbone
 """
+
 import argparse
 import json
 import os
@@ -21,38 +22,61 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import clinic  # noqa: E402
-import records  # noqa: E402
+import clinic
 
-FACTS = {"modality": records.MODALITIES, "anatomy": clinic.ANATOMIES, "finding": clinic.FINDINGS,
-         "degree": clinic.DEGREES, "side": clinic.SIDES}
-KNOWN = ("CT", "X-Ray", "Ultrasound")  # the modalities in which the policy has been asked questions
-ROLES = {  # layers of tower and decoder; steps of phase 1 and 2; share of reports in phase 2
+from medgr2.prompts import (
+    MODALITIES,
+    PARADIGMS,
+    TASKS,
+    format_candidate,
+    generator_prompt,
+    is_match,
+    parse_candidate,
+    parse_response,
+    policy_prompt,
+    reference_response,
+    report_prompt,
+)
+
+FACTS = {
+    "modality": MODALITIES,
+    "anatomy": clinic.ANATOMIES,
+    "finding": clinic.FINDINGS,
+    "degree": clinic.DEGREES,
+    "side": clinic.SIDES,
+}
+# the modalities in which the policy has been asked questions
+KNOWN = ("CT", "X-Ray", "Ultrasound")
+# layers of tower and decoder; steps of phase 1 and 2; share of reports in phase 2
+ROLES = {
     "policy": dict(layers=(2, 3), steps=(1500, 1000), reports=0.5, freeze_tower=True),
-    "generator": dict(layers=(2, 3), steps=(0, 800), reports=0.25),  # goes on from the policy
+    # goes on from the policy
+    "generator": dict(layers=(2, 3), steps=(0, 800), reports=0.25),
     "backbone": dict(layers=(3, 4), steps=(1500, 1500), reports=0.4, freeze_tower=True),
 }
-CHAT = ("{% for m in messages %}<|user|>{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
-        "{% endfor %}<|assistant|>{% endfor %}")
+CHAT = (
+    "{% for m in messages %}<|user|>{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+    "{% endfor %}<|assistant|>{% endfor %}"
+)
 
 
 def examples(role, rng, n, share_of_reports):
     """n training examples of a role: lists of PIL images, prompts and responses."""
     images, prompts, responses = [], [], []
     for _ in range(n):
-        facts, task = clinic.draw_facts(rng), rng.choice(records.TASKS)
+        facts, task = clinic.draw_facts(rng), rng.choice(TASKS)
         if rng.random() < share_of_reports:
-            prompt, response = records.report_prompt(), clinic.report(facts)
+            prompt, response = report_prompt(), clinic.report(facts)
         elif role == "generator":
-            paradigm = rng.choice(list(records.PARADIGMS))
-            prompt = records.generator_prompt(paradigm, task)
-            response = records.format_candidate(clinic.question(facts, task, rng, paradigm))
+            paradigm = rng.choice(list(PARADIGMS))
+            prompt = generator_prompt(paradigm, task)
+            response = format_candidate(clinic.question(facts, task, rng, paradigm))
         else:
             if role == "policy":
                 facts["modality"] = rng.choice(KNOWN)
-            paradigm = rng.choice(list(records.PARADIGMS)) if role == "backbone" else "stepwise"
+            paradigm = rng.choice(list(PARADIGMS)) if role == "backbone" else "stepwise"
             row = clinic.question(facts, task, rng, paradigm)
-            prompt, response = records.policy_prompt(row), records.response_of(row)
+            prompt, response = policy_prompt(row), reference_response(row)
         images.append(clinic.draw(facts, rng))
         prompts.append(prompt)
         responses.append(response)
@@ -63,34 +87,77 @@ def build_processor():
     """A byte-level BPE of 768 tokens, trained on what all three roles read and write, and a SigLIP image processor."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
-    texts = [t for role in ROLES for part in examples(role, random.Random("tokenizer"), 2000, 0.3)[1:] for t in part]
+
+    texts = [
+        t
+        for role in ROLES
+        for part in examples(role, random.Random("tokenizer"), 2000, 0.3)[1:]
+        for t in part
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"])
     tags = [f"<{slash}{tag}>" for tag in ("question", "options", "think", "answer") for slash in ("", "/")]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=768, special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=768,
+            special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in tags])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
-                                   additional_special_tokens=["<|user|>", "<|assistant|>", "<image>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<image>"],
+    )
     images = SiglipImageProcessorPil(size={"height": clinic.SIZE, "width": clinic.SIZE})
-    return LlavaProcessor(images, fast, patch_size=16, vision_feature_select_strategy="full", chat_template=CHAT)
+    return LlavaProcessor(
+        images, fast, patch_size=16, vision_feature_select_strategy="full", chat_template=CHAT
+    )
 
 
 def build_model(processor, tower_layers, decoder_layers):
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
     tokenizer = processor.tokenizer
-    vision = SiglipVisionConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=tower_layers, num_attention_heads=4,
-                                image_size=clinic.SIZE, patch_size=16, vision_use_head=False)
-    text = Qwen2Config(hidden_size=128, intermediate_size=384, num_hidden_layers=decoder_layers, num_attention_heads=4,
-                       num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=1024,
-                       tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=processor.image_token_id,
-                         vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=16,
-                         projector_hidden_act="gelu", tie_word_embeddings=True)
+    vision = SiglipVisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=tower_layers,
+        num_attention_heads=4,
+        image_size=clinic.SIZE,
+        patch_size=16,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=decoder_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=16,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=True,
+    )
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -100,6 +167,7 @@ def build_model(processor, tower_layers, decoder_layers):
 def train(parameters, steps, lr, loss_at, name):
     """AdamW, cosine schedule with warm-up, gradients clipped to 1; prints the mean loss ten times."""
     import torch
+
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
@@ -113,7 +181,10 @@ def train(parameters, steps, lr, loss_at, name):
         schedule.step()
         total += loss.item()
         if (step + 1) % max(1, steps // 10) == 0:
-            print(f"{name} {step + 1}/{steps} loss {total / max(1, steps // 10):.3f} {time.time() - start:.0f} s", flush=True)
+            print(
+                f"{name} {step + 1}/{steps} loss {total / max(1, steps // 10):.3f} {time.time() - start:.0f} s",
+                flush=True,
+            )
             total = 0.0
 
 
@@ -122,18 +193,24 @@ def pretrain_tower(vlm, steps, seed, n=40_000):
     import numpy as np
     import torch
     from torch.nn.functional import cross_entropy
+
     tower = vlm.model.model.vision_tower
     heads = torch.nn.ModuleList(torch.nn.Linear(128, len(names)) for names in FACTS.values())
 
     rng = random.Random(f"{seed} tower")
     facts = [clinic.draw_facts(rng) for _ in range(n)]
-    pixels = torch.stack([torch.from_numpy(np.array(clinic.draw(f, rng))) for f in facts])  # (n, 64, 64, 3) bytes
-    labels = torch.tensor([[names.index(f[k]) if f[k] else -100 for k, names in FACTS.items()] for f in facts])  # (n, 5)
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(clinic.draw(f, rng))) for f in facts]
+    )  # (n, 64, 64, 3) bytes
+    labels = torch.tensor(
+        [[names.index(f[k]) if f[k] else -100 for k, names in FACTS.items()] for f in facts]
+    )  # (n, 5)
     batches = torch.Generator().manual_seed(0)
 
     def loss_at(step):
         rows = torch.randint(0, n, (256,), generator=batches)
-        inputs = pixels[rows].permute(0, 3, 1, 2) / 127.5 - 1  # what the SigLIP image processor does
+        # what the SigLIP image processor does
+        inputs = pixels[rows].permute(0, 3, 1, 2) / 127.5 - 1
         mean = tower(pixel_values=inputs).last_hidden_state.mean(1)  # (256, 128)
         return sum(cross_entropy(head(mean), y, ignore_index=-100) for head, y in zip(heads, labels[rows].T))
 
@@ -142,10 +219,12 @@ def pretrain_tower(vlm, steps, seed, n=40_000):
 
 def pretrain_language(vlm_, role, steps, share_of_reports, seed, lr):
     """Phase 2: the mean token loss of the responses, whole model."""
-    import vlm
+    from medgr2 import vlm
 
     def loss_at(step):
-        images, prompts, responses = examples(role, random.Random(f"{seed} {role} {step}"), 64, share_of_reports)
+        images, prompts, responses = examples(
+            role, random.Random(f"{seed} {role} {step}"), 64, share_of_reports
+        )
         ids, mask = vlm.encode_continuations(vlm_, responses)
         logps, _ = vlm.token_logps(vlm_, vlm.encode_prompts(vlm_, images, prompts), ids, mask)
         return -logps.sum() / mask.sum()
@@ -155,64 +234,97 @@ def pretrain_language(vlm_, role, steps, share_of_reports, seed, lr):
 
 def marks(vlm_, role, n=400):
     """Share of right greedy answers by modality (policy, backbone), or of right candidates at temperature 1."""
-    import vlm
+    from medgr2 import vlm
+
     rng, rows, drawn = random.Random("marks"), [], []
     for i in range(n):
-        facts, task = clinic.draw_facts(rng), rng.choice(records.TASKS)
+        facts, task = clinic.draw_facts(rng), rng.choice(TASKS)
         rows.append((facts, task, clinic.question(facts, task, rng)))
         drawn.append(clinic.draw(facts, rng))
     generator = role == "generator"
-    paradigms = [list(records.PARADIGMS)[i % 3] for i in range(n)]
-    texts = [records.generator_prompt(p, task) if generator else records.policy_prompt(row)
-             for p, (_, task, row) in zip(paradigms, rows)]
+    paradigms = [list(PARADIGMS)[i % 3] for i in range(n)]
+    texts = [
+        generator_prompt(p, task) if generator else policy_prompt(row)
+        for p, (_, task, row) in zip(paradigms, rows)
+    ]
     right = {}
     for k in range(0, n, 100):
         part = slice(k, k + 100)
-        ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, drawn[part], texts[part]), range(k, k + 100), 128,
-                               temperature=1.0 if generator else 0.0)
+        ids, mask = vlm.sample(
+            vlm_,
+            vlm.encode_prompts(vlm_, drawn[part], texts[part]),
+            range(k, k + 100),
+            128,
+            temperature=1.0 if generator else 0.0,
+        )
         for text, (facts, task, row), p in zip(vlm.decode(vlm_, ids, mask), rows[part], paradigms[part]):
             if generator:
-                candidate, _ = records.parse_candidate(text)
+                candidate, _ = parse_candidate(text)
                 ok = None if candidate is None else candidate["answer"] == clinic.truth(facts, task)[0]
             else:
-                ok = records.is_match(records.parse_response(text, row["options"]).prediction, row["answer"])
+                ok = is_match(parse_response(text, row["options"]).prediction, row["answer"])
             for cell in ("all", facts["modality"], task, *([p] if generator else [])):
                 right.setdefault(cell, []).append(ok)
-    return {cell: {"n": len(v), "well_formed": sum(x is not None for x in v) / len(v),
-                   "right": sum(x is True for x in v) / max(1, sum(x is not None for x in v))} for cell, v in right.items()}
+    return {
+        cell: {
+            "n": len(v),
+            "well_formed": sum(x is not None for x in v) / len(v),
+            "right": sum(x is True for x in v) / max(1, sum(x is not None for x in v)),
+        }
+        for cell, v in right.items()
+    }
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--role", required=True, choices=ROLES, help="which of the three models")
     p.add_argument("--out", required=True, help="folder to save the model in")
     p.add_argument("--seed", type=int, default=0, help="of the weights and of all images")
     p.add_argument("--start", help="a model to go on from, phase 2 alone")
-    p.add_argument("--freeze-tower", action=argparse.BooleanOptionalAction, default=True,
-                   help="keep policy's and backbone's towers as phase 1 left them")
-    p.add_argument("--steps", type=int, nargs=2, metavar="N", help="steps of the two phases, if not the role's own")
+    p.add_argument(
+        "--freeze-tower",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep policy's and backbone's towers as phase 1 left them",
+    )
+    p.add_argument(
+        "--steps", type=int, nargs=2, metavar="N", help="steps of the two phases, if not the role's own"
+    )
     return p.parse_args()
 
 
 def main(args):
     import torch
 
-    import vlm
+    from medgr2 import loading
+
     torch.manual_seed(args.seed)
     role = ROLES[args.role]
     tower_steps, steps = args.steps or role["steps"]
     processor = build_processor()
-    vlm_ = vlm.load(args.start) if args.start else vlm.wrap(build_model(processor, *role["layers"]), processor)
+    vlm_ = (
+        loading.load(args.start)
+        if args.start
+        else loading.wrap(build_model(processor, *role["layers"]), processor)
+    )
     if not args.start:
         pretrain_tower(vlm_, tower_steps, f"{args.role}{args.seed}")
-    if role.get("freeze_tower") and args.freeze_tower:  # at this learning rate phase 2 would unlearn most of what phase 1 taught the tower
-        vlm.freeze_vision(vlm_)
-    pretrain_language(vlm_, args.role, steps, role["reports"], f"{args.role}{args.seed}", 1e-3 if args.start else 2e-3)
-    vlm_.model.half()  # committed in 16 bits; loaded in 32
-    vlm.save(vlm_, args.out)
-    found = marks(vlm.load(args.out), args.role)
+    # at this learning rate phase 2 would unlearn most of what phase 1 taught the tower
+    if role.get("freeze_tower") and args.freeze_tower:
+        loading.freeze_vision(vlm_)
+    pretrain_language(
+        vlm_, args.role, steps, role["reports"], f"{args.role}{args.seed}", 1e-3 if args.start else 2e-3
+    )
+    # committed in 16 bits; loaded in 32
+    vlm_.model.half()
+    loading.save(vlm_, args.out)
+    found = marks(loading.load(args.out), args.role)
     with open(os.path.join(args.out, "marks.json"), "w") as f:
-        json.dump({"role": args.role, "seed": args.seed, "steps": [tower_steps, steps], "marks": found}, f, indent=1)
+        json.dump(
+            {"role": args.role, "seed": args.seed, "steps": [tower_steps, steps], "marks": found}, f, indent=1
+        )
     for cell, m in found.items():
         print(f"{cell:28} n {m['n']:4}  well-formed {m['well_formed']:.2f}  right {m['right']:.3f}")
 

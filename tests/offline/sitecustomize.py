@@ -1,9 +1,17 @@
 """With this folder on PYTHONPATH a Python process reaches no network: each try is refused, and told in the file that OFFLINE_LOG names."""
+
 import os
 import socket
 import sys
 
-CALLS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.sendto", "socket.sendmsg")
+CALLS = (
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "socket.gethostbyaddr",
+    "socket.sendto",
+    "socket.sendmsg",
+)
 
 
 def tell(line):
@@ -18,4 +26,4 @@ def refuse(event, args):
 
 
 sys.addaudithook(refuse)
-tell("guards " + " ".join(sys.orig_argv[1:2]))
+tell("guards " + next((word for word in sys.orig_argv[1:] if word != "-m"), ""))

@@ -19,88 +19,20 @@ same command again either finds it complete, or goes on where the last `commit` 
 SIGTERM (a scheduler's grace period) ends a run of one process after its next commit; SIGKILL, and SIGTERM where there are several,
 at once. The same command goes on from the last commit.
 """
-import argparse
+
 import datetime
-import errno
 import hashlib
 import json
 import os
 import platform
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-
-# the disk is full or over quota, read-only, not ours, or the path leads through a file
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-
-
-class RunError(ValueError):
-    """An output folder, or an argument, that cannot be used. The message is one line: what, where, what to do."""
-    exit_status = 2
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and each flag's default, if it has one, behind its help."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse in the manner of the house: no abbreviations, the docstring as it stands, one line for a mistake."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**{"formatter_class": Help, "allow_abbrev": False} | kwargs)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help explains every flag\n")
-
-
-def number(kind, least, most=None):
-    """An argparse type: a number of this kind, from `least` to `most`; inf and nan are none."""
-    def parse(text):
-        value = kind(text)
-        if not (least <= value <= (most if most is not None else value) and abs(value) < float("inf")):
-            raise argparse.ArgumentTypeError(f"{text} is not " + (f"at least {least}" if most is None else f"from {least} to {most}"))
-        return value
-    parse.__name__ = kind.__name__  # argparse: invalid int value
-    return parse
-
-
-def cli(main, args):
-    """Run a stage's `main`. A user's mistake is one line on stderr and exit status 2; a bug keeps its traceback."""
-    try:
-        main(args)
-    except Exception as e:
-        line = str(e)
-        if not hasattr(e, "exit_status"):  # RecordError, RunError and ModelError have one
-            why = unwritable(e)
-            if not why:
-                raise
-            line = f"{getattr(e, 'filename', None) or args.out}: {why}; make room or choose another --out, the same command goes on from here"
-        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-        sys.exit(getattr(e, "exit_status", 2))
-
-
-def unwritable(error):
-    """Why nothing could be written, where that is what the error says: an OSError, or the text that safetensors makes of one."""
-    text = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(text[1]) if text else getattr(error, "errno", None)
-    return os.strerror(number) if number in UNWRITABLE else None
-
-
-def add_arguments(parser):
-    """The flags that every stage has."""
-    parser.add_argument("--out", required=True, help="folder to write; final once it exists")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--image-root", help="folder that images may lie in, beside that of the file that names them")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                        help="go on from an unfinished run of the same command")
+from medgr2.errors import RunError
 
 
 def seed_of(*parts):
@@ -108,7 +40,7 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def batch_at(step, size, n, seed):
+def batch_indices(step, size, n, seed):
     """Indices of the examples of one step; every epoch is a permutation of its own, so a step needs no history."""
     orders = {}
     picked = range(step * size, (step + 1) * size)
@@ -117,7 +49,7 @@ def batch_at(step, size, n, seed):
     return [orders[i // n][i % n] for i in picked]
 
 
-def ahead(items):
+def prefetch(items):
     """The items of an endless iterator, each made in a thread while the caller works on the one before."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items)
@@ -129,6 +61,7 @@ def ahead(items):
 def sum_gradients(parameters, accelerator):
     """Add up every process's gradients, in place: each divided its loss by the whole batch's count, so the sum is the gradient."""
     import torch
+
     for p in parameters:
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         p.grad = accelerator.reduce(grad, "sum") if accelerator.num_processes > 1 else grad
@@ -138,7 +71,11 @@ def sha256(path):
     """SHA-256 of a file, or of a folder's files by name; None for what is not on this disk (a hub name)."""
     if not os.path.exists(path):
         return None
-    files = [path] if os.path.isfile(path) else sorted(os.path.join(d, f) for d, _, fs in os.walk(path) for f in fs)
+    files = (
+        [path]
+        if os.path.isfile(path)
+        else sorted(os.path.join(d, f) for d, _, fs in os.walk(path) for f in fs)
+    )
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
@@ -147,7 +84,7 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def provenance():
+def environment():
     """Versions, git commit and hardware, for args.json and for benchmarks."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -167,8 +104,11 @@ def provenance():
             versions[package] = None
     torch = sys.modules.get("torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
-    return {"versions": versions, "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))},
-            "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus}}
+    return {
+        "versions": versions,
+        "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))},
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus},
+    }
 
 
 def write_json(path, value):
@@ -177,19 +117,6 @@ def write_json(path, value):
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")
     os.replace(path + ".tmp", path)
-
-
-def table(rows, headers, markdown=False):
-    """Rows of cells as aligned text, or in Markdown; floats with three digits, numbers to the right."""
-    cells = [[f"{c:.3f}" if isinstance(c, float) else "" if c is None else str(c) for c in row] for row in rows]
-    widths = [max(len(str(h)), *(len(r[i]) for r in cells)) if cells else len(str(h)) for i, h in enumerate(headers)]
-    right = [all(isinstance(r[i], (int, float, type(None))) for r in rows) for i in range(len(headers))]
-    if markdown:
-        rule = ["---:" if r else "---" for r in right]
-        return "\n".join(f"| {' | '.join(c.replace('|', '&#124;') for c in line)} |" for line in [[str(h) for h in headers], rule, *cells])
-    lines = [[str(h) for h in headers], ["-" * w for w in widths], *cells]
-    return "\n".join("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip()
-                     for line in lines)
 
 
 class Hashed:
@@ -211,7 +138,14 @@ class Run:
     """An output folder in the making. Only the main process writes; the others' calls do nothing."""
 
     def __init__(self, folder, part, main, meta, state, lock=None):
-        self.folder, self.part, self.main, self.meta, self.state, self.lock = folder, part, main, meta, state, lock
+        self.folder, self.part, self.main, self.meta, self.state, self.lock = (
+            folder,
+            part,
+            main,
+            meta,
+            state,
+            lock,
+        )
         self.files, self.commits, self.stopping = {}, state.get("commits", 0), False
         self.handler = signal.signal(signal.SIGTERM, self.stop) if main else None
 
@@ -233,7 +167,10 @@ class Run:
 
     def log(self, **metrics):
         """One line of metrics.jsonl; floats are rounded to six significant digits."""
-        self.append("metrics.jsonl", [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}])
+        self.append(
+            "metrics.jsonl",
+            [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}],
+        )
 
     def due(self, step, every):
         """Is it time to commit? Every so many steps, and when SIGTERM has asked to stop."""
@@ -264,34 +201,44 @@ class Run:
     def save_state(self, path):
         """Write the state and return its SHA-256. Raises RunError where the disk has no room for it."""
         import torch
+
         try:
             with open(path, "wb") as file:
                 hashed = Hashed(file)
                 torch.save(self.state, hashed)
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch may put its own over the disk's
+        except (OSError, RuntimeError) as error:
+            # torch may put its own over the disk's
             if os.path.exists(path):
                 os.remove(path)
             free = shutil.disk_usage(self.part).free
             with open(os.devnull, "wb") as nowhere:
                 torch.save(self.state, whole := Hashed(nowhere))
-            if whole.size <= free:  # a quota, say
+            # a quota, say
+            if whole.size <= free:
                 raise error if isinstance(error, OSError) else error.__context__ or error
-            raise RunError(f"{self.part}: a commit needs {whole.size / 2**20:.3f} MiB and {free / 2**20:.3f} MiB are free; "
-                           "make room, the same command goes on from the commit before") from None
+            raise RunError(
+                f"{self.part}: a commit needs {whole.size / 2**20:.3f} MiB and {free / 2**20:.3f} MiB are free; "
+                "make room, the same command goes on from the commit before"
+            ) from None
         return hashed.digest.hexdigest()
 
     def leave_if_stopping(self):
         if self.stopping:
-            print(f"{self.part}: stopped by SIGTERM at step {self.state.get('step', 0)}; the same command goes on from here", flush=True)
+            print(
+                f"{self.part}: stopped by SIGTERM at step {self.state.get('step', 0)}; the same command goes on from here",
+                flush=True,
+            )
             sys.exit(128 + signal.SIGTERM)
 
     def progress(self, items, what):
         """A progress bar on a terminal, nothing elsewhere."""
         from tqdm import tqdm
+
         for item in tqdm(items, desc=what, disable=None if self.main else True, leave=False):
             yield item
-            self.leave_if_stopping()  # a loop that commits nothing
+            # a loop that commits nothing
+            self.leave_if_stopping()
 
     def finish(self, metrics, line=""):
         """Write metrics.json and args.json, rename `OUT.part` to `OUT`, print one line."""
@@ -322,16 +269,24 @@ def start(args, inputs=(), main=True, free=()):
     Raises RunError where `args.out` holds another run.
     """
     import torch
+
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     folder = args.out.rstrip("/")
     part = folder + ".part"
     given = {k: v for k, v in vars(args).items() if k != "resume"}
-    meta = {"script": os.path.basename(sys.argv[0]), "args": json.loads(json.dumps(given)),
-            "inputs": {p: sha256(p) for p in inputs if p}, "started": now(), "ended": None, **provenance()}
+    meta = {
+        "script": os.path.basename(sys.argv[0]),
+        "args": json.loads(json.dumps(given)),
+        "inputs": {p: sha256(p) for p in inputs if p},
+        "started": now(),
+        "ended": None,
+        **environment(),
+    }
     lock = take_lock(part) if main and not os.path.exists(folder) else None
     if os.path.exists(folder):
-        if lock:  # it was finished this very moment
+        # it was finished this very moment
+        if lock:
             shutil.rmtree(part)
         same_run(folder, meta, free)
         if main:
@@ -341,7 +296,8 @@ def start(args, inputs=(), main=True, free=()):
     if args.resume and os.path.isdir(os.path.join(part, "state")):
         same_run(part, meta, free)
         state = restore(part, main)
-    if main and not state:  # nothing was committed: nothing is lost
+    # nothing was committed: nothing is lost
+    if main and not state:
         empty(part)
         write_json(os.path.join(part, "args.json"), meta)
     return Run(folder, part, main, meta, state, lock)
@@ -350,13 +306,16 @@ def start(args, inputs=(), main=True, free=()):
 def take_lock(part):
     """Make the folder and lock it for this process; the lock goes when the process does. Raises RunError where it is taken."""
     import fcntl
+
     os.makedirs(part, exist_ok=True)
     lock = open(os.path.join(part, "lock"), "a+")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         lock.seek(0)
-        raise RunError(f"{part}: {lock.read().strip() or 'another process'} is writing there; wait for it, or choose another --out") from None
+        raise RunError(
+            f"{part}: {lock.read().strip() or 'another process'} is writing there; wait for it, or choose another --out"
+        ) from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()
@@ -377,67 +336,49 @@ def same_run(folder, meta, free=()):
             old = json.load(f)
         old["script"], old["args"].items(), old["inputs"].items()
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        raise RunError(f"{folder}: holds something else than a run (no args.json); choose another --out") from None
+        raise RunError(
+            f"{folder}: holds something else than a run (no args.json); choose another --out"
+        ) from None
     where = f"{folder}: holds another run"
     if old["script"] != meta["script"]:
         raise RunError(f"{where} (of {old['script']}); choose another --out or remove it")
-    keys = sorted({*old["args"], *meta["args"]} - {*free, "image_root"})  # it says what may be read, not what is
+    # it says what may be read, not what is
+    keys = sorted({*old["args"], *meta["args"]} - {*free, "image_root"})
     other = [k for k in keys if old["args"].get(k) != meta["args"].get(k)]
     if other:
-        flags = ", ".join(f"--{k.replace('_', '-')} {old['args'].get(k)} there, {meta['args'].get(k)} here" for k in other[:3])
+        flags = ", ".join(
+            f"--{k.replace('_', '-')} {old['args'].get(k)} there, {meta['args'].get(k)} here"
+            for k in other[:3]
+        )
         raise RunError(f"{where} ({flags}); choose another --out or remove it")
     changed = [p for p, digest in meta["inputs"].items() if old["inputs"].get(p) != digest]
     if changed:
-        raise RunError(f"{folder}: {changed[0]} has changed since this run read it; choose another --out or remove the folder")
+        raise RunError(
+            f"{folder}: {changed[0]} has changed since this run read it; choose another --out or remove the folder"
+        )
 
 
 def restore(part, main):
     """The newest commit whose checksum holds; what was written after it is cut off and said. {} if there is none."""
     import torch
+
     state = {}
     for name in sorted(os.listdir(os.path.join(part, "state")), reverse=True):
         path = os.path.join(part, "state", name)
         if not state and sha256(path).startswith(name.partition("-")[2].removesuffix(".pt") or "none"):
-            state = torch.load(path, map_location="cpu", weights_only=True)  # every process reads it: not all onto GPU 0
+            # every process reads it: not all onto GPU 0
+            state = torch.load(path, map_location="cpu", weights_only=True)
         elif not state and main and name.endswith(".pt"):
             print(f"{path}: damaged, set aside; taking the commit before it")
             os.replace(path, os.path.join(part, name + ".damaged"))
     sizes = state.get("sizes", {})
     for name in sorted(os.listdir(part)) if main and state else []:
-        extra = os.path.getsize(os.path.join(part, name)) - sizes.get(name, 0) if name.endswith(".jsonl") else 0
+        extra = (
+            os.path.getsize(os.path.join(part, name)) - sizes.get(name, 0) if name.endswith(".jsonl") else 0
+        )
         if extra:
             os.truncate(os.path.join(part, name), sizes.get(name, 0))
             print(f"{os.path.join(part, name)}: dropped {extra} bytes written after the last commit")
     if main and state:
         print(f"{part}: going on from step {state.get('step', 0)}")
     return state
-
-
-# ---------------------------------------------------------------------------------------------------------
-# python runs.py: what finished runs came to, side by side.
-
-def show(rows, fields):
-    """A table of fields of JSON files; `rows`: LABEL=FILE, several with one label where a row draws on several files.
-
-    Raises RunError where a file cannot be read. A field that a row's files lack is left empty.
-    """
-    found = {}
-    for row in rows:
-        label, _, file = row.partition("=")
-        try:
-            with open(file, encoding="utf-8") as f:
-                found[label] = found.get(label, {}) | json.load(f)
-        except (OSError, ValueError, TypeError) as e:
-            raise RunError(f"{row}: {e}; give LABEL=FILE, with the metrics.json of a finished run") from None
-    return table([[label, *(values.get(field) for field in fields)] for label, values in found.items()], ["", *fields])
-
-
-def parse_args():
-    p = Parser(description="What finished runs came to, side by side.")
-    p.add_argument("rows", nargs="+", metavar="LABEL=FILE", help="a row and a JSON file that its fields are read from")
-    p.add_argument("--fields", nargs="+", required=True, help="columns: fields of the files")
-    return p.parse_args()
-
-
-if __name__ == "__main__":
-    cli(lambda args: print(show(args.rows, args.fields)), parse_args())

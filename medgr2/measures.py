@@ -2,10 +2,13 @@
 
 The groups are fields of a record; nothing else here knows what a record is, or a model.
 """
+
 import math
 from collections import Counter
 
 import numpy as np
+
+from medgr2 import cli
 
 GROUPS = ("modality", "task", "dataset", "source")
 RESAMPLES = 2000
@@ -13,6 +16,7 @@ RESAMPLES = 2000
 
 # ---------------------------------------------------------------------------------------------------------
 # How far a figure can be trusted.
+
 
 def interval(values, images, seed, resamples=RESAMPLES):
     """95% interval of the mean of `values` (n,), by drawing images (n,) with replacement, each with all its questions.
@@ -37,11 +41,12 @@ def mcnemar(corrected, introduced):
     """
     n = corrected + introduced
     tail = sum(math.comb(n, i) for i in range(min(corrected, introduced) + 1))
-    return float(min(1, 2 * tail / 2 ** n))
+    return float(min(1, 2 * tail / 2**n))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Classes: the answers of a task are not equally frequent.
+
 
 def balanced_accuracy(answers, right):
     """Mean over the right answers' classes of the share that was right: `answers` (n,) are normalised, `right` (n,) bools."""
@@ -51,7 +56,11 @@ def balanced_accuracy(answers, right):
 
 def macro_f1(answers, predictions):
     """Mean F1 over the right answers' classes; a prediction of None is of no class. Both (n,), normalised."""
-    gold, said, both = Counter(answers), Counter(predictions), Counter(a for a, p in zip(answers, predictions) if a == p)
+    gold, said, both = (
+        Counter(answers),
+        Counter(predictions),
+        Counter(a for a, p in zip(answers, predictions) if a == p),
+    )
     return sum(2 * both[c] / (gold[c] + said[c]) for c in gold) / len(gold)
 
 
@@ -71,6 +80,7 @@ def auroc(scores, right):
 # ---------------------------------------------------------------------------------------------------------
 # Probabilities of options, and several samples of one question.
 
+
 def probabilities(logps):
     """The options' log-probabilities as shares of their sum: softmax, (options,)."""
     shares = np.exp(np.array(logps) - max(logps))
@@ -83,8 +93,14 @@ def calibration(confidence, right, bins=10):
     ECE = Σ_b n_b/n |accuracy_b - confidence_b|. Each bin that is not empty: {"n", "confidence", "accuracy"}.
     """
     index = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)  # (n,)
-    found = [{"n": int((index == b).sum()), "confidence": float(np.mean(confidence[index == b])),
-              "accuracy": float(np.mean(right[index == b]))} for b in np.unique(index)]
+    found = [
+        {
+            "n": int((index == b).sum()),
+            "confidence": float(np.mean(confidence[index == b])),
+            "accuracy": float(np.mean(right[index == b])),
+        }
+        for b in np.unique(index)
+    ]
     return sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in found) / len(index), found
 
 
@@ -101,6 +117,7 @@ def majority(predictions):
 # ---------------------------------------------------------------------------------------------------------
 # Groups of questions.
 
+
 def by_group(rows, measure):
     """`measure` of all rows' indices, and beside it {"modality": {name: ...}, "task": {name: ...}, ...}, where known.
 
@@ -112,3 +129,16 @@ def by_group(rows, measure):
         if any(field in row for row in rows) and (field in GROUPS[:2] or len(set(names)) > 1):
             result[field] = {str(name): measure(np.flatnonzero(names == name)) for name in np.unique(names)}
     return result
+
+
+def format_groups(result, markdown=False):
+    """What `by_group` returned, as aligned text: a line for all, and for each member of each group."""
+    lines = [("all", result)] + [
+        (f"{field}: {name}", group) for field in GROUPS for name, group in result.get(field, {}).items()
+    ]
+    columns = [name for name, value in result.items() if not isinstance(value, (dict, list))]
+    # a p of 0.000 says nothing
+    cells = [[f"{group[c]:.2g}" if c == "p" else group.get(c) for c in columns] for _, group in lines]
+    return cli.format_table(
+        [[label, *row] for (label, _), row in zip(lines, cells)], ["", *columns], markdown
+    )

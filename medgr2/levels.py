@@ -10,22 +10,46 @@ has two levels: a replaced detail may happen to be another image's answer, and t
 
 Of the policy's responses to expert questions the truth is known: right and well-formed 10, wrong 0, malformed -6.
 """
+
 import random
 import re
 
-import records
-import runs
+from medgr2 import records, runs
+from medgr2.prompts import (
+    format_response,
+    is_match,
+    normalise,
+    parse_response,
+    policy_prompt,
+    reference_response,
+)
 
 NAN = float("nan")
 # (R, relevant, coherent, faithful)
-LEVELS = {"original": (10, 1, 1, 1), "perturbed": (6, 1, 1, 0), "incoherent": (0, 1, 0, 0), "irrelevant": (-6, 0, 1, 0),
-          # the policy's own responses to expert questions; NaN where the mark implies nothing
-          "right": (10, 1, NAN, NAN), "wrong": (0, NAN, NAN, 0), "malformed": (-6, NAN, NAN, NAN)}
-ALTERNATIVES = (("left", "right"), ("mild", "moderate", "severe"), ("upper", "lower"), ("small", "large"),
-                ("acute", "chronic"), ("anterior", "posterior"), ("present", "absent"), ("yes", "no"))
+LEVELS = {
+    "original": (10, 1, 1, 1),
+    "perturbed": (6, 1, 1, 0),
+    "incoherent": (0, 1, 0, 0),
+    "irrelevant": (-6, 0, 1, 0),
+    # the policy's own responses to expert questions; NaN where the mark implies nothing
+    "right": (10, 1, NAN, NAN),
+    "wrong": (0, NAN, NAN, 0),
+    "malformed": (-6, NAN, NAN, NAN),
+}
+ALTERNATIVES = (
+    ("left", "right"),
+    ("mild", "moderate", "severe"),
+    ("upper", "lower"),
+    ("small", "large"),
+    ("acute", "chronic"),
+    ("anterior", "posterior"),
+    ("present", "absent"),
+    ("yes", "no"),
+)
 
 
 # Each function: (record, other records, terms, rng) → a response, or None if there is none.
+
 
 def find_terms(rows):
     """(pattern, {term: alternatives}): terms that stand side by side among options, and a few pairs of our own.
@@ -37,7 +61,9 @@ def find_terms(rows):
         for term in group:
             found.setdefault(term.lower(), set()).update(t for t in group if t.lower() != term.lower())
     any_term = "|".join(map(re.escape, sorted(found, key=lambda t: (-len(t), t))))
-    return re.compile(rf"(?<!\w)(?:{any_term})(?!\w)", re.IGNORECASE), {t: sorted(others) for t, others in found.items() if others}
+    return re.compile(rf"(?<!\w)(?:{any_term})(?!\w)", re.IGNORECASE), {
+        t: sorted(others) for t, others in found.items() if others
+    }
 
 
 def in_the_case_of(word, like):
@@ -59,7 +85,7 @@ def swap_term(text, terms, rng, avoid=""):
 
 
 def original(record, others, terms, rng):
-    return records.response_of(record)
+    return reference_response(record)
 
 
 def perturbed(record, others, terms, rng):
@@ -68,14 +94,15 @@ def perturbed(record, others, terms, rng):
         return swap_term(record["report"], terms, rng)
     if record.get("rationale"):
         rationale = swap_term(record["rationale"], terms, rng, avoid=record["answer"])
-        return rationale and records.format_response(rationale, record["answer"])
-    answer = swap_term(record["answer"], terms, rng, avoid=record["answer"])  # all of it replaced is wrong, not perturbed
-    return answer and records.format_response(None, answer)
+        return rationale and format_response(rationale, record["answer"])
+    # all of it replaced is wrong, not perturbed
+    answer = swap_term(record["answer"], terms, rng, avoid=record["answer"])
+    return answer and format_response(None, answer)
 
 
 def wrong_answer(record, terms, rng):
     """Another option; for an open question the answer with a term replaced."""
-    wrong = [o for o in record.get("options", ()) if not records.is_match(o, record["answer"])]
+    wrong = [o for o in record.get("options", ()) if not is_match(o, record["answer"])]
     return rng.choice(wrong) if wrong else swap_term(record["answer"], terms, rng)
 
 
@@ -91,7 +118,7 @@ def incoherent(record, others, terms, rng):
     if answer is None:
         return None
     both = answer if record.get("rationale") else f"{record['answer']}, {answer}"
-    return records.format_response(record.get("rationale"), both)
+    return format_response(record.get("rationale"), both)
 
 
 def irrelevant(record, others, terms, rng):
@@ -99,12 +126,19 @@ def irrelevant(record, others, terms, rng):
     if "report" in record:
         donors = [r for r in others if "report" in r and r["report"] != record["report"]]
     else:
-        options = {records.normalise(o) for o in record.get("options", ())} - {records.normalise(record["answer"])}
-        donors = [r for r in others if "answer" in r and (
-            records.normalise(r["answer"]) in options if options else
-            r["question"] == record["question"] and not records.is_match(r["answer"], record["answer"]))]
+        options = {normalise(o) for o in record.get("options", ())} - {normalise(record["answer"])}
+        donors = [
+            r
+            for r in others
+            if "answer" in r
+            and (
+                normalise(r["answer"]) in options
+                if options
+                else r["question"] == record["question"] and not is_match(r["answer"], record["answer"])
+            )
+        ]
     donors = [r for r in donors if r["image"] != record["image"]]
-    return records.response_of(rng.choice(donors)) if donors else None
+    return reference_response(rng.choice(donors)) if donors else None
 
 
 def build_levels(rows, resamples, seed):
@@ -112,9 +146,11 @@ def build_levels(rows, resamples, seed):
     terms, levels = find_terms(rows), []
     for record in rows:
         rng = random.Random(runs.seed_of(seed, record["id"]))
-        others = rng.sample(rows, min(len(rows), 200))  # enough to find a donor among, and no more
+        # enough to find a donor among, and no more
+        others = rng.sample(rows, min(len(rows), 200))
         drawn = {}
-        for make in (perturbed, incoherent, irrelevant, original):  # a text that two of them make has one level: the last's
+        # a text that two of them make has one level: the last's
+        for make in (perturbed, incoherent, irrelevant, original):
             drawn |= {make(record, others, terms, rng): make.__name__ for _ in range(resamples)}
         levels.append((record, sorted((level, text) for text, level in drawn.items() if text is not None)))
     return levels
@@ -124,10 +160,10 @@ def build_rollouts(files, root=None):
     """[(expert record, [(mark, response)])]: the policy's responses, marked by the truth and never by a reward."""
     questions = {}
     for file in files:
-        for r in records.read(file, ("image", "response"), root):
+        for r in records.read_records(file, ("image", "response"), root):
             if r.get("source", "expert") == "expert":
-                parsed = records.parse_response(r["response"], r.get("options"))
-                right = records.is_match(parsed.prediction, r["answer"])
+                parsed = parse_response(r["response"], r.get("options"))
+                right = is_match(parsed.prediction, r["answer"])
                 mark = "malformed" if not parsed.well_formed else "right" if right else "wrong"
-                questions.setdefault((r["image"], records.policy_prompt(r)), (r, set()))[1].add((mark, r["response"]))
+                questions.setdefault((r["image"], policy_prompt(r)), (r, set()))[1].add((mark, r["response"]))
     return [(r, sorted(marked)) for r, marked in questions.values()]
