@@ -132,11 +132,8 @@ def respond(vlm_, prompts, max_new_tokens, seeds=None, temperature=0, group=1):
     """[(response, whether it did not end by itself)] to each prompt, `group` of them; greedy ones need no seeds."""
     from medgr2 import vlm
 
-    ids, mask = vlm.sample(
-        vlm_, prompts, seeds, max_new_tokens, temperature=temperature, group=group
-    )  # (N, C)
-    ends = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0].tolist()  # (N,) the last token of each
-    return [(text, end not in vlm_.stop_ids) for text, end in zip(vlm.decode(vlm_, ids, mask), ends)]
+    ids, mask, truncated = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature, group)  # (N, C)
+    return list(zip(vlm.decode(vlm_, ids, mask), truncated.tolist()))
 
 
 def blank(image):

@@ -180,11 +180,9 @@ def ask_model(drafts, vlm_, temperature, max_new_tokens, group):
     prompts = vlm.encode_prompts(
         vlm_, [images[d["image"]] for d in asked], [generator_prompt(d["paradigm"], d["task"]) for d in asked]
     )
-    ids, mask = vlm.sample(
-        vlm_, prompts, [d["seed"] for d in drafts], max_new_tokens, temperature, group
-    )  # (N, C)
-    last = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0].tolist()  # (N,)
-    return [(text, token not in vlm_.stop_ids) for text, token in zip(vlm.decode(vlm_, ids, mask), last)]
+    seeds = [d["seed"] for d in drafts]
+    ids, mask, truncated = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature, group)  # (N, C)
+    return list(zip(vlm.decode(vlm_, ids, mask), truncated.tolist()))
 
 
 def connect(url, key, timeout):

@@ -215,13 +215,12 @@ def grpo_loss(
 class Group:
     """One question and its G responses: texts, ids and mask (G, C), truncated (G,), match (G,), then rewards and advantages."""
 
-    def __init__(self, record, prompt, ids, mask, texts, stop_ids):
+    def __init__(self, record, prompt, ids, mask, texts, truncated):
         self.record, self.prompt = record, prompt
         self.ids, self.mask, self.texts = ids, mask, texts
         self.parsed = [parse_response(t, record.get("options")) for t in texts]
         self.match = [is_match(p.prediction, record["answer"]) for p in self.parsed]
-        last = ids.gather(1, (mask.sum(1, keepdim=True) - 1)).squeeze(1)  # (G,)
-        self.truncated = ~torch.isin(last, torch.tensor(stop_ids, device=ids.device))
+        self.truncated = truncated
 
     @property
     def has_spread(self):
@@ -248,10 +247,10 @@ def sample_groups(policy, rows, prepared, group, max_new_tokens, *seed):
     """G responses to each of the records, in one batch; each row's randomness is its own."""
     prompts = vlm.encode_images(policy, *prepared)
     seeds = [runs.seed_of(*seed, r["id"], g) for r in rows for g in range(group)]
-    ids, mask = vlm.sample(policy, vlm.collate_prompts(policy, prompts), seeds, max_new_tokens, 1.0, group)
+    ids, mask, truncated = vlm.sample(policy, vlm.collate_prompts(policy, prompts), seeds, max_new_tokens, 1.0, group)
     texts = vlm.decode(policy, ids, mask)
     cut = [slice(b * group, (b + 1) * group) for b in range(len(rows))]
-    return [Group(r, p, ids[c], mask[c], texts[c], policy.stop_ids) for r, p, c in zip(rows, prompts, cut)]
+    return [Group(r, p, ids[c], mask[c], texts[c], truncated[c]) for r, p, c in zip(rows, prompts, cut)]
 
 
 def judge(reward_model, groups, alpha, beta, scale):
@@ -412,7 +411,7 @@ def watch(policy, reward_model, rows, max_new_tokens, batch, accelerator):
         part = rows[i : i + batch]
         images, texts = [open_image(r["image"]) for r in part], [policy_prompt(r) for r in part]
         with accelerator.autocast():
-            ids, mask = vlm.sample(
+            ids, mask, _ = vlm.sample(
                 policy, vlm.encode_prompts(policy, images, texts), None, max_new_tokens, temperature=0
             )
         responses = vlm.decode(policy, ids, mask)

@@ -66,6 +66,11 @@ def unwritable(error):
     return os.strerror(number) if number in UNWRITABLE else None
 
 
+def add_switch(parser, flag, help):
+    """A flag that is off unless given, with its --no- form."""
+    parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=help)
+
+
 def add_run_arguments(parser):
     """The flags that every stage has."""
     parser.add_argument("--out", required=True, help="folder to write; final once it exists")

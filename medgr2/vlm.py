@@ -333,7 +333,9 @@ def token_logps(vlm, prompts, ids, mask, temperature=1.0, states=None):
 
 @torch.no_grad()
 def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
-    """Sample `group` continuations of each of B prompts → ids, mask (B·G, C), end-of-turn included.
+    """Sample `group` continuations of each of B prompts → ids, mask (B·G, C), truncated (B·G,).
+
+    The end-of-turn token is included. A continuation that reaches max_new_tokens without one is truncated.
 
     No top-k, no top-p: these are the model's own samples, less the tokens that must never be one (`banned_ids`).
     `temperature=0` is greedy. Each row draws from a generator of its own, seeded by `seeds` (B·G ints): token =
@@ -354,6 +356,7 @@ def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
     alive = torch.ones_like(here, dtype=torch.bool)  # (n,)
     ids = torch.full((rows, max_new_tokens), vlm.tokenizer.pad_token_id, device=vlm.device)
     kept = torch.zeros_like(ids)  # (N, C)
+    truncated = torch.ones(rows, dtype=torch.bool, device=vlm.device)  # (N,)
     if vlm.can_continue:
         cache, mask, state = prefill(vlm, prompts, group)
         make_room(cache, max_new_tokens)
@@ -371,6 +374,7 @@ def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
             alive.long(),
         )
         alive = alive & ~torch.isin(token, stops)
+        truncated[here] = alive
         left = int(alive.sum())
         if not left or step == max_new_tokens - 1:
             break
@@ -386,7 +390,7 @@ def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
             cache.rope_deltas = None if cache.rope_deltas is None else cache.rope_deltas[stay]
         mask = torch.cat([mask, kept[here, step][:, None]], 1)
         state = decode_step(vlm, cache, mask, ids[here, step][:, None])[:, 0]
-    return ids[:, : step + 1], kept[:, : step + 1]
+    return ids[:, : step + 1], kept[:, : step + 1], truncated
 
 
 def sample_token(logits, temperature, uniform):

@@ -125,6 +125,7 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_cut(monkeyp
         sample=lambda vlm_, prompts, seeds, n, temperature, group: (
             ids[: len(prompts)],
             mask[: len(prompts)],
+            torch.tensor([False, True, False])[: len(prompts)],
         ),
         decode=lambda vlm_, ids, mask: [f"{token}" for token in ids[:, 0].tolist()],
     )

@@ -713,8 +713,16 @@ def test_of_images_smolvlm_s_own_processor_makes_what_is_made_in_its_place(built
 # Sampling.
 
 
-def kept(ids, mask):
+def kept(ids, mask, truncated=None):
     return [row[m.bool()].tolist() for row, m in zip(ids, mask)]
+
+
+def test_a_continuation_is_truncated_unless_its_last_token_ends_the_turn(vlm_, group=8):
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    some = replace(vlm_, stop_ids=list(range(0, vlm_.head.weight.shape[0], 3)), banned_ids=[])
+    ids, mask, truncated = vlm.sample(some, prompts, range(3 * group), 2, group=group)
+    last = [row[m.bool()][-1].item() for row, m in zip(ids, mask)]
+    assert truncated.tolist() == [token % 3 != 0 for token in last] and 0 < truncated.sum() < len(last)
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -722,9 +730,9 @@ def test_greedy_sampling_is_generate_token_for_token(vlm_, ends):
     prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
     # what the first row says third now ends a turn
     if ends:
-        ids, _ = vlm.sample(vlm_, prompts, None, 3, temperature=0)
+        ids, _, _ = vlm.sample(vlm_, prompts, None, 3, temperature=0)
         vlm_ = replace(vlm_, stop_ids=[*vlm_.stop_ids, ids[0, 2].item()])
-    ids, mask = vlm.sample(vlm_, prompts, None, 9, temperature=0)
+    ids, mask, _ = vlm.sample(vlm_, prompts, None, 9, temperature=0)
     plain = vlm_.model.generate(
         **prompts,
         do_sample=False,
@@ -743,7 +751,7 @@ def test_greedy_sampling_is_generate_token_for_token(vlm_, ends):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm_, temperature):
     seeds = [3, 1, 4, 1, 5, 9]
-    ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 5, temperature, group=2)
+    ids, mask, _ = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 5, temperature, group=2)
     assert ids.shape[0] == 6
     # row b * group + g continues prompt b
     for n, row in enumerate(kept(ids, mask)):
@@ -786,9 +794,9 @@ def test_banned_tokens_are_never_sampled_however_likely(vlm_):
     hook = push(vlm_, lambda call: bonus)
     try:
         for temperature in (0, 1.0):
-            ids, _ = vlm.sample(vlm_, prompts, range(6), 6, temperature, group=2)
+            ids, _, _ = vlm.sample(vlm_, prompts, range(6), 6, temperature, group=2)
             assert not set(ids.flatten().tolist()) & (set(vlm_.banned_ids) - {vlm_.tokenizer.pad_token_id})
-            unbanned, _ = vlm.sample(replace(vlm_, banned_ids=[]), prompts, range(6), 1, temperature, group=2)
+            unbanned, _, _ = vlm.sample(replace(vlm_, banned_ids=[]), prompts, range(6), 1, temperature, group=2)
             assert set(unbanned.flatten().tolist()) <= set(vlm_.banned_ids), (
                 "the push is too weak to test anything"
             )
@@ -810,7 +818,7 @@ def test_each_stop_token_ends_its_row_and_no_other(vlm_):
 
         hook = push(vlm_, bonus)
         try:
-            ids, mask = vlm.sample(vlm_, prompts, [7, 8, 9], 6)
+            ids, mask, _ = vlm.sample(vlm_, prompts, [7, 8, 9], 6)
         finally:
             hook.remove()
         assert mask.tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 6]
@@ -825,7 +833,7 @@ def test_sampling_stops_when_every_row_has_ended(vlm_):
     bonus[0, vlm_.end_id] = 1e4
     hook = push(vlm_, lambda call: bonus if call else 0 * bonus)
     try:
-        ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), None, 50, temperature=0)
+        ids, mask, _ = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), None, 50, temperature=0)
     finally:
         hook.remove()
     assert ids.shape == (3, 2) and mask.all() and (ids[:, 1] == vlm_.end_id).all()
@@ -1010,7 +1018,7 @@ def test_rows_that_have_ended_leave_the_batch_and_no_row_changes(vlm_, greedy, m
         )
 
     monkeypatch.setattr(vlm, "sample_token", ends)
-    ids, mask = vlm.sample(vlm_, vlm.encode_prompts(vlm_, images, texts), seeds, 20)
+    ids, mask, _ = vlm.sample(vlm_, vlm.encode_prompts(vlm_, images, texts), seeds, 20)
     assert (
         widths == [6, 6, 6, 3, 3, 3, 3, 1, 1, 1, 1, 1]
         and mask.sum(1).equal(lengths)

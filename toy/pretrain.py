@@ -250,7 +250,7 @@ def marks(vlm_, role, n=400):
     right = {}
     for k in range(0, n, 100):
         part = slice(k, k + 100)
-        ids, mask = vlm.sample(
+        ids, mask, _ = vlm.sample(
             vlm_,
             vlm.encode_prompts(vlm_, drawn[part], texts[part]),
             range(k, k + 100),
