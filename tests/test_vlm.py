@@ -881,12 +881,12 @@ RECURRENT = {
     "qwen3_5": (
         lambda folder: build_qwen(folder, "Qwen3_5"),
         "without gradient",
-        "can only without gradient continue a prompt",
+        "can only without gradient continue a prefilled prompt",
     ),
     "bamba": (
         lambda folder: build_llava(folder, "Bamba", attn_layer_indices=[1], **MAMBA),
         "never",
-        "can not continue a prompt",
+        "cannot continue a prefilled prompt",
     ),
     "jamba": (
         lambda folder: build_llava(
@@ -899,7 +899,7 @@ RECURRENT = {
             mamba_d_state=8,
         ),
         "never",
-        "can not continue a prompt",
+        "cannot continue a prefilled prompt",
     ),
 }
 
@@ -913,7 +913,7 @@ def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_a
     vlm_ = loading.load(str(tmp_path), "cpu")
     said = capsys.readouterr().out
     assert (
-        vlm_.shares == shares
+        vlm_.prefix_sharing == shares
         and said.count("\n") == bool(line)
         and line in said
         and (not line or str(tmp_path) in said)
@@ -936,7 +936,7 @@ def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_a
     test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any_order_and_number(
         (vlm_, None)
     )
-    assert vlm_.keeps and capsys.readouterr().out == ""
+    assert vlm_.reuses_features and capsys.readouterr().out == ""
 
 
 def test_a_model_that_reads_no_plain_row_of_prompt_and_answer_is_refused(built, monkeypatch):
@@ -968,7 +968,7 @@ def test_loading_holds_no_activations_of_an_image_for_a_backward_pass(architectu
         widths.append((torch.is_grad_enabled(), prompts["input_ids"].shape[1]))
         return real(vlm_, prompts, group)
 
-    monkeypatch.setattr(loading, "prefill", read)
+    monkeypatch.setattr(vlm, "prefill", read)
     vlm_ = loading.load(str(built(architecture)), "cpu")
     words = max(len(vlm_.tokenizer(t)["input_ids"]) for t in ("?", "Which side?"))
     assert [w for grad, w in widths if grad] == [words] and all(w > words for grad, w in widths if not grad)
@@ -978,8 +978,8 @@ def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeyp
     assert loading.find_prefix_sharing(vlm_) == "always"
     real = vlm.decode_step
 
-    def forgets(vlm_, cache, mask, ids):
-        return real(vlm_, cache, mask, ids) * 1.01
+    def forgets(*args):
+        return real(*args) * 1.01
 
     def detaches(*args):
         return real(*args).detach().requires_grad_()
@@ -988,9 +988,9 @@ def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeyp
         raise NotImplementedError
 
     for wrong, found in ((forgets, "never"), (raises, "never"), (detaches, "without gradient")):
-        monkeypatch.setattr(loading, "decode_step", wrong)
+        monkeypatch.setattr(vlm, "decode_step", wrong)
         assert loading.find_prefix_sharing(vlm_) == found
-        assert vlm_.shares == "always" and not any(p.grad is not None for p in vlm_.model.parameters())
+        assert vlm_.prefix_sharing == "always" and not any(p.grad is not None for p in vlm_.model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1087,33 +1087,27 @@ def test_a_cache_keeps_its_own_positions_while_another_prompt_is_read(vlm_):
     prompts, ids, mask = encoded(vlm_, 2)
     with torch.no_grad():
         expected = vlm.hidden_states(vlm_, prompts, ids, mask)[:, 1:]
-        cache, prompt_mask, _ = vlm.prefill(vlm_, prompts, 2)
+        prefix, _ = vlm.prefill(vlm_, prompts, 2)
         vlm.prefill(vlm_, vlm.encode_prompts(vlm_, [image(5, 80, 16)] * 3, TEXTS), 2)
-        states = vlm.decode_step(vlm_, cache, torch.cat([prompt_mask, mask], 1), ids)
+        states = vlm.decode_step(vlm_, prefix, ids, mask)
     assert states.equal(expected)
 
 
-def test_with_room_tokens_are_written_in_place_and_give_the_states_of_a_cache_that_copies(vlm_):
+def test_a_prefix_with_reserved_space_writes_in_place_and_gives_the_states_of_a_cache_that_copies(vlm_):
     prompts, ids, mask = encoded(vlm_, 2)
     seen = {}
     with torch.no_grad():
-        for roomy in (False, True):
-            cache, so_far, _ = vlm.prefill(vlm_, prompts, 2)
-            if roomy:
-                vlm.make_room(cache, ids.shape[1])
+        for reserved in (False, True):
+            prefix, _ = vlm.prefill(vlm_, prompts, 2)
+            full = [i for i, layer in enumerate(prefix.cache.layers) if type(layer).__name__ == "DynamicLayer"]
+            if reserved:
+                prefix.reserve(ids.shape[1])
             states, places = [], []
             for c in range(ids.shape[1]):
-                so_far = torch.cat([so_far, mask[:, c : c + 1]], 1)
-                states.append(vlm.decode_step(vlm_, cache, so_far, ids[:, c : c + 1]))
-                places.append(
-                    [
-                        layer.keys.data_ptr()
-                        for layer in cache.layers
-                        if type(layer).__name__ == "DynamicLayer"
-                    ]
-                )
-            assert (all(p == places[0] for p in places)) == roomy and places[0], "where the keys stand"
-            seen[roomy] = torch.cat(states, 1)
+                states.append(vlm.decode_step(vlm_, prefix, ids[:, c : c + 1], mask[:, c : c + 1]))
+                places.append([prefix.cache.layers[i].keys.data_ptr() for i in full])
+            assert (all(p == places[0] for p in places)) == reserved and places[0], "addresses of the keys"
+            seen[reserved] = torch.cat(states, 1)
     assert seen[True].equal(seen[False])
 
 
@@ -1148,13 +1142,13 @@ def keeping(architecture, built):
 
 
 def looked_at(vlm_, images=IMAGES, texts=TEXTS):
-    return vlm.encode_images(vlm_, images, texts, vlm.preprocess(vlm_, images, texts))
+    return vlm.encode_images(vlm_, vlm.preprocess(vlm_, images, texts))
 
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_prompt_that_was_looked_at_gives_the_log_probabilities_and_gradients_of_plain_rows(keeping, group):
     vlm_, read = keeping
-    assert vlm_.keeps
+    assert vlm_.reuses_features
     prompts = vlm.collate_prompts(vlm_, looked_at(vlm_))
     assert len(read) == 1
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS[: 3 * group])
@@ -1187,7 +1181,7 @@ def test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any
                 < 1e-5
             )
             doubled = vlm.token_logps(
-                vlm_, prompts.repeated(2), *(x.repeat_interleave(2, 0) for x in inputs)
+                vlm_, vlm.repeat_prompts(vlm_, prompts, 2), *(x.repeat_interleave(2, 0) for x in inputs)
             )[0]
             assert largest(doubled[1::2] - vlm.token_logps(vlm_, plain, *inputs)[0]) < 1e-5
 
@@ -1227,7 +1221,7 @@ def test_a_model_that_takes_no_kept_features_reads_each_image_anew_and_says_so(
     monkeypatch.setattr(LlavaModel, "forward", forward)
     loading.freeze_images(vlm_)
     said = capsys.readouterr().out
-    assert not vlm_.keeps and said.count("\n") == 1 and "takes no features" in said
+    assert not vlm_.reuses_features and said.count("\n") == 1 and "takes no features" in said
     looked = looked_at(vlm_)
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
     with torch.no_grad():
