@@ -1,7 +1,8 @@
 """vlm.py: a prompt read once and continued many times gives what the plain model gives, one row at a time.
 
-Nine architectures (and a few more that cannot share a prefix), built small with random weights and saved as a hub repository has them, go through `loading.load`.
-Expected values come from `model(...).logits`, `model.generate` and `log_softmax`, never from vlm.py's own functions.
+Nine architectures (and a few more that cannot share a prefix), built small with random weights and saved as a
+hub repository has them, go through `loading.load`. Expected values come from `model(...).logits`,
+`model.generate` and `log_softmax`, never from vlm.py's own functions.
 """
 
 import copy
@@ -796,7 +797,9 @@ def test_banned_tokens_are_never_sampled_however_likely(vlm_):
         for temperature in (0, 1.0):
             ids, _, _ = vlm.sample(vlm_, prompts, range(6), 6, temperature, group=2)
             assert not set(ids.flatten().tolist()) & (set(vlm_.banned_ids) - {vlm_.tokenizer.pad_token_id})
-            unbanned, _, _ = vlm.sample(replace(vlm_, banned_ids=[]), prompts, range(6), 1, temperature, group=2)
+            unbanned, _, _ = vlm.sample(
+                replace(vlm_, banned_ids=[]), prompts, range(6), 1, temperature, group=2
+            )
             assert set(unbanned.flatten().tolist()) <= set(vlm_.banned_ids), (
                 "the push is too weak to test anything"
             )
@@ -990,7 +993,9 @@ def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeyp
     for wrong, found in ((forgets, "never"), (raises, "never"), (detaches, "without gradient")):
         monkeypatch.setattr(vlm, "decode_step", wrong)
         assert loading.find_prefix_sharing(vlm_) == found
-        assert vlm_.prefix_sharing == "always" and not any(p.grad is not None for p in vlm_.model.parameters())
+        assert vlm_.prefix_sharing == "always" and not any(
+            p.grad is not None for p in vlm_.model.parameters()
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1099,7 +1104,9 @@ def test_a_prefix_with_reserved_space_writes_in_place_and_gives_the_states_of_a_
     with torch.no_grad():
         for reserved in (False, True):
             prefix, _ = vlm.prefill(vlm_, prompts, 2)
-            full = [i for i, layer in enumerate(prefix.cache.layers) if type(layer).__name__ == "DynamicLayer"]
+            full = [
+                i for i, layer in enumerate(prefix.cache.layers) if type(layer).__name__ == "DynamicLayer"
+            ]
             if reserved:
                 prefix.reserve(ids.shape[1])
             states, places = [], []
