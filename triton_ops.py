@@ -65,7 +65,7 @@ LOWEST = -1e4
 
 
 def _statistics_torch(x, targets, temperature, softcap, with_entropy=True):
-    """x (n, V), targets (n,) -> (logps, entropy), (n,) each, entropy NaN if unwanted; what the gradient needs."""
+    """x (n, V), targets (n,) -> (logps, entropy), (n,) each, and what the gradient needs. Unwanted: NaN."""
     slope = None
     if softcap:
         x.div_(softcap).tanh_()

@@ -300,7 +300,7 @@ def learns_as_plain_rows(loaded):
 
 @torch.no_grad()
 def can_reuse_features(loaded):
-    """Whether kept features give the states that pixels give: tried with two different images of two sizes."""
+    """Whether kept features give the states that pixels give: tried with two images of two sizes."""
     images = [Image.new("RGB", (64, 64), "black"), Image.new("RGB", (96, 64), "white")]
     continuations = encode_continuations(loaded, ["left", "x"])
     reusing = replace(loaded, reuses_features=True)

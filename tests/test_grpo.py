@@ -4,6 +4,8 @@ import argparse
 import copy
 import json
 import math
+import os
+import subprocess
 import sys
 import threading
 from contextlib import nullcontext
@@ -155,7 +157,7 @@ def test_advantages_by_hand_and_equal_rewards_give_exactly_zero():
 
 
 class OneProcess:
-    """What GRPO asks of an accelerate.Accelerator, for one of several shares whose sums a test adds up itself."""
+    """An accelerate.Accelerator for one of several shares, whose sums a test adds up itself."""
 
     def __init__(self, counts=None):
         self.counts = counts
@@ -282,7 +284,7 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, loss, kl):
-    """Off the policy that sampled, with and without a reference; two groups have no advantage, and without a reference no forward."""
+    """Off the policy that sampled. Two groups have no advantage, and without a reference no forward pass."""
     # in the order in which they are learned
     some = sorted((copy.copy(g) for g in groups), key=lambda g: -int(g.mask.sum(1).max()))
     some[1].advantages = some[4].advantages = torch.zeros(4)
@@ -665,3 +667,37 @@ def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path)
         assert r["correct"] == is_match(parsed.prediction, r["answer"])
         unit = 0.8 * (r["rollout_scores"]["overall"] + 6) / 16 + 0.2 * r["correct"]
         assert r["rollout_reward"] == pytest.approx(unit if parsed.well_formed else 0.0, abs=2e-4)
+
+
+# Runs a script and leaves a file per process.
+RANKS = """import os, runpy, sys
+open(os.path.join(sys.argv[1], "rank" + os.environ.get("RANK", "-")), "w").close()
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.getcwd())
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_with_two_processes_metrics_are_of_all_responses_and_the_watch_is_shared_out(folder, tmp_path):
+    """Against means over rollouts.jsonl, which holds the responses of both; and against one process."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = f"{tmp_path}/ranks.py {tmp_path} grpo.py --model toy/policy --reward {folder}/rm"
+    command += f" --data {folder}/expert.jsonl --val {folder}/val.jsonl"
+    command += " --steps 2 --prompts 3 --group 4 --watch-every 1"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for start, out in ((launch, "two"), ([sys.executable], "one")):
+        flags = [*start, *command.split(), "--out", str(tmp_path / out)]
+        done = subprocess.run(flags, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("rank?")) == ["rank-", "rank0", "rank1"]
+    one, two = ([json.loads(line) for line in open(tmp_path / f / "metrics.jsonl")] for f in ("one", "two"))
+    rows = list(records.read_records(tmp_path / "two" / "rollouts.jsonl", ("image", "response"), folder))
+    assert len(rows) == 2 * 3 * 4
+    for line in two:
+        mine = [r for r in rows if r["step"] == line["step"]]
+        assert line["reward"] == pytest.approx(sum(r["rollout_reward"] for r in mine) / 12, abs=1e-4)
+        assert line["match"] == pytest.approx(sum(r["correct"] for r in mine) / 12, abs=1e-6)
+        assert line["unparsed"] == pytest.approx(sum(r["prediction"] is None for r in mine) / 12, abs=1e-6)
+    for name in ("watch_accuracy", "watch_reward", "tokens", "length", "loss", "zero_variance"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name

@@ -39,7 +39,7 @@ def where(request):
         pytest.skip("triton is not installed")
     if (device, backend) == ("cpu", "triton") and not INTERPRETED:
         pytest.skip(
-            "Triton was imported without its interpreter: these run on CUDA, or in a process of their own below"
+            "Triton was imported without its interpreter: these run on CUDA, or in their own process below"
         )
     return device, backend
 
@@ -395,8 +395,8 @@ def test_cross_entropy_equals_pytorch_s_through_full_float64_logits(where, reduc
     want = torch.nn.functional.cross_entropy(
         full_logits(*theirs, softcap, 0.7), targets, ignore_index=-7, reduction=reduction
     )
-    got = linear_cross_entropy(*mine[:2], targets.to(where[0]), -7, reduction=reduction, temperature=0.7, bias=mine[2], softcap=softcap,
-                               chunk=4, backend=where[1])  # fmt: skip
+    options = {"temperature": 0.7, "bias": mine[2], "softcap": softcap, "chunk": 4, "backend": where[1]}
+    got = linear_cross_entropy(*mine[:2], targets.to(where[0]), -7, reduction=reduction, **options)
     (3 * want).backward()
     # what comes after the loss scales its gradient
     (3 * got).backward()
@@ -405,7 +405,7 @@ def test_cross_entropy_equals_pytorch_s_through_full_float64_logits(where, reduc
 
 
 def rollout(S=6, C=5, D=4, V=17):
-    """Sequences of all lengths, one of none, two without advantage; ratios inside the clip and outside on both sides."""
+    """Sequences of all lengths, one empty, two without advantage; ratios inside the clip, below and above."""
     hidden, weight, targets = make(S * C, D, V)
     g = torch.Generator().manual_seed(5)
     mask = (torch.arange(C)[None] < torch.tensor([5, 1, 0, 3, 5, 2])[:, None]).long()
@@ -572,7 +572,7 @@ def test_two_runs_of_the_losses_agree_bit_for_bit_and_leave_their_inputs_alone(w
 
 
 class Afresh(torch.autograd.Function):
-    """function(*leaves), computed again for every backward pass: gradcheck asks for several of one forward pass."""
+    """function(*leaves), computed again for every backward pass: gradcheck asks for several per forward."""
 
     @staticmethod
     def forward(ctx, function, *leaves):

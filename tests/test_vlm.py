@@ -25,7 +25,8 @@ from medgr2.errors import ModelError
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 TOWER = dict(SIZES, image_size=16, patch_size=4)
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -35,17 +36,19 @@ LLAVA_CHAT = (
 )
 GEMMA_CHAT = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_turn>\n"
+    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "<end_of_turn>\n"
     "{% endfor %}<start_of_turn>model\n"
 )
 IDEFICS_CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}:{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}"
     "<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
 )
 
 
 def build_tokenizer(special, add_bos=False, **names):
-    """A byte-level BPE of about 300 tokens whose first ids are the special ones; `add_bos` as Llama's and Gemma's do."""
+    """A byte-level BPE of about 300 tokens, special ones first; `add_bos` as Llama's and Gemma's do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -70,7 +73,7 @@ def build_tokenizer(special, add_bos=False, **names):
 
 
 def save_model(model, folder, end, pad):
-    """Weights large enough that the image, every word and every position count; two or three rows without a token."""
+    """Weights so large that image, words and positions all count; two or three rows without a token."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,7 +131,7 @@ def build_llava(folder, family="Qwen2", **more):
 
 
 def build_qwen(folder, family):
-    """As on the hub: no processor_config.json (saving one demands torchvision), and a video processor's file."""
+    """As on the hub: no processor_config.json (saving needs torchvision), and a video processor's file."""
     import transformers
 
     special = [
@@ -335,7 +338,7 @@ def build_internvl(folder):
 
 
 def build_gemma3(folder):
-    """Its tokenizer begins with <bos>, and so does its chat; half of its layers see no more than eight tokens back."""
+    """Its tokenizer begins with <bos>, and so does its chat; half of its layers see eight tokens back."""
     from transformers import (
         Gemma3Config,
         Gemma3ForConditionalGeneration,
@@ -490,7 +493,7 @@ def plain_logits(vlm_, image, text, ids):
 
 
 def plain_logps(vlm_, images, texts, ids, mask, temperature=1.0):
-    """Log-probabilities and entropies (N, C) of N continuations, row n of prompt n // (N / B); zero at padding."""
+    """Log-probs and entropies (N, C) of N continuations, row n of prompt n // (N / B), 0 at padding."""
     logps, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
     group = len(ids) // len(images)
     for n, row in enumerate(ids):
@@ -1169,7 +1172,10 @@ def test_a_prompt_that_was_looked_at_gives_the_log_probabilities_and_gradients_o
     want, spread = plain_logps(vlm_, IMAGES, TEXTS, ids, mask, 0.7)
     wanted = torch.autograd.grad(want.sum(), learning, allow_unused=True)
     assert largest(logps - want) < 1e-5 and largest(entropy - spread) < 1e-5
-    flat = lambda gs: torch.cat([g.flatten() for g in gs if g is not None]).double()  # noqa: E731
+
+    def flat(grads):
+        return torch.cat([g.flatten() for g in grads if g is not None]).double()
+
     assert torch.nn.functional.cosine_similarity(flat(grads), flat(wanted), dim=0) > 1 - 1e-6
 
 
@@ -1487,7 +1493,10 @@ def test_capped_and_scaled_logits_and_a_bias_reach_the_log_probabilities(llava):
 
 def test_capped_and_scaled_logits_are_what_is_sampled_from(llava):
     prompts, seeds = vlm.encode_prompts(llava, IMAGES, TEXTS), list(range(12))
-    draw = lambda vlm_, temperature: vlm.sample(vlm_, prompts, seeds, 6, temperature, 4)[0].tolist()  # noqa: E731
+
+    def draw(vlm_, temperature):
+        return vlm.sample(vlm_, prompts, seeds, 6, temperature, 4)[0].tolist()
+
     plain = draw(llava, 1.0)
     assert draw(replace(llava, logit_rule=(3.0, None)), 1.0) == draw(llava, 3.0) != plain
     capped = draw(replace(llava, logit_rule=(1.0, 1.5)), 1.0)
