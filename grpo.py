@@ -224,7 +224,7 @@ def score_groups(reward_model, groups, alpha, beta, scale):
 
 
 def rollout(policy, reward_model, coming, args, accelerator):
-    """Sample and score one batch → (groups of this process, share of groups without spread, cursor)."""
+    """Sample and score one batch → (this process's groups, whether each sampled group has spread, cursor)."""
     kept, sampled = [], []
     for _ in range(REFILLS if args.drop_zero_variance else 1):
         batch = next(coming)
@@ -238,9 +238,8 @@ def rollout(policy, reward_model, coming, args, accelerator):
             break
     # If this process found no group with spread, one without it, so that there is a step.
     kept = kept[: len(batch.rows)] or fresh[:1]
-    zero_variance = rollouts.mean(gather_object([not g.has_spread for g in sampled]))
     groups = score_groups(reward_model, kept, args.alpha, args.beta, args.reward_scale)
-    return groups, zero_variance, batch.cursor
+    return groups, [g.has_spread for g in sampled], batch.cursor
 
 
 def with_advantages(groups, args):
@@ -343,10 +342,7 @@ def update_policy(policy, optimizer, groups, counts, args, accelerator):
 def load_models(args, accelerator):
     """The policy, its frozen copy as the reference (None without a KL term), and the reward model."""
     policy, reward_model = loading.load(args.model, accelerator.device), RewardModel.load(args.reward)
-    if args.freeze == "images":
-        loading.freeze_images(policy)
-    if args.freeze == "vision":
-        loading.freeze_vision(policy)
+    loading.freeze(policy, args.freeze)
     return policy, loading.frozen_copy(policy) if args.kl else None, reward_model
 
 
@@ -364,9 +360,7 @@ def main(args):
     policy, reference, reward_model = load_models(args, accelerator)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
-    if "optimizer" in run.state:
-        policy.model.load_state_dict(run.state.pop("model"), strict=False)
-        optimizer.load_state_dict(run.state.pop("optimizer"))
+    runs.restore_training_state(run.state, policy.model, optimizer)
     watch = Watch(policy, reward_model, args, accelerator, run.state)
     cursor = run.state.get("cursor", 0)
     coming = rollouts.prefetch_batches(policy, examples, cursor, args.prompts, args.seed, accelerator)
@@ -376,7 +370,7 @@ def main(args):
         watched = watch.check(step)
         started = time.perf_counter()
         # Sample G responses to each of P questions; score them by reward model and answer match.
-        groups, zero_variance, cursor = rollout(policy, reward_model, coming, args, accelerator)
+        groups, spread, cursor = rollout(policy, reward_model, coming, args, accelerator)
         # Advantages: what each response earned beyond the mean of its group.
         groups = with_advantages(groups, args)
         sampled = time.perf_counter()
@@ -388,14 +382,11 @@ def main(args):
         for _ in range(args.iterations):
             groups, metrics = update_policy(policy, optimizer, groups, counts, args, accelerator)
         # Log and commit.
-        times = rollouts.timing(counts.tokens, started, sampled, time.perf_counter())
-        run.append("rollouts.jsonl", rollouts.rows_to_write(groups, step, run.folder))
-        metrics = rollouts.reward_metrics(groups) | {"zero_variance": zero_variance} | metrics
-        run.log(step=step, **metrics, **times, **watched)
+        times = started, sampled, time.perf_counter()
+        rollouts.log_step(run, step, groups, spread, times, metrics, watched)
         if run.due(step + 1, args.save_every):
-            weights = {n: p.detach() for n, p in parameters.items()}
-            state = {"cursor": cursor, "model": weights, "optimizer": optimizer.state_dict()}
-            run.commit(step=step + 1, **state, **watch.state())
+            state = runs.training_state(parameters, optimizer) | watch.state()
+            run.commit(step=step + 1, cursor=cursor, **state)
 
     result = {"steps": args.steps, **watch.finish()}
     if run.main:

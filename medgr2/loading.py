@@ -318,6 +318,11 @@ def can_reuse_features(loaded):
 # What learns.
 
 
+def freeze(loaded, what):
+    """`what` does not learn: "vision" (the tower), "images" (tower and projector) or "nothing"."""
+    {"vision": freeze_vision, "images": freeze_images, "nothing": lambda _: None}[what](loaded)
+
+
 def freeze_vision(loaded):
     """Leave the vision tower as it is; the rest learns. Raises ModelError if the model has none."""
     towers = ("vision_tower.", "vision_model.", "visual.")

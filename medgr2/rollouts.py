@@ -79,6 +79,21 @@ def mean_metrics(sums, tokens, accelerator):
     return means | {"tokens": tokens}
 
 
+def log_step(run, step, groups, spread, times, metrics, watched):
+    """Write the step's rollouts and its line of metrics.jsonl, both of all processes.
+
+    spread: whether each group that this process sampled has different outcomes. times: the start, the end of
+    sampling (with scoring), the end of learning. metrics: update_policy's. watched: Watch.check's.
+    """
+    started, sampled, updated = times
+    tokens, sampling, learning = metrics["tokens"], sampled - started, updated - sampled
+    metrics = reward_metrics(groups) | {"zero_variance": mean(not s for s in gather_object(spread))} | metrics
+    metrics |= {"sample_seconds": sampling, "learn_seconds": learning}
+    metrics |= {"sample_tokens_per_s": tokens / sampling, "learn_tokens_per_s": tokens / learning}
+    run.append("rollouts.jsonl", rollout_rows(groups, step, run.folder))
+    run.log(step=step, **metrics, **watched)
+
+
 def reward_metrics(groups):
     """Means over the responses of all processes."""
     rows = []
@@ -92,14 +107,7 @@ def reward_metrics(groups):
     return {name: mean(row[name] for row in rows) for name in rows[0]}
 
 
-def timing(tokens, started, sampled, updated):
-    """Seconds, and tokens per second, of sampling (with scoring) and of learning."""
-    sampling, learning = sampled - started, updated - sampled
-    rates = {"sample_tokens_per_s": tokens / sampling, "learn_tokens_per_s": tokens / learning}
-    return {"sample_seconds": sampling, "learn_seconds": learning} | rates
-
-
-def rows_to_write(groups, step, folder):
+def rollout_rows(groups, step, folder):
     """rollouts.jsonl, of all processes: the record, one response, how it was parsed and what it earned."""
     rows = []
     for g in groups:

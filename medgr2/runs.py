@@ -58,6 +58,19 @@ def prefetch(items):
             yield item
 
 
+def training_state(parameters, optimizer):
+    """What `commit` keeps of a training run: the weights that learn, by name, and the optimiser's state."""
+    weights = {name: p.detach() for name, p in parameters.items()}
+    return {"model": weights, "optimizer": optimizer.state_dict()}
+
+
+def restore_training_state(state, model, optimizer):
+    """Put the last commit's weights and optimiser state back, if there is one, and free their copy."""
+    if "optimizer" in state:
+        model.load_state_dict(state.pop("model"), strict=False)
+        optimizer.load_state_dict(state.pop("optimizer"))
+
+
 def sum_gradients(parameters, accelerator):
     """Add up every process's gradients, in place: each divided its loss by the whole batch's count, so the sum is the gradient."""
     import torch
