@@ -39,7 +39,7 @@ import random
 import time
 from dataclasses import replace
 
-from medgr2 import cli, leakage, records, runs
+from medgr2 import cli, leakage, records, runs, training
 from medgr2.errors import RunError
 from medgr2.images import open_image
 from medgr2.prompts import is_match, parse_response, policy_prompt
@@ -237,7 +237,7 @@ def prepare(policy, rows):
 def batches(policy, examples, cursor, args, accelerator):
     """Without end, from `cursor` on: (the next cursor, this process's share of a batch of P records, what `prepare` makes of them)."""
     while True:
-        index = runs.batch_indices(cursor, args.prompts, len(examples), args.seed)
+        index = training.batch_indices(cursor, args.prompts, len(examples), args.seed)
         cursor += 1
         rows = [examples[i] for i in index[accelerator.process_index :: accelerator.num_processes]]
         yield cursor, rows, prepare(policy, rows)
@@ -470,7 +470,7 @@ def main(args):
     first, seen = run.state.get("first"), run.state.get("seen", {})
     # the thread's: a tokenizer must not serve two at a time
     own = replace(policy, processor=copy.deepcopy(policy.processor))
-    coming = runs.prefetch(batches(own, examples, run.state.get("cursor", 0), args, accelerator))
+    coming = training.prefetch(batches(own, examples, run.state.get("cursor", 0), args, accelerator))
     check = lambda: watch(
         policy, reward_model, watched, args.max_new_tokens, args.micro_batch * args.group, accelerator
     )  # noqa: E731
@@ -499,7 +499,7 @@ def main(args):
             with accelerator.autocast():
                 metrics, before = learn(policy, reference, groups, args, accelerator, old)
             old = old or before
-            runs.sum_gradients(parameters.values(), accelerator)
+            training.sum_gradients(parameters.values(), accelerator)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
             optimizer.step()
             optimizer.zero_grad()

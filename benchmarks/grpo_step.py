@@ -42,7 +42,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
 import readme
 
-from medgr2 import cli, runs
+from medgr2 import cli, runs, training
 from medgr2.errors import RunError
 from medgr2.prompts import TASKS, policy_prompt
 
@@ -379,7 +379,7 @@ def ours(row, folder, steps, cuda, check=False):
             g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]
         with accelerator.autocast():
             metrics, _ = grpo.learn(policy, None, groups, args, accelerator)
-        runs.sum_gradients(parameters.values(), accelerator)
+        training.sum_gradients(parameters.values(), accelerator)
         if check:
             torch.save({n: p.grad for n, p in parameters.items()}, os.path.join(folder, "gradient.pt"))
             return {"loss": metrics["loss"], "grad_norm": norm_of(p.grad for p in parameters.values())}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import grpo
-from medgr2 import loading, records, runs, vlm
+from medgr2 import loading, records, training, vlm
 from medgr2.images import open_image
 from medgr2.prompts import is_match, parse_response, policy_prompt
 from reward import Heads, RewardModel
@@ -495,7 +495,7 @@ def test_batches_are_prepared_in_another_thread_go_on_from_their_cursor_and_are_
         patch.setattr(
             grpo, "open_image", lambda path: (threads.add(threading.current_thread()), real(path))[1]
         )
-        coming = runs.prefetch(grpo.batches(policy, examples, 5, args, process(0, 1)))
+        coming = training.prefetch(grpo.batches(policy, examples, 5, args, process(0, 1)))
         whole = [next(coming) for _ in range(4)]
     assert threads and threading.current_thread() not in threads
     assert [cursor for cursor, _, _ in whole] == [6, 7, 8, 9]
