@@ -258,7 +258,7 @@ def start(args, inputs=(), main=True, free=()):
     torch.manual_seed(args.seed)
     folder = args.out.rstrip("/")
     part = folder + ".part"
-    metadata = describe(args, inputs)
+    metadata = run_metadata(args, inputs)
     lock = take_lock(part) if main and not os.path.exists(folder) else None
     if os.path.exists(folder):
         # Another process finished the run between the two lines above.
@@ -279,7 +279,7 @@ def start(args, inputs=(), main=True, free=()):
     return Run(folder, part, main, metadata, state, lock)
 
 
-def describe(args, inputs):
+def run_metadata(args, inputs):
     """The content of args.json."""
     arguments = {name: value for name, value in vars(args).items() if name != "resume"}
     return {
