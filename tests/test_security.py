@@ -19,9 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from test_bad_input import READERS, ROOT, Payload, call, own_code, put_reward_model
 from test_generate import KEY, serve, stage
 
-import generate
 from analysis import report
-from medgr2 import loading, records, runs, vlm
+from medgr2 import endpoint, loading, records, runs, vlm
 
 PLANTED = "planted"
 HOSTILE = [
@@ -210,7 +209,7 @@ def test_of_an_image_file_nothing_but_its_pixels_goes_to_a_server_or_into_the_re
         path, kind, exif=exif, icc_profile=planted + bytes(200), xmp=planted, **more
     )
     assert path.read_bytes().count(planted) >= 2
-    for url in (generate.data_url(path), report.thumbnail(path, 32)):
+    for url in (endpoint.data_url(path), report.thumbnail(path, 32)):
         sent = base64.b64decode(url.partition(",")[2])
         with Image.open(io.BytesIO(sent)) as image:
             assert image.size in ((64, 64), (32, 32)) and not {
