@@ -19,7 +19,7 @@ Departs from the paper:
 import math
 from typing import NamedTuple
 
-from medgr2 import cli, leakage, records, runs
+from medgr2 import cli, leakage, records, runs, training
 from medgr2.errors import RunError, require
 from medgr2.images import open_image
 from medgr2.prompts import (
@@ -130,7 +130,7 @@ def compute_gradient(policy, parameters, examples, micro_batch, accelerator):
         # Divided by the whole batch's tokens, so that the gradients of micro-batches and processes add up.
         (loss / tokens).backward()
         total += loss.item() / tokens
-    runs.sum_gradients(parameters, accelerator)
+    training.sum_gradients(parameters, accelerator)
     return accelerator.reduce(torch.tensor(total, device=policy.device), "sum").item(), tokens
 
 
@@ -169,12 +169,12 @@ def main(args):
         policy.model.train().gradient_checkpointing_enable()
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
-    runs.restore_training_state(run.state, policy.model, optimizer)
+    training.restore_state(run.state, policy.model, optimizer)
 
     steps, loss = math.ceil(args.epochs * len(examples) / args.batch), run.state.get("loss")
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
         # Collect the batch. Each epoch is another permutation of the examples.
-        batch = [examples[i] for i in runs.batch_indices(step, args.batch, len(examples), args.seed)]
+        batch = [examples[i] for i in training.batch_indices(step, args.batch, len(examples), args.seed)]
         # Loss and gradient of the whole batch.
         with accelerator.autocast():
             loss, tokens = compute_gradient(policy, parameters.values(), batch, args.micro_batch, accelerator)
@@ -189,7 +189,7 @@ def main(args):
         # Log and commit.
         run.log(step=step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens)
         if run.due(step + 1, args.save_every):
-            run.commit(step=step + 1, loss=loss, **runs.training_state(parameters, optimizer))
+            run.commit(step=step + 1, loss=loss, **training.state(parameters, optimizer))
 
     result = {"steps": steps, "examples": len(examples), "train_loss": loss}
     if args.val:

@@ -263,7 +263,7 @@ def adopt(row, number, fields):
     )
     modality = formats.clean(row.get("modality") or row.get("modality_type"))
     known = {
-        "modality": formats.NAMES.get(formats.squash(modality), modality) or DATASETS.get(dataset),
+        "modality": formats.canonical_name(modality) or DATASETS.get(dataset),
         "task": formats.clean(row.get("task") or row.get("question_type")),
         "dataset": dataset,
         "source": row.get("source"),
