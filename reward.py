@@ -10,24 +10,22 @@ expert records give four levels of responses (medgr2/levels.py), drawn anew `--r
 
     loss = mean (R̂ - R̄)² + mean BCE of the three probabilities,     R̄ = (R + 6) / 16
 
-Reads   train: expert records, questions and reports; rollouts of the policy on expert questions
-        score: candidates
+Reads   train: expert questions and reports; rollouts of the policy on expert questions    score: candidates
 Writes  train: OUT/backbone/, OUT/heads.safetensors, heads.json, metrics.jsonl, metrics.json (docs/metrics.md)
-        score: scored.jsonl, accepted.jsonl, random.jsonl (as many, drawn at random), metrics.json;
+        score: OUT/scored.jsonl, accepted.jsonl, random.jsonl (as many, drawn at random), metrics.json, and
         rejected.jsonl if --on-error skip finds unreadable images
 
 Departs from the paper:
-1. The heads take likelihoods beside the hidden state. `--no-likelihood` is the paper's plain head.
-2. The backbone is frozen (--freeze nothing: it learns too). What evolves are the heads, through rollouts.
-3. Three more heads say why a response is scored as it is.
-4. The same share is accepted of each task and modality (--per). `--threshold` is the paper's τ.
+1. The heads take log-probabilities beside the hidden state. --no-likelihood is the paper's plain head.
+2. Three more heads say why R is as it is.
+3. The backbone is frozen (--freeze nothing: it learns too). The heads evolve with the policy's rollouts.
+4. The same share of each task and modality is accepted (--per). --threshold is the paper's τ.
 
     python reward.py train --model toy/backbone --data runs/toy/data/expert.jsonl --out runs/mine
     python reward.py score --model runs/mine --data runs/toy/cycle1/candidates/candidates.jsonl --keep 0.5 \\
         --image-root runs/toy --out runs/mine_scored
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -57,7 +55,7 @@ RIGHT, WRONG = ("original", "right"), ("incoherent", "irrelevant", "wrong")
 def parse_args():
     p = cli.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
-    count, share, switch = cli.number(int, 1), cli.number(float, 0, 1), argparse.BooleanOptionalAction
+    count, share = cli.number(int, 1), cli.number(float, 0, 1)
     t = commands.add_parser("train", help="train a reward model on expert records")
     t.add_argument("--model", required=True, help="backbone: folder or hub name of a VLM")
     t.add_argument("--data", required=True, nargs="+", help="expert record files: questions, reports")
@@ -65,7 +63,7 @@ def parse_args():
     t.add_argument("--holdout", type=share, default=0.2, help="share of the images held out to evaluate on")
     freeze = ("backbone", "nothing")
     t.add_argument("--freeze", choices=freeze, default="backbone", help="what does not learn")
-    t.add_argument("--likelihood", action=switch, default=True, help="features from log-probabilities too")
+    cli.add_switch(t, "--likelihood", "the heads take token log-probabilities too", default=True)
     t.add_argument("--resamples", type=count, default=3, help="times that each record's levels are drawn")
     t.add_argument("--hidden", type=count, default=64, help="width of the heads' shared layer")
     t.add_argument("--steps", type=count, default=800, help="steps of training")
@@ -81,11 +79,8 @@ def parse_args():
     skip = "at an unreadable image: skip puts its candidates into rejected.jsonl"
     s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     s.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
-    cells, per = (
-        ("task", "modality"),
-        "divide --top-k or --keep among these by their size, so that each gets some",
-    )
-    s.add_argument("--per", nargs="*", choices=cells, default=list(cells), help=per)
+    fields, per = ["task", "modality"], "divide --top-k or --keep over these cells, by their size"
+    s.add_argument("--per", nargs="*", choices=fields, default=fields, help=per)
     for command in (t, s):
         command.add_argument("--batch", type=count, default=32, help="questions at a time")
         cli.add_run_arguments(command)
