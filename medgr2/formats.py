@@ -188,10 +188,11 @@ FORMATS = {
 def import_records(src, format=None, images=None, root=None):
     """The records of a public file (JSON array or JSON Lines) or of all *.json files below a folder.
 
-    `images` is the folder that image paths start from. Without it that is the folder of `src`, or `images/` in
-    it. No path may lead out of that folder, except into `root`.
-    Returns (records, {"rows": questions read, "skipped": {reason: count}, "unknown": {name: count}}), where
-    rows = records + skipped. Records of unknown modalities and tasks are kept.
+    Image paths start from the folder `images`, by default that of `src` or `images/` in it. None may lead
+    out of it, except into `root`.
+    Returns (records, notes). The notes are `rows`, how many questions were read (records + skipped);
+    `skipped`, {reason: count}; and `unknown`, {name: count} of unknown modalities and tasks, whose records
+    are kept.
     Raises RecordError, also if there is no record.
     """
     home = src if os.path.isdir(src) else os.path.dirname(src)

@@ -17,21 +17,20 @@ import time
 import types
 from collections import Counter
 from concurrent.futures import Future
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import clinic
 import pytest
+from helpers import KEY
 from PIL import Image, ImageChops
 
 import generate
-from medgr2 import cli, endpoint, loading, records, vlm
+from medgr2 import endpoint, loading, records, vlm
 from medgr2.images import open_image
 from medgr2.prompts import MODALITIES, PARADIGMS, TASKS, generator_prompt
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 TOY = str(ROOT / "toy" / "generator")
-KEY = "sk-very-secret-123"
 
 
 def write_images(folder, n, modalities=MODALITIES):
@@ -58,97 +57,6 @@ def candidate(question="Which finding?", answer="cyst", rationale="A hollow ring
 def by_seed(body):
     """A well-formed reply of its own for every request."""
     return candidate(f"What of {body['seed']}?"), "stop"
-
-
-@pytest.fixture
-def stage(monkeypatch, capsys):
-    """Call the stage as the command line does → (exit status, stdout, stderr)."""
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
-        status = 0
-        try:
-            cli.run_main(generate.main, generate.parse_args())
-        except SystemExit as leaving:
-            status = leaving.code
-        return status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(script) → a server of chat completions. script(body) → (text, finish_reason), or (status, JSON or bytes)."""
-    import huggingface_hub.constants
-
-    # offline mode means local servers too
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
-    servers = []
-
-    def start(script):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.script, server.seen, server.busy, server.busiest, server.lock = (
-            script,
-            [],
-            0,
-            0,
-            threading.Lock(),
-        )
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((self.path, dict(self.headers), body))
-            self.server.busy += 1
-            self.server.busiest = max(self.server.busiest, self.server.busy)
-        try:
-            first, second = self.server.script(body)
-        finally:
-            with self.server.lock:
-                self.server.busy -= 1
-        # hang up
-        if first is None:
-            return self.connection.close()
-        if isinstance(first, str):
-            first, second = (
-                200,
-                {
-                    "id": "x",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": body["model"],
-                    "choices": [
-                        {
-                            "index": 0,
-                            "message": {"role": "assistant", "content": first},
-                            "finish_reason": second,
-                        }
-                    ],
-                },
-            )
-        payload = second if isinstance(second, bytes) else json.dumps(second).encode()
-        self.send_response(first)
-        self.send_header("Content-Type", "text/html" if isinstance(second, bytes) else "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_):
-        pass
 
 
 def prompt_of(body):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import KEY
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_bad_input import READERS, ROOT, Payload, call, own_code, put_reward_model
-from test_generate import KEY, serve, stage
 
 from analysis import report
 from medgr2 import endpoint, loading, records, runs, vlm

@@ -255,7 +255,7 @@ def measure(vlm_, role, n=400):
             outcome = check_candidate(text, facts, task) if generates else check_answer(text, row)
             for cell in ("all", facts["modality"], task, *([paradigm] if generates else [])):
                 outcomes[cell].append(outcome)
-    return {cell: summarize(found) for cell, found in outcomes.items()}
+    return {cell: fractions(found) for cell, found in outcomes.items()}
 
 
 def check_candidate(text, facts, task):
@@ -268,7 +268,7 @@ def check_answer(text, row):
     return is_match(parse_response(text, row["options"]).prediction, row["answer"])
 
 
-def summarize(outcomes):
+def fractions(outcomes):
     """Fractions: the outcomes that are not None (well-formed replies), and of those the right ones."""
     formed = [outcome for outcome in outcomes if outcome is not None]
     n = len(outcomes)
