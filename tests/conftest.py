@@ -80,13 +80,13 @@ def serve(monkeypatch):
     import huggingface_hub.constants
     from helpers import ChatHandler
 
-    import generate
+    from medgr2 import endpoint
 
     # Its offline mode would refuse local servers too.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(generate, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
     servers = []
 
     def start(script):

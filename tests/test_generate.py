@@ -24,7 +24,7 @@ from helpers import KEY
 from PIL import Image, ImageChops
 
 import generate
-from medgr2 import loading, records, vlm
+from medgr2 import endpoint, loading, records, vlm
 from medgr2.images import open_image
 from medgr2.prompts import MODALITIES, PARADIGMS, TASKS, generator_prompt
 
@@ -80,8 +80,8 @@ def test_every_modality_and_paradigm_is_asked_every_task_equally_often(per_image
     ]
     rng.shuffle(images)
     drafts = [
-        generate.drafts_of(i, turn, paradigms, tasks, per_image, 1, 0, "g")
-        for i, turn in zip(images, generate.turns(images))
+        generate.build_drafts(i, turn, paradigms, tasks, per_image, 1, 0, "g")
+        for i, turn in zip(images, generate.assign_turns(images))
     ]
     cells = Counter((d["modality"], d["paradigm"], d["task"]) for of_image in drafts for d in of_image)
     assert set(cells.values()) == {per_image} and len(cells) == 3 * len(paradigms) * len(tasks)
@@ -99,7 +99,7 @@ def test_seeds_and_ids_differ_between_all_candidates_and_cycles_and_seeds():
         d
         for image in images
         for cycle, seed in ((1, 0), (2, 0), (1, 1))
-        for d in generate.drafts_of(image, 0, list(PARADIGMS), TASKS, 2, cycle, seed, "g")
+        for d in generate.build_drafts(image, 0, list(PARADIGMS), TASKS, 2, cycle, seed, "g")
     ]
     assert len({d["seed"] for d in drafts}) == len(drafts) == 72
     assert len({d["id"] for d in drafts}) == 48 and all(0 <= d["seed"] < 2**31 for d in drafts)
@@ -221,7 +221,7 @@ def test_without_a_key_no_other_secret_is_sent(serve, stage, tmp_path, monkeypat
 )
 def test_a_busy_server_is_asked_again_and_later(mood, serve, stage, tmp_path, monkeypatch):
     calls, waits = Counter(), []
-    monkeypatch.setattr(generate, "time", types.SimpleNamespace(sleep=waits.append, time=time.time))
+    monkeypatch.setattr(endpoint, "time", types.SimpleNamespace(sleep=waits.append, time=time.time))
 
     def script(body):
         calls[body["seed"]] += 1
@@ -309,12 +309,12 @@ def test_when_the_server_stays_away_the_same_command_goes_on_later(serve, stage,
     )
     assert stage(*flags, "--out", tmp_path / "whole")[0] == 0
     del server.seen[:]
-    ask, calls = generate.ask_server, itertools.count()
-    generate.ask_server = lambda *a, **k: (away.set() if next(calls) == 2 else None, ask(*a, **k))[1]
+    ask, calls = endpoint.ask_server, itertools.count()
+    endpoint.ask_server = lambda *a, **k: (away.set() if next(calls) == 2 else None, ask(*a, **k))[1]
     try:
         code, _, err = stage(*flags, "--out", tmp_path / "out")
     finally:
-        generate.ask_server = ask
+        endpoint.ask_server = ask
     assert code == 2 and err.count("\n") == 1 and "HTTP 503 out for lunch; gave up after 1 retries" in err
     away.clear()
     del server.seen[:]
@@ -493,7 +493,7 @@ def test_duplicates_are_found_by_content_across_records_and_batches(batch, serve
 
 def test_judging_changes_nothing_that_it_is_given():
     drafts, seen = [{"id": "a", "image": __file__}, {"id": "b", "image": __file__}], set()
-    kept, rejected = generate.judge(drafts, [(candidate(), False), ("no", False)], seen)
+    kept, rejected = generate.split_replies(drafts, [(candidate(), False), ("no", False)], seen)
     assert (
         (len(kept), len(rejected)) == (1, 1)
         and seen == set()
@@ -501,7 +501,7 @@ def test_judging_changes_nothing_that_it_is_given():
     )
     # a reply too few is a bug, not a lost candidate
     with pytest.raises(ValueError):
-        generate.judge(drafts, [(candidate(), False)], seen)
+        generate.split_replies(drafts, [(candidate(), False)], seen)
 
 
 # Going on -------------------------------------------------------------------------------------------------
@@ -625,7 +625,7 @@ def test_what_is_sampled_depends_on_the_seed_and_not_on_the_batch(toy_stage, tmp
 
 def test_a_reply_cut_at_the_limit_is_truncated_and_one_that_just_fits_is_not(toy_vlm, tmp_path):
     image = next(records.read_records(write_images(tmp_path, 1)))
-    drafts = generate.drafts_of(image, 0, ["direct"], TASKS, 3, 1, 0, "g")
+    drafts = generate.build_drafts(image, 0, ["direct"], TASKS, 3, 1, 0, "g")
     whole = generate.ask_model(drafts, toy_vlm, 1.0, 200, 1)
     assert not any(truncated for _, truncated in whole)
     # end of turn included
