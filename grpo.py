@@ -434,7 +434,7 @@ def hacking(first, now, n):
 def main(args):
     accelerator = Accelerator(mixed_precision="bf16" if loading.best_dtype() == torch.bfloat16 else "no")
     if args.test:
-        leakage.refuse(
+        leakage.refuse_leakage(
             args.data,
             args.test,
             args.allow_leakage,

@@ -175,7 +175,7 @@ def mean_loss(vlm_, examples, micro_batch):
 def main(args):
     accelerator = Accelerator(mixed_precision="bf16" if loading.best_dtype() == torch.bfloat16 else "no")
     if args.test:
-        leakage.refuse(
+        leakage.refuse_leakage(
             args.data,
             args.test,
             args.allow_leakage,
