@@ -58,13 +58,11 @@ def parse_args():
     p.add_argument("--model", help="folder or hub name of the model to evaluate")
     p.add_argument("--data", help="question records to answer")
     p.add_argument("--batch", type=cli.number(int, 1), default=64, help="questions per batch")
-    p.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, help="longest response, tokens")
+    p.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, help="longest response")
     cli.add_switch(p, "--scores", "also compute the log-probability of each option")
     cli.add_switch(p, "--blind", "also ask without the image")
     p.add_argument("--samples", type=cli.number(int, 0), default=0, help="responses to draw per question")
-    p.add_argument(
-        "--temperature", type=cli.number(float, 1e-3), default=1.0, help="temperature of --samples"
-    )
+    p.add_argument("--temperature", type=cli.number(float, 1e-3), default=1.0, help="of these responses")
     p.add_argument("--predictions", help="third-party file of predictions to score, without a model")
     p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="their names of fields")
     cli.add_switch(p, "--markdown", "print tables in Markdown")
