@@ -17,7 +17,7 @@ Departs from the paper: its SFT settings are not published; here AdamW, cosine s
 import argparse
 import math
 
-from medgr2 import cli, leakage, records, runs
+from medgr2 import cli, leakage, records, runs, training
 from medgr2.errors import RunError, require
 from medgr2.images import open_image
 from medgr2.prompts import (
@@ -161,7 +161,7 @@ def train_step(vlm_, parameters, examples, micro_batch, accelerator):
         # divided by the whole batch's tokens, not the micro-batch's
         (loss / tokens).backward()
         total += loss.item() / tokens
-    runs.sum_gradients(parameters, accelerator)
+    training.sum_gradients(parameters, accelerator)
     return accelerator.reduce(torch.tensor(total, device=vlm_.device), "sum").item(), tokens
 
 
@@ -202,7 +202,7 @@ def main(args):
 
     steps, loss = math.ceil(args.epochs * len(examples) / args.batch), run.state.get("loss")
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
-        batch = [examples[i] for i in runs.batch_indices(step, args.batch, len(examples), args.seed)]
+        batch = [examples[i] for i in training.batch_indices(step, args.batch, len(examples), args.seed)]
         with accelerator.autocast():
             loss, tokens = train_step(vlm_, parameters.values(), batch, args.micro_batch, accelerator)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()

@@ -332,13 +332,31 @@ def fed_completions(policy, prompts):
     return free[torch.randint(len(free), (prompts * G, C), generator=torch.Generator().manual_seed(SEED))]
 
 
+def given_groups(policy, batch):
+    """Groups of the check's completions instead of samples."""
+    import torch
+
+    import grpo
+    from medgr2 import vlm
+
+    prompts, groups = vlm.encode_images(policy, batch.inputs), []
+    completions = fed_completions(policy, len(batch.rows)).to(policy.device).split(G)
+    for record, prompt, ids in zip(batch.rows, prompts, completions):
+        mask, truncated = torch.ones_like(ids), torch.ones(G, dtype=torch.bool, device=ids.device)
+        texts = vlm.decode(policy, ids, mask)
+        groups.append(grpo.Group(record, prompt, ids, mask, truncated, texts, parsed=[], match=[]))
+    return groups
+
+
 def ours(row, folder, steps, cuda, check=False):
     """Our step, as grpo.py's main does it: `steps` after one to warm up; or the gradient of given completions."""
+    from dataclasses import replace
+
     import torch
     from accelerate import Accelerator
 
     import grpo
-    from medgr2 import loading, vlm
+    from medgr2 import loading, rollouts
 
     accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
     policy = unending(loading.load(os.path.join(folder, "model"), accelerator.device))
@@ -346,49 +364,24 @@ def ours(row, folder, steps, cuda, check=False):
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
     rows, meter = questions(folder), Meter(cuda)
-    args = argparse.Namespace(
-        micro_batch=8,
-        mask_truncated=False,
-        max_new_tokens=C,
-        loss="grpo",
-        epsilon=0.2,
-        epsilon_high=None,
-        kl=0.0,
-    )
+    args = argparse.Namespace(micro_batch=8, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0, clip=1.0,
+                              scale_rewards="group", drop_zero_variance=False, mask_truncated=False)  # fmt: skip
     for step in range(1 + steps):
-        batch = rows[step * row.prompts : (step + 1) * row.prompts]
+        part = rows[step * row.prompts : (step + 1) * row.prompts]
+        batch = rollouts.Batch(step, part, rollouts.preprocess(policy, part))
         with accelerator.autocast():
-            if check:
-                fed = fed_completions(policy, row.prompts).to(policy.device).split(G)
-                looked = vlm.encode_images(policy, *grpo.prepare(policy, batch))
-                groups = [
-                    grpo.Group(
-                        r,
-                        p,
-                        i,
-                        torch.ones_like(i),
-                        vlm.decode(policy, i, torch.ones_like(i)),
-                        policy.stop_ids,
-                    )
-                    for r, p, i in zip(batch, looked, fed)
-                ]
-            else:
-                groups = grpo.sample_groups(policy, batch, grpo.prepare(policy, batch), G, C, SEED, step)
-        for g in groups:
-            g.rewards = torch.tensor([reward(ids) for ids in g.ids.tolist()])
-            g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]
-        with accelerator.autocast():
-            metrics, _ = grpo.learn(policy, None, groups, args, accelerator)
-        runs.sum_gradients(parameters.values(), accelerator)
+            groups = given_groups(policy, batch) if check else grpo.sample_groups(policy, batch, G, C, SEED)
+        groups = [replace(g, rewards=torch.tensor([reward(ids) for ids in g.ids.tolist()])) for g in groups]
+        groups = grpo.with_advantages(groups, args)
+        counts = grpo.count_batch(groups, C, accelerator)
         if check:
+            _, metrics = grpo.policy_gradient(policy, groups, counts, args, accelerator)
             torch.save({n: p.grad for n, p in parameters.items()}, os.path.join(folder, "gradient.pt"))
             return {"loss": metrics["loss"], "grad_norm": norm_of(p.grad for p in parameters.values())}
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
-        optimizer.step()
-        optimizer.zero_grad()
+        grpo.update_policy(policy, optimizer, groups, counts, args, accelerator)
         meter.tick()
-    inputs = vlm.collate_prompts(policy, [g.prompt for g in groups])["attention_mask"]
-    size = {"parameters": sum(p.numel() for p in policy.model.parameters()), "prompt_tokens": inputs.shape[1]}
+    prompt_tokens = max(g.prompt.inputs["input_ids"].shape[1] for g in groups)
+    size = {"parameters": sum(p.numel() for p in policy.model.parameters()), "prompt_tokens": prompt_tokens}
     return meter.result() | size | {"response_tokens": int(sum(g.mask.sum() for g in groups))}
 
 

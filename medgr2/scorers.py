@@ -311,7 +311,7 @@ def find_groups(row, name):
     dataset = formats.clean(row.get("dataset")) or (numbered[1] if numbered else "")
     modality = formats.clean(row.get("modality") or row.get("modality_type"))
     groups = {
-        "modality": formats.NAMES.get(formats.squash(modality), modality) or DATASET_MODALITIES.get(dataset),
+        "modality": formats.canonical_name(modality) or DATASET_MODALITIES.get(dataset),
         "task": formats.clean(row.get("task") or row.get("question_type")),
         "dataset": dataset,
         "source": row.get("source"),

@@ -1,21 +1,27 @@
-"""A vision-language model: load, encode, read a prompt once and continue it many times.
+"""A vision-language model: encode prompts, prefill them once, continue each many times.
 
-Any Hugging Face image-text-to-text model, from a hub name or a directory. The toy is such a directory; nothing
-here knows which one it was given.
+Any Hugging Face image-text-to-text model, from a hub name or a directory (medgr2/loading.py). The toy is such
+a directory; nothing here knows which one it was given.
 
-Glossary: `B` prompts (each an image and a text), `G` continuations of each, `P` prompt tokens, `C` continuation
-tokens, `D` hidden size, `V` vocabulary. Prompts are padded on the left, continuations on the right, so that the
-two meet: row i reads [pad pad prompt | continuation pad]. Rows of one prompt stand together: row b·G + g.
+Glossary: `B` prompts (each an image and a text), `G` continuations of each, `N` = B·G rows, `P` prompt
+tokens, `C` continuation tokens, `D` hidden size, `V` vocabulary. Prompts are padded on the left,
+continuations on the right, so that the two meet: row i is [pad pad prompt | continuation pad]. Rows of one
+prompt are neighbours: row b·G + g.
+
+    inputs = vlm.encode_prompts(policy, images, texts)                       # (B, P)
+    ids, mask, truncated = vlm.sample(policy, inputs, seeds, 96, group=8)    # (N, C), (N, C), (N,)
+    logps, entropy = vlm.token_logps(policy, inputs, ids, mask)              # (N, C) each, with gradient
 """
 
 import inspect
 import re
-import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from PIL import Image
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
 
 from triton_ops import linear_logprob
 
@@ -24,20 +30,20 @@ from triton_ops import linear_logprob
 class VLM:
     model: torch.nn.Module
     processor: object
-    # end of turn, which training teaches
+    # The end of a turn, which training teaches.
     end_id: int
-    # every token that ends a turn when sampled
+    # Every token that ends a turn when sampled.
     stop_ids: list
-    # image placeholders, other special tokens, rows of the embedding that no token has
+    # Image placeholders, other special tokens, rows of the embedding that no token has: never sampled.
     banned_ids: list
-    # finds the names of special tokens in a text
-    special: re.Pattern
-    # (divisor, softcap): logits = softcap · tanh(head(state) / softcap) / divisor
+    # Finds the names of special tokens in a text.
+    special_names: re.Pattern
+    # (divisor, softcap): logits = softcap · tanh(head(state) / softcap) / divisor.
     logit_rule: tuple = (1.0, None)
-    # whether a prompt read once can be continued: "always", "without gradient" or "never" (plain rows)
-    shares: str = "always"
-    # whether `look` keeps an image's features (freeze_images)
-    keeps: bool = False
+    # Whether a prefilled prompt can be continued: "always", "without gradient" or "never" (plain rows).
+    prefix_sharing: str = "always"
+    # Whether an image's features are computed once and kept (loading.freeze_images).
+    reuses_features: bool = False
 
     @property
     def tokenizer(self):
@@ -48,252 +54,305 @@ class VLM:
         return self.model.device
 
     @property
-    def can_continue(self):
-        return self.shares == "always" or self.shares == "without gradient" and not torch.is_grad_enabled()
-
-    @property
     def head(self):
         return self.model.get_output_embeddings()
+
+    @property
+    def can_share_prefix(self):
+        if self.prefix_sharing == "without gradient":
+            return not torch.is_grad_enabled()
+        return self.prefix_sharing == "always"
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Encoding.
 
 
-class Inputs(dict):
-    """The model's inputs, one row a prompt, and `repeated(G)`: the same with G rows a prompt (of many models an image has no row)."""
-
-
-def encode_prompts(vlm, images, texts, device=None):
-    """Images (PIL, RGB) and user texts, one of each a prompt → the model's Inputs, left-padded to (B, P).
-
-    A special token's name in a text is plain text: a space after its first character tells it from the token.
-    """
-    again = lambda group: encode_prompts(
-        vlm, *([x for x in of for _ in range(group)] for of in (images, texts))
-    )  # noqa: E731
-    texts = [vlm.special.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text) for text in texts]
-    chats = [
-        vlm.processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        for text in texts
-    ]
-    # no second <bos>
-    begun = vlm.tokenizer.bos_token is not None and chats[0].startswith(vlm.tokenizer.bos_token)
-    inputs = vlm.processor(
-        text=chats,
-        images=[[i] for i in images],
-        padding=True,
-        padding_side="left",
-        add_special_tokens=not begun,
-        return_tensors="pt",
-    )
-    prompts = Inputs((k, v.to(device or vlm.device)) for k, v in inputs.items())
-    prompts.repeated = again
-    return prompts
-
-
 @dataclass
 class Prompt:
-    """An image and a text; inputs: the model's, (1, P), with the image's features in place of its pixels, or None where none are kept."""
+    """An image and a text. `inputs`: the model's, (1, P), features in place of pixels, if they are kept."""
 
     image: Image.Image
     text: str
     inputs: dict = None
 
 
+class Inputs(dict):
+    """The model's inputs of B prompts, left-padded to (B, P), and `prompts`, what they were made of."""
+
+    def __init__(self, tensors, prompts):
+        super().__init__(tensors)
+        self.prompts = prompts
+
+
+def encode_prompts(vlm, images, texts, device=None):
+    """B images (PIL, RGB) and B user texts → the model's Inputs, left-padded to (B, P).
+
+    The name of a special token in a text is plain text: a space after its first character tells it from the
+    token.
+    """
+    prompts = [Prompt(image, text) for image, text in zip(images, texts)]
+    texts = [vlm.special_names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text) for text in texts]
+    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}] for t in texts]
+    chats = [vlm.processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
+    # Some templates write <bos>; the tokenizer must not write a second one.
+    has_bos = vlm.tokenizer.bos_token is not None and chats[0].startswith(vlm.tokenizer.bos_token)
+    images = [[image] for image in images]
+    settings = {"padding": True, "padding_side": "left", "add_special_tokens": not has_bos}
+    tensors = vlm.processor(text=chats, images=images, return_tensors="pt", **settings)
+    return Inputs({key: x.to(device or vlm.device) for key, x in tensors.items()}, prompts)
+
+
+def repeat_prompts(vlm, inputs, group):
+    """Inputs with `group` rows per prompt, encoded again: in many models an image has no row to repeat."""
+    return collate_prompts(vlm, [prompt for prompt in inputs.prompts for _ in range(group)])
+
+
 def preprocess(vlm, images, texts):
-    """What `look` needs of B images and texts, on the CPU. The processor's work alone: a thread can do it, with a processor of its own."""
-    return encode_prompts(vlm, images, texts, "cpu") if vlm.keeps else None
+    """The processor's part of encode_images, on the CPU: a thread can do it, with a processor of its own."""
+    if vlm.reuses_features:
+        return encode_prompts(vlm, images, texts, "cpu")
+    return Inputs({}, [Prompt(image, text) for image, text in zip(images, texts)])
 
 
 @torch.no_grad()
-def encode_images(vlm, images, texts, prepared):
-    """B images and texts → a Prompt each. After freeze_images the vision tower reads them here, once for samples, reference and updates."""
-    if prepared is None:
-        return [Prompt(*both) for both in zip(images, texts)]
-    base, inputs = vlm.model.base_model, {k: v.to(vlm.device) for k, v in prepared.items()}
-    asked = inspect.signature(base.get_image_features).parameters
-    seen = base.get_image_features(**{k: v for k, v in inputs.items() if k in asked}, return_dict=True)
-    # these of Qwen3-VL: a list an image each
-    features, layers = seen.pooler_output, getattr(seen, "deepstack_features", None) or []
-    # (rows, tokens, D), of an image in tiles several; else a list of (tokens, D), one an image
-    if torch.is_tensor(features):
-        tokens = (inputs["input_ids"] == vlm.model.config.image_token_id).sum(1)  # (B,)
-        features = features.split((tokens // features.shape[1]).tolist())
-    else:
-        features = [[x] for x in features]
-    prompts = []
-    for b, (image, text) in enumerate(zip(images, texts)):
-        width = int(inputs["attention_mask"][b].sum())
-        row = {
-            k: v[b : b + 1, -width:] if v.shape == inputs["input_ids"].shape else v[b : b + 1]
-            for k, v in inputs.items()
-            if not k.startswith("pixel_")
-        }
-        kept = SimpleNamespace(pooler_output=features[b], deepstack_features=[x[b : b + 1] for x in layers])
-        prompts.append(Prompt(image, text, row | {"mm_encoder_outputs": {"image": kept}}))
-    return prompts
+def encode_images(vlm, inputs):
+    """Preprocessed Inputs → B Prompts. The vision tower runs here, once for samples, reference and updates.
+
+    That asks for loading.freeze_images. Otherwise the Prompts keep no features, and every pass encodes the
+    pixels.
+    """
+    if not vlm.reuses_features:
+        return inputs.prompts
+    inputs, prompts = {key: x.to(vlm.device) for key, x in inputs.items()}, inputs.prompts
+    tower = vlm.model.base_model.get_image_features
+    asked = {key: inputs[key] for key in inspect.signature(tower).parameters if key in inputs}
+    outputs = tower(**asked, return_dict=True)
+    features = split_features(vlm, outputs.pooler_output, inputs["input_ids"])
+    # Qwen3-VL adds features in deeper layers: per layer a list with one entry per image.
+    deepstack = getattr(outputs, "deepstack_features", None) or []
+    found = []
+    for b, prompt in enumerate(prompts):
+        kept = SimpleNamespace(
+            pooler_output=features[b], deepstack_features=[x[b : b + 1] for x in deepstack]
+        )
+        found.append(
+            Prompt(prompt.image, prompt.text, one_row(inputs, b) | {"mm_encoder_outputs": {"image": kept}})
+        )
+    return found
+
+
+def split_features(vlm, features, input_ids):
+    """The features of each prompt's image, from a tensor (tiles, tokens, D) or a list of (tokens, D)."""
+    if not torch.is_tensor(features):
+        return [[x] for x in features]
+    tokens = (input_ids == vlm.model.config.image_token_id).sum(1)  # (B,)
+    return features.split((tokens // features.shape[1]).tolist())
+
+
+def one_row(inputs, b):
+    """Row b of the inputs, without padding and pixels: (1, P_b)."""
+    width = int(inputs["attention_mask"][b].sum())
+    row = {}
+    for key, x in inputs.items():
+        if not key.startswith("pixel_"):
+            row[key] = x[b : b + 1, -width:] if x.shape == inputs["input_ids"].shape else x[b : b + 1]
+    return row
 
 
 def collate_prompts(vlm, prompts):
-    """B Prompts that were looked at → the model's Inputs, left-padded to (B, P), as encode_prompts makes them."""
+    """B Prompts → the model's Inputs, left-padded to (B, P), as encode_prompts makes them."""
     if prompts[0].inputs is None:
         return encode_prompts(vlm, [p.image for p in prompts], [p.text for p in prompts])
-    rows, batch = [p.inputs for p in prompts], Inputs()
+    rows = [p.inputs for p in prompts]
     width = max(row["input_ids"].shape[1] for row in rows)
-    for key, value in rows[0].items():
-        # as `look` cut them: lists of (tokens, D), or tensors (rows, tokens, D)
+    batch = Inputs({}, prompts)
+    for key, x in rows[0].items():
         if key == "mm_encoder_outputs":
-            seen = [row[key]["image"] for row in rows]
-            whole = lambda parts: (
-                torch.cat(parts) if torch.is_tensor(parts[0]) else [x for part in parts for x in part]
-            )  # noqa: E731
-            layers = zip(*(s.deepstack_features for s in seen))
-            batch[key] = {
-                "image": SimpleNamespace(
-                    pooler_output=whole([s.pooler_output for s in seen]),
-                    deepstack_features=[whole(parts) for parts in layers],
-                )
-            }
-        elif value.shape == rows[0]["input_ids"].shape:
-            # a number a token
+            batch[key] = {"image": collate_features([row[key]["image"] for row in rows])}
+        elif x.shape == rows[0]["input_ids"].shape:
+            # One number per token.
             fill = vlm.tokenizer.pad_token_id if key == "input_ids" else 0
             batch[key] = torch.cat(
-                [
-                    torch.nn.functional.pad(row[key], (width - row[key].shape[1], 0), value=fill)
-                    for row in rows
-                ]
+                [pad(row[key], (width - row[key].shape[1], 0), value=fill) for row in rows]
             )
         else:
-            # a row an image
+            # One row per image.
             batch[key] = torch.cat([row[key] for row in rows])
-    batch.repeated = lambda group: collate_prompts(vlm, [p for p in prompts for _ in range(group)])
     return batch
 
 
-def encode_continuations(vlm, texts, end=True):
-    """Responses → (ids, mask), right-padded to (N, C); each closes with the end-of-turn token, which counts.
+def collate_features(kept):
+    """The kept features of B images as the library returns them for one batch."""
 
-    A special token's name in a text is plain text: an image placeholder without an image would end the forward pass.
+    def join(parts):
+        return torch.cat(parts) if torch.is_tensor(parts[0]) else [x for part in parts for x in part]
+
+    deepstack = [join(layer) for layer in zip(*(k.deepstack_features for k in kept))]
+    return SimpleNamespace(pooler_output=join([k.pooler_output for k in kept]), deepstack_features=deepstack)
+
+
+def encode_continuations(vlm, texts, end=True):
+    """N responses → (ids, mask), right-padded to (N, C). Each ends with the end-of-turn token, which counts.
+
+    The name of a special token in a text is plain text: an image placeholder without an image would stop the
+    forward pass.
     """
-    rows = [
-        vlm.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for text in texts
-    ]
+    rows = [vlm.tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
     rows = [row + [vlm.end_id] * end for row in rows]
     width = max(map(len, rows))
-    ids = torch.tensor([r + [vlm.tokenizer.pad_token_id] * (width - len(r)) for r in rows])  # (N, C)
-    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])  # (N, C)
+    ids = torch.tensor([row + [vlm.tokenizer.pad_token_id] * (width - len(row)) for row in rows])  # (N, C)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])  # (N, C)
     return ids.to(vlm.device), mask.to(vlm.device)
 
 
 def decode(vlm, ids, mask):
     """(N, C) sampled ids → N texts, without the end-of-turn token."""
-    return [
-        vlm.tokenizer.decode(row[m.bool()], skip_special_tokens=True) for row, m in zip(ids.cpu(), mask.cpu())
-    ]
+    rows = [row[m.bool()] for row, m in zip(ids.cpu(), mask.cpu())]
+    return [vlm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Prefill once, continue many.
 
 
-def prefill(vlm, prompts, group=1):
-    """Read B prompts once → (cache of B·G rows, attention mask (B·G, P), last hidden states (B·G, D)).
+class Prefix:
+    """B prefilled prompts in N = B·G rows, one per continuation: all that the model needs to go on.
 
-    Gradients flow through the cache to the prompt's side when they are on.
+    cache        keys and values (and the states of recurrent layers) of N rows, P tokens at first
+    mask         (N, P), which tokens are no padding
+    rope_deltas  (N, 1) or None. M-RoPE (Qwen) counts positions without padding, and an image advances them by
+                 its longer
+                 side; this is what the text after the image adds. Kept here, for the model forgets it at its
+                 next batch.
+    """
+
+    def __init__(self, cache, mask, rope_deltas):
+        self.cache, self.mask, self.rope_deltas = cache, mask, rope_deltas
+
+    def repeat(self, group):
+        """Make `group` rows of each."""
+        rows = torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(group)
+        if any(hasattr(layer, "conv_states") for layer in self.cache.layers):
+            self.cache.reorder_cache(rows)
+        else:
+            # The same with a faster backward pass, but it would miss a recurrent layer's states.
+            self.cache.batch_repeat_interleave(group)
+        self.select_positions(rows)
+
+    def select(self, rows):
+        """Keep these rows (n,) only."""
+        self.cache.reorder_cache(rows)
+        self.select_positions(rows)
+
+    def select_positions(self, rows):
+        self.mask = self.mask[rows]
+        self.rope_deltas = None if self.rope_deltas is None else self.rope_deltas[rows]
+
+    def reserve(self, tokens):
+        """Make space for `tokens` more in each layer that keeps all; one with a sliding window forgets."""
+        for i, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                self.cache.layers[i] = ReservedLayer(layer, tokens)
+
+    def append(self, mask):
+        """Count C more tokens → their positions as the model's keyword arguments. mask (N, C)."""
+        self.mask = torch.cat([self.mask, mask], 1)  # (N, P+C)
+        if self.rope_deltas is None:
+            # Most models count on from the length of their cache.
+            return {}
+        text = (self.mask.cumsum(-1) - 1)[:, -mask.shape[1] :] + self.rope_deltas  # (N, C)
+        # A text advances equally in time, height and width.
+        return {"position_ids": text.expand(3, -1, -1)}
+
+
+class ReservedLayer(DynamicLayer):
+    """A cache layer that writes new tokens into reserved space; DynamicLayer copies all P to append one.
+
+    Without gradient only: a backward pass would read what has been overwritten.
+    """
+
+    def __init__(self, layer, tokens):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.length = layer.keys.shape[-2]
+        self.key_space, self.value_space = (pad(x, (0, 0, 0, tokens)) for x in (layer.keys, layer.values))
+        self.show()
+
+    def show(self):
+        """Let `keys` and `values` be views of what is in use."""
+        self.keys, self.values = self.key_space[:, :, : self.length], self.value_space[:, :, : self.length]
+
+    def update(self, keys, values, *args, **kwargs):
+        new = slice(self.length, self.length + keys.shape[-2])
+        self.key_space[:, :, new], self.value_space[:, :, new], self.length = keys, values, new.stop
+        self.show()
+        return self.keys, self.values
+
+    def reorder_cache(self, rows):
+        self.key_space, self.value_space = self.key_space[rows], self.value_space[rows]
+        self.show()
+
+
+def prefill(vlm, inputs, group=1):
+    """Encode B prompts once → (Prefix of N = B·G rows, last hidden states (N, D)).
+
+    With gradients on, they flow through the cache back to the prompt.
     """
     base = vlm.model.base_model
     if hasattr(base, "rope_deltas"):
-        # another batch's
+        # The last batch's.
         base.rope_deltas = None
-    out = base(**prompts, use_cache=True)
-    # the last column is never padding
-    cache, last = out.past_key_values, out.last_hidden_state[:, -1]
-    rows, shift = (
-        torch.arange(len(last), device=last.device).repeat_interleave(group),
-        getattr(base, "rope_deltas", None),
-    )
-    # (B·G, 1); on the model, the next batch would overwrite them
-    cache.rope_deltas = None if shift is None else shift[rows]
-    # both repeat; the second has the faster backward pass, and would miss a recurrent layer's state
+    out = base(**inputs, use_cache=True)
+    prefix = Prefix(out.past_key_values, inputs["attention_mask"], getattr(base, "rope_deltas", None))
+    # The last column is never padding.
+    last = out.last_hidden_state[:, -1]
     if group > 1:
-        recurrent = any(hasattr(layer, "conv_states") for layer in cache.layers)
-        cache.reorder_cache(rows) if recurrent else cache.batch_repeat_interleave(group)
-    return cache, prompts["attention_mask"][rows], last.repeat_interleave(group, 0)
+        prefix.repeat(group)
+    return prefix, last.repeat_interleave(group, 0)
 
 
-def decode_step(vlm, cache, mask, ids):
-    """Continue cached rows with ids (N, C) → their hidden states (N, C, D); the cache grows by C. mask (N, P+C)."""
-    # most models count on from the cache's length
-    positions = {}
-    # M-RoPE (Qwen): counted without padding, and an image advances it by its longer side
-    if cache.rope_deltas is not None:
-        text = (mask.cumsum(-1) - 1)[:, -ids.shape[1] :] + cache.rope_deltas  # (N, C)
-        # of text: the same in time, height and width
-        positions = {"position_ids": text.expand(3, -1, -1)}
-    return vlm.model.base_model(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions
-    ).last_hidden_state
+def decode_step(vlm, prefix, ids, mask):
+    """Continue the prefix by ids (N, C) → their hidden states (N, C, D). The prefix grows by C tokens."""
+    positions = prefix.append(mask)
+    state = {"attention_mask": prefix.mask, "past_key_values": prefix.cache, "use_cache": True}
+    return vlm.model.base_model(input_ids=ids, **state, **positions).last_hidden_state
 
 
-class Room:
-    """In place of a cache layer's `update`: writes new tokens in place, where the layer's own copies all P to add one. No gradient."""
+def hidden_states(vlm, inputs, ids, mask):
+    """Hidden states around N = B·G continuations (N, C); each prompt is encoded once.
 
-    def __init__(self, layer, more):
-        # a cycle would outlive the cache until the next collection
-        self.layer, self.used = weakref.proxy(layer), layer.keys.shape[-2]
-        self.keys, self.values = (
-            torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (layer.keys, layer.values)
-        )
-
-    def __call__(self, keys, values, *args, **kwargs):
-        new = slice(self.used, self.used + keys.shape[-2])
-        self.keys[:, :, new], self.values[:, :, new], self.used = keys, values, new.stop
-        self.layer.keys, self.layer.values = self.keys[:, :, : new.stop], self.values[:, :, : new.stop]
-        return self.layer.keys, self.layer.values
-
-
-def make_room(cache, more, rows=None):
-    """Room for `more` tokens in each layer that keeps all it is given (a sliding one forgets, and goes on as it does).
-
-    With `rows` (n,) the cache keeps these alone; a layer at a time, so that no two whole caches stand side by side.
+    Returns (N, C+1, D): position c predicts token c, and position C follows the last one. It is garbage where
+    `mask` is 0; the state after a shorter continuation is at position mask.sum().
     """
-    for layer in cache.layers:
-        if rows is not None:
-            layer.reorder_cache(rows)
-        if type(layer).__name__ == "DynamicLayer" and layer.is_initialized:
-            layer.update = Room(layer, more)
+    group = ids.shape[0] // inputs["attention_mask"].shape[0]
+    if group > 1 and vlm.can_share_prefix:
+        prefix, last = prefill(vlm, inputs, group)
+        return torch.cat([last[:, None], decode_step(vlm, prefix, ids, mask)], 1)
+    return plain_hidden_states(vlm, repeat_prompts(vlm, inputs, group) if group > 1 else inputs, ids, mask)
 
 
-def hidden_states(vlm, prompts, ids, mask):
-    """Hidden states around N = B·G continuations (N, C), each prompt read once.
+def plain_hidden_states(vlm, inputs, ids, mask):
+    """hidden_states in one pass over prompt and continuation, the only way with gradient checkpointing."""
+    joined = dict(inputs)
+    joined["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)  # (N, P+C)
+    joined["attention_mask"] = torch.cat([inputs["attention_mask"], mask], 1)
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if key in inputs:
+            # A continuation is text: type 0.
+            joined[key] = torch.cat([inputs[key], torch.zeros_like(ids)], 1)
+    return vlm.model.base_model(**joined, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1 :]
 
-    Returns (N, C+1, D): position c predicts token c, and position C follows the last one (garbage where
-    `mask` is 0; the state after a shorter continuation stands at position mask.sum()).
-    """
-    group = ids.shape[0] // prompts["attention_mask"].shape[0]
-    if group > 1 and not vlm.can_continue:
-        prompts, group = prompts.repeated(group), 1
-    # nothing to share: one pass over prompt and continuation (the only one that gradient checkpointing
-    # allows)
-    if group == 1:
-        inputs = prompts | {
-            "input_ids": torch.cat([prompts["input_ids"], ids], 1),
-            "attention_mask": torch.cat([prompts["attention_mask"], mask], 1),
-        }
-        # a continuation is text: type 0
-        for key in ("token_type_ids", "mm_token_type_ids"):
-            if key in prompts:
-                inputs[key] = torch.cat([prompts[key], torch.zeros_like(ids)], 1)
-        return vlm.model.base_model(**inputs, use_cache=False).last_hidden_state[:, -ids.shape[1] - 1 :]
-    cache, prompt_mask, last = prefill(vlm, prompts, group)
-    states = decode_step(vlm, cache, torch.cat([prompt_mask, mask], 1), ids)  # (N, C, D)
-    return torch.cat([last[:, None], states], 1)
+
+def lm_head(vlm, states, temperature=1.0):
+    """The arguments of triton_ops.py in autocast's dtype: states, weight, {temperature, bias, softcap}."""
+    device, bias = states.device.type, getattr(vlm.head, "bias", None)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    divisor, softcap = vlm.logit_rule
+    options = {"temperature": temperature * divisor, "softcap": softcap, "bias": None}
+    if bias is not None:
+        options["bias"] = bias.to(dtype)
+    return states.to(dtype), vlm.head.weight.to(dtype), options
 
 
 def apply_logit_rule(logits, rule):
@@ -302,28 +361,12 @@ def apply_logit_rule(logits, rule):
     return (softcap * torch.tanh(logits / softcap) if softcap else logits) / divisor
 
 
-def lm_head(vlm, states, temperature=1.0):
-    """What the ops of triton_ops.py ask for: (states, the head's weight, {temperature, bias, softcap}), in autocast's dtype."""
-    device, bias = states.device.type, getattr(vlm.head, "bias", None)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    divisor, softcap = vlm.logit_rule
-    return (
-        states.to(dtype),
-        vlm.head.weight.to(dtype),
-        {
-            "temperature": temperature * divisor,
-            "softcap": softcap,
-            "bias": bias if bias is None else bias.to(dtype),
-        },
-    )
-
-
-def token_logps(vlm, prompts, ids, mask, temperature=1.0, states=None):
+def token_logps(vlm, inputs, ids, mask, temperature=1.0, states=None):
     """Log-probability and entropy of every continuation token: (N, C) each, zero where `mask` is 0.
 
     Only positions under the mask reach the LM head: the N·C × V logits never exist (triton_ops.py).
     """
-    states = hidden_states(vlm, prompts, ids, mask) if states is None else states
+    states = hidden_states(vlm, inputs, ids, mask) if states is None else states
     keep = mask.bool()
     rows, weight, options = lm_head(vlm, states[:, :-1][keep], temperature)
     logps, entropy = linear_logprob(rows, weight, ids[keep], **options)
@@ -331,73 +374,70 @@ def token_logps(vlm, prompts, ids, mask, temperature=1.0, states=None):
     return zeros.masked_scatter(keep, logps), zeros.masked_scatter(keep, entropy)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Sampling.
+
+
 @torch.no_grad()
-def sample(vlm, prompts, seeds, max_new_tokens, temperature=1.0, group=1):
-    """Sample `group` continuations of each of B prompts → ids, mask (B·G, C), truncated (B·G,).
+def sample(vlm, inputs, seeds, max_new_tokens, temperature=1.0, group=1):
+    """Sample `group` continuations of each of B prompts → ids (N, C), mask (N, C), truncated (N,).
 
     The end-of-turn token is included. A continuation that reaches max_new_tokens without one is truncated.
-
-    No top-k, no top-p: these are the model's own samples, less the tokens that must never be one (`banned_ids`).
-    `temperature=0` is greedy. Each row draws from a generator of its own, seeded by `seeds` (B·G ints): token =
-    the inverse of the distribution function at one uniform number, so a row does not depend on its batch.
+    No top-k, no top-p: these are the model's own samples, less the tokens that must never be one
+    (`banned_ids`). `temperature=0` is greedy. Each row draws from a generator of its own, seeded by `seeds`
+    (N ints), so a row does not depend on its batch.
     """
-    rows = prompts["attention_mask"].shape[0] * group
-    uniform = (
-        torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        if temperature
-        else torch.zeros(rows, max_new_tokens)
-    )
+    N = inputs["attention_mask"].shape[0] * group
+    uniform = uniform_numbers(seeds, max_new_tokens) if temperature else torch.zeros(N, max_new_tokens)
     uniform = uniform.to(vlm.device)  # (N, C)
-    stops, banned = (
-        torch.tensor(x, dtype=torch.long, device=vlm.device) for x in (vlm.stop_ids, vlm.banned_ids)
-    )
-    # (n,) which rows are still in the batch
-    here = torch.arange(rows, device=vlm.device)
-    alive = torch.ones_like(here, dtype=torch.bool)  # (n,)
-    ids = torch.full((rows, max_new_tokens), vlm.tokenizer.pad_token_id, device=vlm.device)
-    kept = torch.zeros_like(ids)  # (N, C)
-    truncated = torch.ones(rows, dtype=torch.bool, device=vlm.device)  # (N,)
-    if vlm.can_continue:
-        cache, mask, state = prefill(vlm, prompts, group)
-        make_room(cache, max_new_tokens)
+    stops = torch.tensor(vlm.stop_ids, device=vlm.device)
+    banned = torch.tensor(vlm.banned_ids, dtype=torch.long, device=vlm.device)
+    ids = torch.full((N, max_new_tokens), vlm.tokenizer.pad_token_id, device=vlm.device)
+    mask = torch.zeros_like(ids)  # (N, C)
+    truncated = torch.ones(N, dtype=torch.bool, device=vlm.device)
+    # The rows that are still in the batch, and which of them have not ended: (n,) each.
+    rows = torch.arange(N, device=vlm.device)
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    if vlm.can_share_prefix:
+        prefix, state = prefill(vlm, inputs, group)
+        prefix.reserve(max_new_tokens)
     else:
-        prompts, cache = prompts.repeated(group), None
-        state = hidden_states(vlm, prompts, ids[:, :0], kept[:, :0])[:, -1]
+        prefix, inputs = None, repeat_prompts(vlm, inputs, group)
+        state = hidden_states(vlm, inputs, ids[:, :0], mask[:, :0])[:, -1]
     for step in range(max_new_tokens):
-        logits = apply_logit_rule(
-            vlm.head(state).float(), vlm.logit_rule
-        )  # (n, V): one position, not C of them
+        # One position, not C of them.
+        logits = apply_logit_rule(vlm.head(state).float(), vlm.logit_rule)  # (n, V)
         logits[:, banned] = -torch.inf
-        token = sample_token(logits, temperature, uniform[here, step])
-        ids[here, step], kept[here, step] = (
-            torch.where(alive, token, vlm.tokenizer.pad_token_id),
-            alive.long(),
-        )
+        token = sample_token(logits, temperature, uniform[rows, step])
+        ids[rows, step] = torch.where(alive, token, vlm.tokenizer.pad_token_id)
+        mask[rows, step] = alive.long()
         alive = alive & ~torch.isin(token, stops)
-        truncated[here] = alive
-        left = int(alive.sum())
-        if not left or step == max_new_tokens - 1:
+        truncated[rows] = alive
+        if not alive.any() or step == max_new_tokens - 1:
             break
-        # a plain pass a token
-        if cache is None:
-            state = hidden_states(vlm, prompts, ids[:, : step + 1], kept[:, : step + 1])[:, -1]
+        if prefix is None:
+            # A plain pass per token.
+            state = hidden_states(vlm, inputs, ids[:, : step + 1], mask[:, : step + 1])[:, -1]
             continue
-        # the long tail goes on without the rows that have ended
-        if left <= len(here) // 2:
-            stay = alive.nonzero()[:, 0]
-            here, alive, mask = here[stay], alive[stay], mask[stay]
-            make_room(cache, max_new_tokens - step, stay)
-            cache.rope_deltas = None if cache.rope_deltas is None else cache.rope_deltas[stay]
-        mask = torch.cat([mask, kept[here, step][:, None]], 1)
-        state = decode_step(vlm, cache, mask, ids[here, step][:, None])[:, 0]
-    return ids[:, : step + 1], kept[:, : step + 1], truncated
+        if alive.sum() <= len(rows) // 2:
+            # The long tail continues without the rows that have ended.
+            kept = alive.nonzero()[:, 0]
+            rows, alive = rows[kept], alive[kept]
+            prefix.select(kept)
+        state = decode_step(vlm, prefix, ids[rows, step][:, None], mask[rows, step][:, None])[:, 0]
+    return ids[:, : step + 1], mask[:, : step + 1], truncated
+
+
+def uniform_numbers(seeds, count):
+    """`count` numbers in [0, 1) of a generator per seed: (N, count)."""
+    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def sample_token(logits, temperature, uniform):
-    """One token a row: the largest logit at temperature 0, else the inverse CDF of the softmax at `uniform`."""
+    """One token per row: the largest logit at temperature 0, else the inverse CDF at `uniform` (n,)."""
     if not temperature:
         return logits.argmax(-1)
-    # (N, V); double: 150,000 terms must sum to 1
-    cdf = (logits / temperature).softmax(-1).double().cumsum(-1)
+    # In double, because 150,000 terms must sum to 1.
+    cdf = (logits / temperature).softmax(-1).double().cumsum(-1)  # (n, V)
     below = uniform.double()[:, None] * cdf[:, -1:]
     return (cdf <= below).sum(-1).clamp(max=cdf.shape[-1] - 1)

@@ -474,7 +474,7 @@ def test_killed_and_called_again_it_gives_the_same_bytes_and_then_is_complete(ho
         # What a crash in the middle of a line leaves.
         file.write('{"id": "half')
     done = command(*answer(home, "b"))
-    assert "going on from step" in done.stdout and "going on from step 0" not in done.stdout
+    assert "resuming from step" in done.stdout and "resuming from step 0" not in done.stdout
     for name in ("predictions.jsonl", "metrics.json"):
         assert (home / "b" / name).read_bytes() == (home / "a" / name).read_bytes()
     again = command(*answer(home, "b"))

@@ -645,7 +645,7 @@ def test_after_kill_9_the_same_command_gives_the_same_files(serve, stage, tmp_pa
         file.write('{"id": "half a li')
     del server.seen[:]
     status, out, _ = stage(*flags, "--out", tmp_path / "out")
-    assert status == 0 and "going on from step 2" in out and len(server.seen) == 12
+    assert status == 0 and "resuming from step 2" in out and len(server.seen) == 12
     for name in ("candidates.jsonl", "rejected.jsonl", "metrics.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert any(

@@ -4,8 +4,12 @@ import argparse
 import copy
 import json
 import math
+import os
+import subprocess
 import sys
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import clinic
@@ -13,10 +17,12 @@ import pytest
 import torch
 
 import grpo
-from medgr2 import loading, records, runs, vlm
+from medgr2 import loading, records, rollouts, vlm
 from medgr2.images import open_image
 from medgr2.prompts import is_match, parse_response, policy_prompt
+from medgr2.watch import is_hacking
 from reward import Heads, RewardModel
+from triton_ops import LossInputs
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,6 +60,11 @@ def by_hand(logps, old, ref, advantages, mask, counts, loss, low, high, beta):
     return total
 
 
+def loss_of(logps, old, ref, advantages, mask, counts, **options):
+    """grpo_loss of tensors, (loss, sums of metrics)."""
+    return grpo.grpo_loss(logps, LossInputs(advantages, mask, old, ref), grpo.Counts(*counts), **options)
+
+
 OLD = [[-1.0, -2.0, -0.5], [-1.5, -1.0, -3.0]]
 REF = [[-1.1, -1.7, -0.9], [-1.2, -1.4, -2.0]]
 # log ratio against a clip of 0.2 and 0.28
@@ -71,7 +82,7 @@ def test_loss_equals_a_computation_by_hand_in_every_branch_of_the_clip(loss, bra
     mask, advantages, counts = [[1, 1, 1], [1, 1, 0]], [0.7 * sign, 1.3 * sign], (2, 5, 8)
     want = by_hand(logps, OLD, REF, advantages, mask, counts, loss, 0.2, 0.28, beta)
     t = torch.tensor
-    got, metrics = grpo.grpo_loss(
+    got, metrics = loss_of(
         t(logps),
         t(OLD),
         t(REF),
@@ -103,41 +114,41 @@ def test_loss_equals_a_computation_by_hand_in_every_branch_of_the_clip(loss, bra
 )
 def test_a_clipped_token_has_no_gradient_and_every_other_has(branch, sign, moves):
     logps = (torch.tensor(OLD) + BRANCHES[branch]).requires_grad_()
-    grpo.grpo_loss(
-        logps, torch.tensor(OLD), None, torch.full((2,), float(sign)), torch.ones(2, 3), (2, 6, 3)
-    )[0].backward()
+    loss_of(logps, torch.tensor(OLD), None, torch.full((2,), float(sign)), torch.ones(2, 3), (2, 6, 3))[
+        0
+    ].backward()
     assert (logps.grad != 0).all() if moves else (logps.grad == 0).all()
 
 
 def test_epsilon_high_is_epsilon_unless_given_even_when_it_is_zero():
     logps = torch.tensor(OLD) + 0.1
-    run = lambda **k: grpo.grpo_loss(
-        logps, torch.tensor(OLD), None, torch.ones(2), torch.ones(2, 3), (2, 6, 3), **k
-    )[0].item()  # noqa: E731
+
+    def run(**options):
+        same = torch.ones(2), torch.ones(2, 3), (2, 6, 3)
+        return loss_of(logps, torch.tensor(OLD), None, *same, **options)[0].item()
+
     assert run() == pytest.approx(-math.exp(0.1), rel=1e-5) and run(epsilon_high=0.0) == pytest.approx(-1.0)
 
 
 def test_a_masked_token_and_an_all_masked_row_do_not_count():
     logps, mask = torch.tensor(OLD), torch.tensor([[1, 1, 0], [0, 0, 0]])
-    base = grpo.grpo_loss(logps, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0]
+    base = loss_of(logps, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0]
     other = torch.where(mask > 0, logps, torch.tensor(-50.0))
-    assert (
-        torch.equal(base, grpo.grpo_loss(other, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0])
-        and base.isfinite()
-    )
+    masked = loss_of(other, logps - 0.1, None, torch.ones(2), mask, (1, 2, 3))[0]
+    assert base.equal(masked) and base.isfinite()
 
 
 def test_advantages_by_hand_and_equal_rewards_give_exactly_zero():
     r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]])
-    group = grpo.advantages_of(r, "group")
+    group = grpo.compute_advantages(r, "group")
     # of (1, 0, 0, 1) with n - 1
     std = math.sqrt(4 * 0.25 / 3)
     assert (
         group[0].tolist() == pytest.approx([s * 0.5 / (std + 1e-4) for s in (1, -1, -1, 1)])
         and not group[1].any()
     )
-    assert grpo.advantages_of(r, "none")[0].tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert grpo.advantages_of(r, "batch", torch.tensor(2.0))[0].tolist() == pytest.approx(
+    assert grpo.compute_advantages(r, "none")[0].tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert grpo.compute_advantages(r, "batch", torch.tensor(2.0))[0].tolist() == pytest.approx(
         [s * 0.5 / 2.0001 for s in (1, -1, -1, 1)]
     )
 
@@ -146,10 +157,13 @@ def test_advantages_by_hand_and_equal_rewards_give_exactly_zero():
 
 
 class OneProcess:
-    """What `learn` asks of an accelerate.Accelerator, for one of several shares whose sums a test adds up itself."""
+    """An accelerate.Accelerator for one of several shares, whose sums a test adds up itself."""
 
     def __init__(self, counts=None):
         self.counts = counts
+
+    def autocast(self):
+        return nullcontext()
 
     def reduce(self, tensor, how):
         return (
@@ -174,6 +188,15 @@ def flags(**over):
     )
 
 
+def batch_of(policy, rows):
+    return rollouts.Batch(0, rows, rollouts.preprocess(policy, rows))
+
+
+def with_advantages(groups, **over):
+    given = {"scale_rewards": "group", "drop_zero_variance": False, "mask_truncated": False} | over
+    return grpo.with_advantages(groups, argparse.Namespace(**given))
+
+
 @pytest.fixture(scope="module")
 def policy():
     return loading.load(str(ROOT / "toy" / "policy"))
@@ -185,24 +208,30 @@ def groups(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clinic")
     clinic.write_clinic(str(folder), (3, 1, 1, 1, 1), seed=5)
     rows = list(records.read_records(folder / "expert.jsonl"))[:6]
-    made = grpo.sample_groups(policy, rows, grpo.prepare(policy, rows), 4, 24, 0, 0)
-    for k, g in enumerate(made):
-        g.rewards = torch.tensor([0.1, 0.5, 0.4, 0.9]) * (k + 1)
-        g.advantages = grpo.advantages_of(g.rewards[None], "group")[0]
-    return made
+    made = grpo.sample_groups(policy, batch_of(policy, rows), 4, 24, 0)
+    scale = torch.tensor([0.1, 0.5, 0.4, 0.9])
+    return with_advantages([replace(g, rewards=scale * (k + 1)) for k, g in enumerate(made)])
 
 
-def gradient(policy, groups, accelerator=None, reference=None, old=None, **over):
+def gradient(policy, groups, accelerator=None, reference=None, **over):
+    """(gradient by name, metrics, the groups afterwards) of one update."""
     policy.model.zero_grad()
-    metrics, before = grpo.learn(policy, reference, groups, flags(**over), accelerator or OneProcess(), old)
+    args, accelerator = flags(**over), accelerator or OneProcess()
+    if reference:
+        groups = grpo.with_reference_logps(reference, groups, args.micro_batch, accelerator)
+    counts = grpo.count_batch(groups, args.max_new_tokens, accelerator)
+    after, metrics = grpo.policy_gradient(policy, groups, counts, args, accelerator)
     grads = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     policy.model.zero_grad()
-    return grads, metrics, before
+    return grads, metrics, after
 
 
 def assert_same(a, b, tolerance=1e-5):
     assert a.keys() == b.keys() and a
-    flat = lambda g: torch.cat([g[n].flatten() for n in sorted(g)])  # noqa: E731
+
+    def flat(grads):
+        return torch.cat([grads[n].flatten() for n in sorted(grads)])
+
     assert (flat(a) - flat(b)).norm() <= tolerance * flat(a).norm() and flat(a).norm() > 0
 
 
@@ -227,7 +256,7 @@ def test_the_gradient_is_the_sum_over_processes(policy, groups, loss):
 def test_equal_rewards_move_nothing(policy, groups):
     same = [copy.copy(g) for g in groups]
     for g in same:
-        g.advantages = grpo.advantages_of(torch.full((1, 4), 0.7), "group")[0]
+        g.advantages = grpo.compute_advantages(torch.full((1, 4), 0.7), "group")[0]
     grads, _, _ = gradient(policy, same)
     assert grads and all((g == 0).all() for g in grads.values())
 
@@ -255,11 +284,12 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, loss, kl):
-    """Off the policy that sampled, with and without a reference; two groups have no advantage, and without a reference no forward."""
+    """Off the policy that sampled. Two groups have no advantage, and without a reference no forward pass."""
     # in the order in which they are learned
     some = sorted((copy.copy(g) for g in groups), key=lambda g: -int(g.mask.sum(1).max()))
     some[1].advantages = some[4].advantages = torch.zeros(4)
-    reference, (prompts, ids, mask, advantages) = loading.frozen_copy(policy), grpo.collate(policy, some)
+    reference, (prompts, ids, mask) = loading.frozen_copy(policy), grpo.collate(policy, some)
+    advantages = torch.cat([g.advantages for g in some])
     with torch.no_grad():
         reference.model.get_output_embeddings().weight.mul_(1.1)
         ref_logps, _ = vlm.token_logps(reference, prompts, ids, mask)
@@ -268,16 +298,11 @@ def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, lo
         noise = torch.randn(mask.shape, generator=draw) + torch.randn((len(mask), 1), generator=draw)
         old = (vlm.token_logps(policy, prompts, ids, mask)[0] + 0.3 * noise) * mask
     computed = mask.bool() & ((advantages != 0) | (kl > 0))[:, None]
-    rows = computed.any(1)
-    seen = old[rows][:, computed.any(0)]
-    grads, metrics, before = gradient(
-        policy, some, reference=reference if kl else None, old=[seen], loss=loss, kl=kl
-    )
+    some = [replace(g, old_logps=own) for g, own in zip(some, old.split(4))]
+    grads, metrics, after = gradient(policy, some, reference=reference if kl else None, loss=loss, kl=kl)
     policy.model.zero_grad()
     logps, entropy = vlm.token_logps(policy, prompts, ids, mask)
-    want, sums = grpo.grpo_loss(
-        logps, old, ref_logps, advantages, mask, (24, int(mask.sum()), 24), loss=loss, kl=kl
-    )
+    want, sums = loss_of(logps, old, ref_logps, advantages, mask, (24, int(mask.sum()), 24), loss=loss, kl=kl)
     want.backward()
     assert_same({n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}, grads)
     policy.model.zero_grad()
@@ -286,13 +311,30 @@ def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, lo
     assert {k: metrics[k] for k in sums} == pytest.approx(
         {k: v.item() / metrics["tokens"] for k, v in sums.items()}, rel=1e-4, abs=1e-6
     )
-    assert metrics["clip_low"] + metrics["clip_high"] > 0 and torch.allclose(
-        before[0], (logps.detach() * computed)[rows][:, computed.any(0)], atol=1e-5
-    )
+    assert metrics["clip_low"] + metrics["clip_high"] > 0
+    assert all(g.old_logps is before.old_logps for g, before in zip(after, some)), "kept over later updates"
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_the_first_update_keeps_the_log_probs_of_the_policy_that_sampled(policy, groups, kl):
+    """On the group that they belong to, whatever the order in which groups are learned from."""
+    some = [copy.copy(g) for g in groups]
+    some[1].advantages = torch.zeros(4)
+    reference = loading.frozen_copy(policy) if kl else None
+    _, _, after = gradient(policy, some, reference=reference, kl=kl, micro_batch=2)
+    for k, g in enumerate(after):
+        if k == 1 and not kl:
+            assert g.old_logps is None
+            continue
+        inputs = vlm.encode_prompts(policy, [g.prompt.image] * 4, [g.prompt.text] * 4)
+        with torch.no_grad():
+            logps, _ = vlm.token_logps(policy, inputs, g.ids, g.mask)
+        width = min(logps.shape[1], g.old_logps.shape[1])
+        assert torch.allclose(g.old_logps[:, :width], logps[:, :width], atol=1e-5)
 
 
 def forwards(policy, groups, **over):
-    """(responses, their columns) of each forward pass of `learn`, and its results."""
+    """(shape, tokens) of the responses in each forward pass of an update, and its results."""
     seen, real = [], vlm.hidden_states
 
     def hidden_states(vlm_, prompts, ids, mask):
@@ -309,8 +351,9 @@ def test_a_group_without_advantage_costs_no_forward_and_still_counts(policy, gro
     some = [copy.copy(g) for g in groups]
     for k in (0, 2, 3):
         some[k].advantages = torch.zeros(4)
-    seen, grads, metrics, before = forwards(policy, some, loss=loss, micro_batch=2)
-    assert [rows for (rows, _), _ in seen] == [8, 4] and [len(b) for b in before] == [8, 4]
+    seen, grads, metrics, after = forwards(policy, some, loss=loss, micro_batch=2)
+    assert [rows for (rows, _), _ in seen] == [8, 4]
+    assert [g.old_logps is None for g in after] == [k in (0, 2, 3) for k in range(6)]
     assert sum(tokens for _, tokens in seen) == sum(int(some[k].mask.sum()) for k in (1, 4, 5))
     # as good as none, and computed
     for g in some:
@@ -345,17 +388,11 @@ def test_with_a_kl_term_every_group_is_computed_and_without_any_advantage_one_is
 def test_micro_batches_hold_groups_of_one_length_whatever_order_they_come_in(policy, groups):
     some = [copy.copy(g) for g in groups]
     for g, longest in zip(some, (5, 20, 9, 24, 6, 21)):
-        g.mask = g.mask * (torch.arange(g.mask.shape[1]) < longest)
+        g.mask = g.loss_mask = g.mask * (torch.arange(g.mask.shape[1]) < longest)
         assert g.mask.sum(1).max() == longest
     seen, grads, _, _ = forwards(policy, some, micro_batch=2)
     assert [shape for shape, _ in seen] == [(8, 24), (8, 20), (8, 6)]
     assert_same(grads, gradient(policy, some[::-1], micro_batch=3)[0])
-    # of each micro-batch: must fit in whatever order its groups come
-    old = [torch.zeros(shape) for shape, _ in seen]
-    assert_same(
-        gradient(policy, some, micro_batch=2, old=old)[0],
-        gradient(policy, some[::-1], micro_batch=2, old=old)[0],
-    )
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])
@@ -372,10 +409,10 @@ def test_with_frozen_images_the_tower_reads_each_image_once_for_samples_referenc
                 lambda tower, args, kwargs: read.append(len(args[0])), with_kwargs=True
             )
     rows = [g.record for g in groups]
-    made = grpo.sample_groups(frozen, rows, grpo.prepare(frozen, rows), 4, 24, 0, 0)
+    made = grpo.sample_groups(frozen, batch_of(frozen, rows), 4, 24, 0)
     assert [g.texts for g in made] == [g.texts for g in groups]
     for new, g in zip(made, groups):
-        new.advantages = g.advantages
+        new.advantages, new.loss_mask = g.advantages, g.loss_mask
     for _ in range(2):
         grads, metrics, _ = gradient(frozen, made, reference=reference, kl=kl, micro_batch=2)
     assert read == [6], "images at each pass of the tower"
@@ -432,19 +469,19 @@ def test_a_truncated_response_teaches_nothing_when_masked(policy, groups):
     cut = [copy.copy(g) for g in groups]
     for g in cut:
         g.truncated = torch.tensor([True, False, False, False])
-    masked, metrics, _ = gradient(policy, cut, mask_truncated=True)
+    masked, metrics, _ = gradient(policy, with_advantages(cut, mask_truncated=True))
     muted = [copy.copy(g) for g in cut]
     for g in muted:
         # the same by hand: no advantage, and not counted
         g.advantages = g.advantages * ~g.truncated
-    unmasked, _, _ = gradient(policy, muted, mask_truncated=False)
+    unmasked, _, _ = gradient(policy, muted)
     assert_same(masked, {n: v * 24 / 18 for n, v in unmasked.items()})
     assert metrics["tokens"] == sum(int(g.mask[1:].sum()) for g in groups)
 
 
 def test_learning_leaves_the_groups_as_they_were(policy, groups):
     before = [(g.ids.clone(), g.mask.clone(), g.advantages.clone()) for g in groups]
-    gradient(policy, groups, micro_batch=2, mask_truncated=True)
+    gradient(policy, with_advantages(groups, mask_truncated=True), micro_batch=2)
     assert all(
         torch.equal(a, b)
         for g, old in zip(groups, before)
@@ -457,11 +494,14 @@ def test_the_hybrid_reward_by_hand_and_malformed_gets_the_least_there_is(groups)
     formed = parse_response("<think>x</think><answer>a</answer>", ["a", "b"])
     g.parsed = [formed, formed, formed._replace(well_formed=False), formed]
     g.match, g.texts = [True, False, True, False], ["w"] * 4
-    model = lambda images, prompts, texts: {"overall": [10.0, 2.0, 10.0, -6.0]}  # noqa: E731
-    grpo.judge(model, [g], 0.8, 0.2, "unit")
-    assert g.rewards.tolist() == pytest.approx([1.0, 0.4, 0.0, 0.0])
-    grpo.judge(model, [g], 0.8, 0.2, "raw")
-    assert g.rewards.tolist() == pytest.approx([8.2, 1.6, -4.8, -4.8])
+
+    def model(images, prompts, texts):
+        return {"overall": [10.0, 2.0, 10.0, -6.0]}
+
+    (unit,) = grpo.score_groups(model, [g], 0.8, 0.2, "unit")
+    assert unit.rewards.tolist() == pytest.approx([1.0, 0.4, 0.0, 0.0])
+    (raw,) = grpo.score_groups(model, [g], 0.8, 0.2, "raw")
+    assert raw.rewards.tolist() == pytest.approx([8.2, 1.6, -4.8, -4.8])
 
 
 def test_spread_is_of_outcomes_not_of_the_continuous_reward(groups):
@@ -473,40 +513,49 @@ def test_spread_is_of_outcomes_not_of_the_continuous_reward(groups):
 
 
 def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
-    at = lambda a, r: {"watch_accuracy": a, "watch_reward": r}  # noqa: E731
-    assert grpo.hacking(at(0.8, 5.0), at(0.7, 6.0), 100)
+
+    def at(accuracy, reward):
+        return {"watch_accuracy": accuracy, "watch_reward": reward}
+
+    assert is_hacking(at(0.8, 5.0), at(0.7, 6.0), 100)
     # both fall
-    assert not grpo.hacking(at(0.8, 5.0), at(0.7, 4.0), 100)
+    assert not is_hacking(at(0.8, 5.0), at(0.7, 4.0), 100)
     # both rise
-    assert not grpo.hacking(at(0.8, 5.0), at(0.9, 6.0), 100)
+    assert not is_hacking(at(0.8, 5.0), at(0.9, 6.0), 100)
     # within one standard error, 0.04
-    assert not grpo.hacking(at(0.8, 5.0), at(0.79, 6.0), 100)
+    assert not is_hacking(at(0.8, 5.0), at(0.79, 6.0), 100)
 
 
 # ---- the stage itself
 
 
-def test_batches_are_prepared_in_another_thread_go_on_from_their_cursor_and_are_shared_out(policy, groups):
-    examples, args = [g.record for g in groups], argparse.Namespace(prompts=4, seed=3)
-    process = lambda k, n: argparse.Namespace(process_index=k, num_processes=n)  # noqa: E731
-    ids = lambda batch: [r["id"] for r in batch[1]]  # noqa: E731
+def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are_shared_out(policy, groups):
+    examples = [g.record for g in groups]
+
+    def batches(cursor, k=0, n=1, make=rollouts.batches):
+        process = argparse.Namespace(process_index=k, num_processes=n)
+        return make(policy, examples, cursor, 4, 3, process)
+
+    def ids(batch):
+        return [r["id"] for r in batch.rows]
+
     threads, real = set(), open_image
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            grpo, "open_image", lambda path: (threads.add(threading.current_thread()), real(path))[1]
+            rollouts, "open_image", lambda path: (threads.add(threading.current_thread()), real(path))[1]
         )
-        coming = runs.prefetch(grpo.batches(policy, examples, 5, args, process(0, 1)))
+        coming = batches(5, make=rollouts.prefetch_batches)
         whole = [next(coming) for _ in range(4)]
     assert threads and threading.current_thread() not in threads
     assert [cursor for cursor, _, _ in whole] == [6, 7, 8, 9]
     assert sorted(ids(whole[1]) + ids(whole[2]) + ids(whole[3])) == sorted(2 * [r["id"] for r in examples]), (
         "two epochs of six"
     )
-    later = grpo.batches(policy, examples, 7, args, process(0, 1))
+    later = batches(7)
     assert [ids(next(later)) for _ in range(2)] == [ids(b) for b in whole[2:]]
-    shares = [next(grpo.batches(policy, examples, 5, args, process(k, 3))) for k in range(3)]
+    shares = [next(batches(5, k, 3)) for k in range(3)]
     assert [ids(s) for s in shares] == [ids(whole[0])[k::3] for k in range(3)]
-    assert whole[0][2][1] == [policy_prompt(r) for r in whole[0][1]]
+    assert [p.text for p in whole[0].inputs.prompts] == [policy_prompt(r) for r in whole[0].rows]
 
 
 def run_grpo(monkeypatch, folder, out, *extra):
@@ -571,7 +620,7 @@ def folder(policy, tmp_path_factory):
 )
 def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypatch, folder, tmp_path, extra):
     run_grpo(monkeypatch, folder, tmp_path / "whole", *extra)
-    real, calls = grpo.learn, []
+    real, calls = grpo.update_policy, []
 
     def crash(*args):
         calls.append(1)
@@ -579,10 +628,10 @@ def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypat
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(grpo, "learn", crash)
+    monkeypatch.setattr(grpo, "update_policy", crash)
     with pytest.raises(KeyboardInterrupt):
         run_grpo(monkeypatch, folder, tmp_path / "cut", *extra)
-    monkeypatch.setattr(grpo, "learn", real)
+    monkeypatch.setattr(grpo, "update_policy", real)
     run_grpo(monkeypatch, folder, tmp_path / "cut", *extra)
     for name in ("model.safetensors", "rollouts.jsonl", "metrics.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
@@ -618,3 +667,37 @@ def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path)
         assert r["correct"] == is_match(parsed.prediction, r["answer"])
         unit = 0.8 * (r["rollout_scores"]["overall"] + 6) / 16 + 0.2 * r["correct"]
         assert r["rollout_reward"] == pytest.approx(unit if parsed.well_formed else 0.0, abs=2e-4)
+
+
+# Runs a script and leaves a file per process.
+RANKS = """import os, runpy, sys
+open(os.path.join(sys.argv[1], "rank" + os.environ.get("RANK", "-")), "w").close()
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.getcwd())
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_with_two_processes_metrics_are_of_all_responses_and_the_watch_is_shared_out(folder, tmp_path):
+    """Against means over rollouts.jsonl, which holds the responses of both; and against one process."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = f"{tmp_path}/ranks.py {tmp_path} grpo.py --model toy/policy --reward {folder}/rm"
+    command += f" --data {folder}/expert.jsonl --val {folder}/val.jsonl"
+    command += " --steps 2 --prompts 3 --group 4 --watch-every 1"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for start, out in ((launch, "two"), ([sys.executable], "one")):
+        flags = [*start, *command.split(), "--out", str(tmp_path / out)]
+        done = subprocess.run(flags, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("rank?")) == ["rank-", "rank0", "rank1"]
+    one, two = ([json.loads(line) for line in open(tmp_path / f / "metrics.jsonl")] for f in ("one", "two"))
+    rows = list(records.read_records(tmp_path / "two" / "rollouts.jsonl", ("image", "response"), folder))
+    assert len(rows) == 2 * 3 * 4
+    for line in two:
+        mine = [r for r in rows if r["step"] == line["step"]]
+        assert line["reward"] == pytest.approx(sum(r["rollout_reward"] for r in mine) / 12, abs=1e-4)
+        assert line["match"] == pytest.approx(sum(r["correct"] for r in mine) / 12, abs=1e-6)
+        assert line["unparsed"] == pytest.approx(sum(r["prediction"] is None for r in mine) / 12, abs=1e-6)
+    for name in ("watch_accuracy", "watch_reward", "tokens", "length", "loss", "zero_variance"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name

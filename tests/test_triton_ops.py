@@ -1,7 +1,8 @@
 """Properties of the ops of triton_ops: linear_logprob first, then the two losses that are formed in one pass.
 
-The reference shares no code with it: all logits at once in float64, torch.log_softmax, Categorical.entropy, autograd.
-`where` runs a property on the CPU with plain PyTorch, on the CPU with the Triton kernels interpreted, and on CUDA.
+The reference shares no code with it: all logits at once in float64, torch.log_softmax, Categorical.entropy,
+autograd. `where` runs a property on the CPU with plain PyTorch, on the CPU with the Triton kernels
+interpreted, and on CUDA.
 """
 
 import importlib.util
@@ -19,8 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton_ops
-from grpo import grpo_loss
-from triton_ops import linear_cross_entropy, linear_grpo_loss, linear_logprob
+from grpo import Counts, grpo_loss
+from triton_ops import LossInputs, linear_cross_entropy, linear_grpo_loss, linear_logprob
 
 ROOT = Path(triton_ops.__file__).parent
 TRITON = triton_ops.triton
@@ -38,7 +39,7 @@ def where(request):
         pytest.skip("triton is not installed")
     if (device, backend) == ("cpu", "triton") and not INTERPRETED:
         pytest.skip(
-            "Triton was imported without its interpreter: these run on CUDA, or in a process of their own below"
+            "Triton was imported without its interpreter: these run on CUDA, or in their own process below"
         )
     return device, backend
 
@@ -394,8 +395,8 @@ def test_cross_entropy_equals_pytorch_s_through_full_float64_logits(where, reduc
     want = torch.nn.functional.cross_entropy(
         full_logits(*theirs, softcap, 0.7), targets, ignore_index=-7, reduction=reduction
     )
-    got = linear_cross_entropy(*mine[:2], targets.to(where[0]), -7, reduction=reduction, temperature=0.7, bias=mine[2], softcap=softcap,
-                               chunk=4, backend=where[1])  # fmt: skip
+    options = {"temperature": 0.7, "bias": mine[2], "softcap": softcap, "chunk": 4, "backend": where[1]}
+    got = linear_cross_entropy(*mine[:2], targets.to(where[0]), -7, reduction=reduction, **options)
     (3 * want).backward()
     # what comes after the loss scales its gradient
     (3 * got).backward()
@@ -404,7 +405,7 @@ def test_cross_entropy_equals_pytorch_s_through_full_float64_logits(where, reduc
 
 
 def rollout(S=6, C=5, D=4, V=17):
-    """Sequences of all lengths, one of none, two without advantage; ratios inside the clip and outside on both sides."""
+    """Sequences of all lengths, one empty, two without advantage; ratios inside the clip, below and above."""
     hidden, weight, targets = make(S * C, D, V)
     g = torch.Generator().manual_seed(5)
     mask = (torch.arange(C)[None] < torch.tensor([5, 1, 0, 3, 5, 2])[:, None]).long()
@@ -419,7 +420,7 @@ def rollout(S=6, C=5, D=4, V=17):
         ref * mask,
         advantages,
         mask,
-    ), (5, 16, 8)
+    ), Counts(5, 16, 8)
 
 
 def plain_grpo(inputs, counts, **variant):
@@ -428,17 +429,22 @@ def plain_grpo(inputs, counts, **variant):
     hidden, weight = exact(hidden, weight)
     logps = (hidden @ weight.T / 0.8).log_softmax(-1).gather(-1, targets[..., None])[..., 0] * mask
     old = logps.detach() if old is None else old.double()
-    loss, metrics = grpo_loss(logps, old, ref.double(), advantages.double(), mask, counts, **variant)
+    loss_inputs = LossInputs(advantages.double(), mask, old, ref.double())
+    loss, metrics = grpo_loss(logps, loss_inputs, counts, **variant)
     loss.backward()
     return loss.item(), metrics, logps.detach(), (hidden, weight)
+
+
+def as_loss_inputs(targets, old, ref, advantages, mask):
+    return targets, LossInputs(advantages, mask, old, ref)
 
 
 def fused_grpo(where, inputs, counts, chunk=4, **variant):
     moved = [x if x is None else x.to(where[0]) for x in inputs]
     mine = leaves(where, *moved[:2])
-    loss, metrics, logps = linear_grpo_loss(
-        grpo_loss, *mine, *moved[2:], counts, temperature=0.8, chunk=chunk, backend=where[1], **variant
-    )
+    targets, loss_inputs = as_loss_inputs(*moved[2:])
+    options = {"counts": counts, "temperature": 0.8, "chunk": chunk, "backend": where[1]}
+    loss, metrics, logps = linear_grpo_loss(grpo_loss, *mine, targets, loss_inputs, **options, **variant)
     loss.backward()
     return loss.item(), metrics, logps.cpu(), mine
 
@@ -501,7 +507,9 @@ def test_three_gemms_a_chunk_two_with_a_frozen_head_and_rows_without_gradient_in
     for name, leaf in zip(("hidden", "weight"), moved):
         leaf.requires_grad_(name not in frozen)
     with Rows(17) as watch:
-        loss, metrics, _ = linear_grpo_loss(grpo_loss, *moved, counts, chunk=100, backend=where[1])
+        targets, loss_inputs = as_loss_inputs(*moved[2:])
+        options = {"counts": counts, "chunk": 100, "backend": where[1]}
+        loss, metrics, _ = linear_grpo_loss(grpo_loss, *moved[:2], targets, loss_inputs, **options)
         if gemms > 1:
             loss.backward()
     assert (
@@ -548,7 +556,7 @@ def test_a_second_backward_pass_through_a_loss_is_refused_in_one_line(where):
     loss = linear_cross_entropy(*leaves(where, hidden, weight), targets.to(where[0]), backend=where[1])
     loss.backward(retain_graph=True)
     with pytest.raises(
-        RuntimeError, match="^the gradient of this loss has been handed out already: compute the loss again$"
+        RuntimeError, match="^the gradient of this loss has been used already: compute the loss again$"
     ):
         loss.backward()
 
@@ -564,7 +572,7 @@ def test_two_runs_of_the_losses_agree_bit_for_bit_and_leave_their_inputs_alone(w
 
 
 class Afresh(torch.autograd.Function):
-    """function(*leaves), computed again for every backward pass: gradcheck asks for several of one forward pass."""
+    """function(*leaves), computed again for every backward pass: gradcheck asks for several per forward."""
 
     @staticmethod
     def forward(ctx, function, *leaves):
@@ -591,21 +599,10 @@ def test_gradcheck_passes_in_float64_for_the_losses(softcap):
         return linear_cross_entropy(h[0], w, targets[0], bias=b, softcap=softcap, chunk=2)
 
     def grpo(h, w, b):
-        return linear_grpo_loss(
-            grpo_loss,
-            h,
-            w,
-            targets,
-            old,
-            ref,
-            advantages,
-            mask,
-            counts,
-            bias=b,
-            softcap=softcap,
-            chunk=6,
-            kl=0.3,
-        )[0]
+        options = {"counts": counts, "bias": b, "softcap": softcap, "chunk": 6, "kl": 0.3}
+        return linear_grpo_loss(grpo_loss, h, w, targets, LossInputs(advantages, mask, old, ref), **options)[
+            0
+        ]
 
     for function in (cross_entropy, grpo):
         assert torch.autograd.gradcheck(lambda *x, f=function: Afresh.apply(f, *x), (hidden, weight, bias))
@@ -713,7 +710,8 @@ def test_without_triton_the_module_imports_and_says_so_only_when_asked_for_it(mo
         module.linear_logprob(H, W, Y, backend="triton")
 
 
-# ---- what needs a process of its own, because Triton chooses between compiler and interpreter when it is imported
+# ---- what needs a process of its own, because Triton chooses between compiler and interpreter when it is
+# imported
 
 
 def run_python(*arguments, **environment):
@@ -735,10 +733,12 @@ from triton.compiler import ASTSource, compile
 
 for kernel in (triton_ops._statistics_kernel, triton_ops._gradient_kernel):
     assert [p.name for p in kernel.params if p.is_constexpr] == ["BLOCK"]
-    types = {"targets_ptr": "*i64", "grad_ptr": "*bf16", "temperature": "fp32", "softcap": "fp32", "V": "i32", "BLOCK": "constexpr"}
+    types = {"targets_ptr": "*i64", "grad_ptr": "*bf16", "temperature": "fp32", "softcap": "fp32"}
+    types |= {"V": "i32", "BLOCK": "constexpr"}
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     for arch in (80, 90):
-        for constants in ({"BLOCK": triton_ops.MAX_BLOCK}, {"BLOCK": 1, "V": 1}):  # Triton makes a V of 1 a constant
+        # Triton makes a V of 1 a constant.
+        for constants in ({"BLOCK": triton_ops.MAX_BLOCK}, {"BLOCK": 1, "V": 1}):
             source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
             ptx = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8}).asm["ptx"]
             assert f".target sm_{arch}" in ptx and "atom." not in ptx and "red.global" not in ptx

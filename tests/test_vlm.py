@@ -1,7 +1,8 @@
 """vlm.py: a prompt read once and continued many times gives what the plain model gives, one row at a time.
 
-Nine architectures (and a few more that cannot share a prefix), built small with random weights and saved as a hub repository has them, go through `loading.load`.
-Expected values come from `model(...).logits`, `model.generate` and `log_softmax`, never from vlm.py's own functions.
+Nine architectures (and a few more that cannot share a prefix), built small with random weights and saved as a
+hub repository has them, go through `loading.load`. Expected values come from `model(...).logits`,
+`model.generate` and `log_softmax`, never from vlm.py's own functions.
 """
 
 import copy
@@ -24,7 +25,8 @@ from medgr2.errors import ModelError
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 TOWER = dict(SIZES, image_size=16, patch_size=4)
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -34,17 +36,19 @@ LLAVA_CHAT = (
 )
 GEMMA_CHAT = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_turn>\n"
+    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "<end_of_turn>\n"
     "{% endfor %}<start_of_turn>model\n"
 )
 IDEFICS_CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}:{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}"
     "<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
 )
 
 
 def build_tokenizer(special, add_bos=False, **names):
-    """A byte-level BPE of about 300 tokens whose first ids are the special ones; `add_bos` as Llama's and Gemma's do."""
+    """A byte-level BPE of about 300 tokens, special ones first; `add_bos` as Llama's and Gemma's do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +73,7 @@ def build_tokenizer(special, add_bos=False, **names):
 
 
 def save_model(model, folder, end, pad):
-    """Weights large enough that the image, every word and every position count; two or three rows without a token."""
+    """Weights so large that image, words and positions all count; two or three rows without a token."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -127,7 +131,7 @@ def build_llava(folder, family="Qwen2", **more):
 
 
 def build_qwen(folder, family):
-    """As on the hub: no processor_config.json (saving one demands torchvision), and a video processor's file."""
+    """As on the hub: no processor_config.json (saving needs torchvision), and a video processor's file."""
     import transformers
 
     special = [
@@ -334,7 +338,7 @@ def build_internvl(folder):
 
 
 def build_gemma3(folder):
-    """Its tokenizer begins with <bos>, and so does its chat; half of its layers see no more than eight tokens back."""
+    """Its tokenizer begins with <bos>, and so does its chat; half of its layers see eight tokens back."""
     from transformers import (
         Gemma3Config,
         Gemma3ForConditionalGeneration,
@@ -489,7 +493,7 @@ def plain_logits(vlm_, image, text, ids):
 
 
 def plain_logps(vlm_, images, texts, ids, mask, temperature=1.0):
-    """Log-probabilities and entropies (N, C) of N continuations, row n of prompt n // (N / B); zero at padding."""
+    """Log-probs and entropies (N, C) of N continuations, row n of prompt n // (N / B), 0 at padding."""
     logps, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
     group = len(ids) // len(images)
     for n, row in enumerate(ids):
@@ -796,7 +800,9 @@ def test_banned_tokens_are_never_sampled_however_likely(vlm_):
         for temperature in (0, 1.0):
             ids, _, _ = vlm.sample(vlm_, prompts, range(6), 6, temperature, group=2)
             assert not set(ids.flatten().tolist()) & (set(vlm_.banned_ids) - {vlm_.tokenizer.pad_token_id})
-            unbanned, _, _ = vlm.sample(replace(vlm_, banned_ids=[]), prompts, range(6), 1, temperature, group=2)
+            unbanned, _, _ = vlm.sample(
+                replace(vlm_, banned_ids=[]), prompts, range(6), 1, temperature, group=2
+            )
             assert set(unbanned.flatten().tolist()) <= set(vlm_.banned_ids), (
                 "the push is too weak to test anything"
             )
@@ -881,12 +887,12 @@ RECURRENT = {
     "qwen3_5": (
         lambda folder: build_qwen(folder, "Qwen3_5"),
         "without gradient",
-        "can only without gradient continue a prompt",
+        "can only without gradient continue a prefilled prompt",
     ),
     "bamba": (
         lambda folder: build_llava(folder, "Bamba", attn_layer_indices=[1], **MAMBA),
         "never",
-        "can not continue a prompt",
+        "cannot continue a prefilled prompt",
     ),
     "jamba": (
         lambda folder: build_llava(
@@ -899,7 +905,7 @@ RECURRENT = {
             mamba_d_state=8,
         ),
         "never",
-        "can not continue a prompt",
+        "cannot continue a prefilled prompt",
     ),
 }
 
@@ -913,7 +919,7 @@ def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_a
     vlm_ = loading.load(str(tmp_path), "cpu")
     said = capsys.readouterr().out
     assert (
-        vlm_.shares == shares
+        vlm_.prefix_sharing == shares
         and said.count("\n") == bool(line)
         and line in said
         and (not line or str(tmp_path) in said)
@@ -936,7 +942,7 @@ def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_a
     test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any_order_and_number(
         (vlm_, None)
     )
-    assert vlm_.keeps and capsys.readouterr().out == ""
+    assert vlm_.reuses_features and capsys.readouterr().out == ""
 
 
 def test_a_model_that_reads_no_plain_row_of_prompt_and_answer_is_refused(built, monkeypatch):
@@ -968,7 +974,7 @@ def test_loading_holds_no_activations_of_an_image_for_a_backward_pass(architectu
         widths.append((torch.is_grad_enabled(), prompts["input_ids"].shape[1]))
         return real(vlm_, prompts, group)
 
-    monkeypatch.setattr(loading, "prefill", read)
+    monkeypatch.setattr(vlm, "prefill", read)
     vlm_ = loading.load(str(built(architecture)), "cpu")
     words = max(len(vlm_.tokenizer(t)["input_ids"]) for t in ("?", "Which side?"))
     assert [w for grad, w in widths if grad] == [words] and all(w > words for grad, w in widths if not grad)
@@ -978,8 +984,8 @@ def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeyp
     assert loading.find_prefix_sharing(vlm_) == "always"
     real = vlm.decode_step
 
-    def forgets(vlm_, cache, mask, ids):
-        return real(vlm_, cache, mask, ids) * 1.01
+    def forgets(*args):
+        return real(*args) * 1.01
 
     def detaches(*args):
         return real(*args).detach().requires_grad_()
@@ -988,9 +994,11 @@ def test_a_model_that_continues_wrongly_or_not_at_all_is_found_out(vlm_, monkeyp
         raise NotImplementedError
 
     for wrong, found in ((forgets, "never"), (raises, "never"), (detaches, "without gradient")):
-        monkeypatch.setattr(loading, "decode_step", wrong)
+        monkeypatch.setattr(vlm, "decode_step", wrong)
         assert loading.find_prefix_sharing(vlm_) == found
-        assert vlm_.shares == "always" and not any(p.grad is not None for p in vlm_.model.parameters())
+        assert vlm_.prefix_sharing == "always" and not any(
+            p.grad is not None for p in vlm_.model.parameters()
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1087,33 +1095,29 @@ def test_a_cache_keeps_its_own_positions_while_another_prompt_is_read(vlm_):
     prompts, ids, mask = encoded(vlm_, 2)
     with torch.no_grad():
         expected = vlm.hidden_states(vlm_, prompts, ids, mask)[:, 1:]
-        cache, prompt_mask, _ = vlm.prefill(vlm_, prompts, 2)
+        prefix, _ = vlm.prefill(vlm_, prompts, 2)
         vlm.prefill(vlm_, vlm.encode_prompts(vlm_, [image(5, 80, 16)] * 3, TEXTS), 2)
-        states = vlm.decode_step(vlm_, cache, torch.cat([prompt_mask, mask], 1), ids)
+        states = vlm.decode_step(vlm_, prefix, ids, mask)
     assert states.equal(expected)
 
 
-def test_with_room_tokens_are_written_in_place_and_give_the_states_of_a_cache_that_copies(vlm_):
+def test_a_prefix_with_reserved_space_writes_in_place_and_gives_the_states_of_a_cache_that_copies(vlm_):
     prompts, ids, mask = encoded(vlm_, 2)
     seen = {}
     with torch.no_grad():
-        for roomy in (False, True):
-            cache, so_far, _ = vlm.prefill(vlm_, prompts, 2)
-            if roomy:
-                vlm.make_room(cache, ids.shape[1])
+        for reserved in (False, True):
+            prefix, _ = vlm.prefill(vlm_, prompts, 2)
+            full = [
+                i for i, layer in enumerate(prefix.cache.layers) if type(layer).__name__ == "DynamicLayer"
+            ]
+            if reserved:
+                prefix.reserve(ids.shape[1])
             states, places = [], []
             for c in range(ids.shape[1]):
-                so_far = torch.cat([so_far, mask[:, c : c + 1]], 1)
-                states.append(vlm.decode_step(vlm_, cache, so_far, ids[:, c : c + 1]))
-                places.append(
-                    [
-                        layer.keys.data_ptr()
-                        for layer in cache.layers
-                        if type(layer).__name__ == "DynamicLayer"
-                    ]
-                )
-            assert (all(p == places[0] for p in places)) == roomy and places[0], "where the keys stand"
-            seen[roomy] = torch.cat(states, 1)
+                states.append(vlm.decode_step(vlm_, prefix, ids[:, c : c + 1], mask[:, c : c + 1]))
+                places.append([prefix.cache.layers[i].keys.data_ptr() for i in full])
+            assert (all(p == places[0] for p in places)) == reserved and places[0], "addresses of the keys"
+            seen[reserved] = torch.cat(states, 1)
     assert seen[True].equal(seen[False])
 
 
@@ -1148,13 +1152,13 @@ def keeping(architecture, built):
 
 
 def looked_at(vlm_, images=IMAGES, texts=TEXTS):
-    return vlm.encode_images(vlm_, images, texts, vlm.preprocess(vlm_, images, texts))
+    return vlm.encode_images(vlm_, vlm.preprocess(vlm_, images, texts))
 
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_prompt_that_was_looked_at_gives_the_log_probabilities_and_gradients_of_plain_rows(keeping, group):
     vlm_, read = keeping
-    assert vlm_.keeps
+    assert vlm_.reuses_features
     prompts = vlm.collate_prompts(vlm_, looked_at(vlm_))
     assert len(read) == 1
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS[: 3 * group])
@@ -1168,7 +1172,10 @@ def test_a_prompt_that_was_looked_at_gives_the_log_probabilities_and_gradients_o
     want, spread = plain_logps(vlm_, IMAGES, TEXTS, ids, mask, 0.7)
     wanted = torch.autograd.grad(want.sum(), learning, allow_unused=True)
     assert largest(logps - want) < 1e-5 and largest(entropy - spread) < 1e-5
-    flat = lambda gs: torch.cat([g.flatten() for g in gs if g is not None]).double()  # noqa: E731
+
+    def flat(grads):
+        return torch.cat([g.flatten() for g in grads if g is not None]).double()
+
     assert torch.nn.functional.cosine_similarity(flat(grads), flat(wanted), dim=0) > 1 - 1e-6
 
 
@@ -1187,7 +1194,7 @@ def test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any
                 < 1e-5
             )
             doubled = vlm.token_logps(
-                vlm_, prompts.repeated(2), *(x.repeat_interleave(2, 0) for x in inputs)
+                vlm_, vlm.repeat_prompts(vlm_, prompts, 2), *(x.repeat_interleave(2, 0) for x in inputs)
             )[0]
             assert largest(doubled[1::2] - vlm.token_logps(vlm_, plain, *inputs)[0]) < 1e-5
 
@@ -1227,7 +1234,7 @@ def test_a_model_that_takes_no_kept_features_reads_each_image_anew_and_says_so(
     monkeypatch.setattr(LlavaModel, "forward", forward)
     loading.freeze_images(vlm_)
     said = capsys.readouterr().out
-    assert not vlm_.keeps and said.count("\n") == 1 and "takes no features" in said
+    assert not vlm_.reuses_features and said.count("\n") == 1 and "takes no features" in said
     looked = looked_at(vlm_)
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
     with torch.no_grad():
@@ -1486,7 +1493,10 @@ def test_capped_and_scaled_logits_and_a_bias_reach_the_log_probabilities(llava):
 
 def test_capped_and_scaled_logits_are_what_is_sampled_from(llava):
     prompts, seeds = vlm.encode_prompts(llava, IMAGES, TEXTS), list(range(12))
-    draw = lambda vlm_, temperature: vlm.sample(vlm_, prompts, seeds, 6, temperature, 4)[0].tolist()  # noqa: E731
+
+    def draw(vlm_, temperature):
+        return vlm.sample(vlm_, prompts, seeds, 6, temperature, 4)[0].tolist()
+
     plain = draw(llava, 1.0)
     assert draw(replace(llava, logit_rule=(3.0, None)), 1.0) == draw(llava, 3.0) != plain
     capped = draw(replace(llava, logit_rule=(1.0, 1.5)), 1.0)

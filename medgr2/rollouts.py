@@ -1,0 +1,129 @@
+"""Around the GRPO step: questions prepared ahead in a thread, micro-batches, what is logged and written."""
+
+import copy
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from torch.nn.functional import pad
+
+from medgr2 import records, training, vlm
+from medgr2.images import open_image
+from medgr2.prompts import policy_prompt
+
+
+class Batch(NamedTuple):
+    """This process's share of a step's P records, preprocessed. `cursor` is the number of the next batch."""
+
+    cursor: int
+    rows: list
+    inputs: vlm.Inputs
+
+
+def prefetch_batches(policy, examples, cursor, prompts, seed, accelerator):
+    """Batches without end, from number `cursor`: a thread prepares the next one while one is learned from."""
+    # The thread has a processor of its own: a tokenizer must not serve two threads at a time.
+    preparing = replace(policy, processor=copy.deepcopy(policy.processor))
+    return training.prefetch(batches(preparing, examples, cursor, prompts, seed, accelerator))
+
+
+def batches(policy, examples, cursor, prompts, seed, accelerator):
+    while True:
+        index = training.batch_indices(cursor, prompts, len(examples), seed)
+        cursor += 1
+        rows = [examples[i] for i in index[accelerator.process_index :: accelerator.num_processes]]
+        yield Batch(cursor, rows, preprocess(policy, rows))
+
+
+def preprocess(policy, rows):
+    """Question records → the model's preprocessed Inputs."""
+    return vlm.preprocess(policy, [open_image(r["image"]) for r in rows], [policy_prompt(r) for r in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Micro-batches.
+
+
+def micro_batches(groups, size, only=None):
+    """Indices of groups (`only` of these), `size` at a time, the longest first: less padding."""
+    order = sorted(only or range(len(groups)), key=lambda i: -int(groups[i].mask.sum(1).max()))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def stack(groups, field, fill=0):
+    """A field of B groups, (G, C) each, as (B·G, C), cut to the longest response; None if they have none."""
+    parts = [getattr(g, field) for g in groups]
+    if parts[0] is None:
+        return None
+    width = max(int(g.mask.sum(1).max()) for g in groups)
+    return torch.cat([pad(x, (0, max(0, width - x.shape[1])), value=fill)[:, :width] for x in parts])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is logged and written.
+
+
+def mean(values):
+    return torch.tensor([float(v) for v in values]).mean().item()
+
+
+def mean_metrics(sums, tokens, accelerator):
+    """Sums over this process's tokens → means over the whole batch's `tokens`. The loss is a mean already."""
+    names = sorted(sums)
+    totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum")
+    totals = dict(zip(names, totals.tolist()))
+    # The entropy is of the tokens that were computed: without a KL term not those of advantage 0.
+    denominators = {"loss": 1, "entropy": totals.pop("rows") or 1}
+    means = {name: total / denominators.get(name, tokens) for name, total in totals.items()}
+    return means | {"tokens": tokens}
+
+
+def log_step(run, step, groups, spread, times, metrics, watched):
+    """Write the step's rollouts and its line of metrics.jsonl, both of all processes.
+
+    spread: whether each group that this process sampled has different outcomes. times: the start, the end of
+    sampling (with scoring), the end of learning. metrics: update_policy's. watched: Watch.check's.
+    """
+    started, sampled, updated = times
+    tokens, sampling, learning = metrics["tokens"], sampled - started, updated - sampled
+    metrics = reward_metrics(groups) | {"zero_variance": mean(not s for s in gather_object(spread))} | metrics
+    metrics |= {"sample_seconds": sampling, "learn_seconds": learning}
+    metrics |= {"sample_tokens_per_s": tokens / sampling, "learn_tokens_per_s": tokens / learning}
+    run.append("rollouts.jsonl", rollout_rows(groups, step, run.folder))
+    run.log(step=step, **metrics, **watched)
+
+
+def reward_metrics(groups):
+    """Means over the responses of all processes."""
+    rows = []
+    for g in groups:
+        lengths, truncated, rewards = g.mask.sum(1).tolist(), g.truncated.tolist(), g.rewards.tolist()
+        for k, parsed in enumerate(g.parsed):
+            row = {"reward": rewards[k], "reward_model": g.scores["overall"][k], "match": g.match[k]}
+            row |= {"length": lengths[k], "truncated": truncated[k], "unparsed": parsed.prediction is None}
+            rows.append(row)
+    rows = gather_object(rows)
+    return {name: mean(row[name] for row in rows) for name in rows[0]}
+
+
+def rollout_rows(groups, step, folder):
+    """rollouts.jsonl, of all processes: the record, one response, how it was parsed and what it earned."""
+    rows = []
+    for g in groups:
+        record = records.with_relative_image(g.record, folder)
+        for k, text in enumerate(g.texts):
+            response = {
+                "id": f"{g.record['id']}/{step}/{k}",
+                "record": g.record["id"],
+                "step": step,
+                "response": text,
+                "prediction": g.parsed[k].prediction,
+                "reason": g.parsed[k].reason,
+                "correct": g.match[k],
+                "rollout_reward": round(g.rewards[k].item(), 4),
+                "advantage": round(g.advantages[k].item(), 4),
+                "rollout_scores": {head: round(values[k], 4) for head, values in g.scores.items()},
+            }
+            rows.append(record | response)
+    return gather_object(rows)
