@@ -1,13 +1,11 @@
 """Stage 4: group relative policy optimisation (GRPO) with the reward model and answer match.
 
-For each of P questions the policy samples G responses at temperature 1; each gets the hybrid reward of the
-paper
+For each of P questions the policy samples G responses at temperature 1. Each gets the paper's hybrid reward
 
-    r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],      R̄ = (R + 6) / 16,      malformed:
-    0
+    r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],    R̄ = (R + 6) / 16,    malformed: 0
 
-and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group r. The policy then climbs, over
-the N = P·G responses,
+and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group r. The policy then climbs,
+over the N = P·G responses,
 
     J = 1/N Σ_i 1/|y_i| Σ_t  min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = π_ref/π - log(π_ref/π) - 1      (k3, Schulman 2020)
@@ -15,9 +13,9 @@ the N = P·G responses,
     --loss grpo      as above (DeepSeekMath, arXiv 2402.03300)
     --loss dapo      1 / Σ|y_i| over the whole batch: every token weighs the same. DAPO's other parts are
                      --epsilon-high 0.28 and --drop-zero-variance (arXiv 2503.14476)
-    --loss dr_grpo   1 / (N · max_new_tokens): no bias by length; use with --scale-rewards none (arXiv
-    2503.20783)
-    --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio per sequence; its ε is far smaller, about 3e-4
+    --loss dr_grpo   1 / (N · max_new_tokens): no bias by length. Use with --scale-rewards none
+                     (arXiv 2503.20783)
+    --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio per sequence. Its ε is far smaller, about 3e-4
                      (arXiv 2507.18071)
 
 With one update per batch of rollouts (--iterations 1, the default) every ρ is 1 and nothing is clipped.
@@ -30,20 +28,19 @@ Reads   question records; a reward model; expert records for the watch
 Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl (docs/metrics.md explains each metric)
 
 Departs from the paper:
-1. R is normalised to [0, 1]. `--reward-scale raw` is the letter of the paper: there the match term is 1.5% of
-the spread. 2. A watch compares the reward with the truth on expert questions and warns of reward hacking
-(medgr2/watch.py).
+  1. R is normalised to [0, 1]. With `--reward-scale raw`, the letter of the paper, the match term is 1.5% of
+     the spread.
+  2. A watch compares the reward with the truth on expert questions and warns of reward hacking.
 
-    python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --val runs/toy/data/val.jsonl
-    \\
-        --data runs/toy/cycle1/scored/accepted.jsonl --image-root runs/toy --out runs/mine
+    python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --out runs/mine \\
+        --data runs/toy/cycle1/scored/accepted.jsonl --val runs/toy/data/val.jsonl --image-root runs/toy
 """
 
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from medgr2 import cli, leakage, records, runs
+from medgr2 import cli, leakage, records, runs, training
 from medgr2.errors import RunError
 from medgr2.prompts import is_match, parse_response
 
@@ -329,7 +326,7 @@ def update_policy(policy, optimizer, groups, counts, args, accelerator):
     """One update of the policy on a batch of rollouts → (groups with old_logps, metrics)."""
     groups, metrics = policy_gradient(policy, groups, counts, args, accelerator)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    runs.sum_gradients(parameters, accelerator)
+    training.sum_gradients(parameters, accelerator)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
     optimizer.step()
     optimizer.zero_grad()
@@ -353,14 +350,14 @@ def main(args):
         raise RunError(f"--prompts {args.prompts}: {processes} need at least one each")
     if args.test:
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
-        leakage.refuse(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
+        leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
     inputs = [args.model, args.reward, *args.data, args.val, args.test]
     run = runs.start(args, inputs, accelerator.is_main_process)
     examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]
     policy, reference, reward_model = load_models(args, accelerator)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
-    runs.restore_training_state(run.state, policy.model, optimizer)
+    training.restore_state(run.state, policy.model, optimizer)
     watch = Watch(policy, reward_model, args, accelerator, run.state)
     cursor = run.state.get("cursor", 0)
     coming = rollouts.prefetch_batches(policy, examples, cursor, args.prompts, args.seed, accelerator)
@@ -385,7 +382,7 @@ def main(args):
         times = started, sampled, time.perf_counter()
         rollouts.log_step(run, step, groups, spread, times, metrics, watched)
         if run.due(step + 1, args.save_every):
-            state = runs.training_state(parameters, optimizer) | watch.state()
+            state = training.state(parameters, optimizer) | watch.state()
             run.commit(step=step + 1, cursor=cursor, **state)
 
     result = {"steps": args.steps, **watch.finish()}

@@ -1,116 +1,94 @@
-"""Stage 2: the reward model. Trains it on four levels of expert data; scores and filters candidates with it.
+"""Stage 2: the reward model. It learns from four levels of expert data, then scores and filters candidates.
 
     R(image, question, response) in [-6, 10]   and   P(relevant), P(coherent), P(faithful), which say why
 
-A VLM backbone reads image, question and response; small heads read its last hidden state and *what it thinks of the
-response*: its token log-probabilities, with the image and with a blank one in its place. From the expert records come
-four levels of responses to each question (levels.py), drawn anew `--resamples` times:
+A VLM backbone encodes image, question and response. Small heads take its last hidden state and the
+log-probabilities that it gives the response's tokens, with the image and with a blank one in its place. The
+expert records give four levels of responses (medgr2/levels.py), drawn anew `--resamples` times:
 
     original 10     perturbed 6     incoherent 0     irrelevant -6
 
     loss = mean (R̂ - R̄)² + mean BCE of the three probabilities,     R̄ = (R + 6) / 16
 
-Reads   train: question and report records; rollouts of the policy on expert questions    score: candidates
-Writes  train: OUT/backbone/, OUT/heads.safetensors, metrics.json    score: scored.jsonl, accepted.jsonl, random.jsonl;
-        with --on-error skip rejected.jsonl, whose images are unreadable
+Reads   train: expert questions and reports; rollouts of the policy on expert questions    score: candidates
+Writes  train: OUT/backbone/, OUT/heads.safetensors, heads.json, metrics.jsonl, metrics.json (docs/metrics.md)
+        score: OUT/scored.jsonl, accepted.jsonl, random.jsonl (as many, drawn at random), metrics.json, and
+        rejected.jsonl if --on-error skip finds unreadable images
 
-Departs from the paper: the heads read likelihoods beside the hidden state (`--no-likelihood`: the paper's plain head),
-the backbone is frozen unless `--freeze nothing`, and there are three heads more than `overall`.
+Departs from the paper:
+1. The heads take log-probabilities beside the hidden state. --no-likelihood is the paper's plain head.
+2. Three more heads say why R is as it is.
+3. The backbone is frozen (--freeze nothing: it learns too). The heads evolve with the policy's rollouts.
+4. The same share of each task and modality is accepted (--per). --threshold is the paper's τ.
 
-    python reward.py train --model toy/backbone --data runs/toy/data/expert.jsonl --out runs/toy/cycle1/reward
-    python reward.py score --model runs/toy/cycle1/reward --data runs/toy/cycle1/candidates/candidates.jsonl --keep 0.5 \\
-        --image-root runs/toy --out runs/toy/cycle1/scored
+    python reward.py train --model toy/backbone --data runs/toy/data/expert.jsonl --out runs/mine
+    python reward.py score --model runs/mine --data runs/toy/cycle1/candidates/candidates.jsonl --keep 0.5 \\
+        --image-root runs/toy --out runs/mine_scored
 """
 
-import argparse
+import itertools
 import json
 import os
 import random
 
 from medgr2 import cli, records, runs
-from medgr2.errors import ModelError, RecordError, require
+from medgr2.errors import ModelError, require
 from medgr2.images import find_unreadable, open_image
-from medgr2.levels import LEVELS, build_levels, build_rollouts
+from medgr2.levels import LEVELS, build_levels, label_rollouts
 from medgr2.measures import auroc, ranks
 from medgr2.prompts import policy_prompt, reference_response, report_prompt
 
+# The range of R.
+R_MIN, R_MAX = -6, 10
 HEADS = ("overall", "relevant", "coherent", "faithful")
+# The likelihood features: three series over the tokens of two parts of a response, five statistics each.
+LOWEST = 3
+LIKELIHOODS = 3 * 2 * (2 + LOWEST)
+# The blank image's colour.
+GREY = (128, 128, 128)
+# Responses per step of training the heads on precomputed features, and steps between lines of the log.
+HEADS_BATCH, LOG_EVERY = 512, 50
+# Levels of responses to questions by their answer. In a perturbed one the answer may be either.
+RIGHT, WRONG = ("original", "right"), ("incoherent", "irrelevant", "wrong")
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
+    count, share = cli.number(int, 1), cli.number(float, 0, 1)
     t = commands.add_parser("train", help="train a reward model on expert records")
     t.add_argument("--model", required=True, help="backbone: folder or hub name of a VLM")
     t.add_argument("--data", required=True, nargs="+", help="expert record files: questions, reports")
-    t.add_argument(
-        "--rollouts",
-        nargs="*",
-        default=[],
-        help="rollouts.jsonl of the policy; those on expert questions are used",
-    )
-    t.add_argument(
-        "--holdout", type=cli.number(float, 0, 1), default=0.2, help="share of the images kept for the report"
-    )
-    t.add_argument(
-        "--freeze", choices=("backbone", "nothing"), default="backbone", help="what does not learn"
-    )
-    t.add_argument(
-        "--likelihood",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="heads read token log-probabilities beside the hidden state",
-    )
-    t.add_argument(
-        "--resamples",
-        type=cli.number(int, 1),
-        default=3,
-        help="times that the levels are drawn from each record",
-    )
-    t.add_argument("--hidden", type=cli.number(int, 1), default=64, help="width of the heads' shared layer")
-    t.add_argument("--steps", type=cli.number(int, 1), default=800, help="steps of training")
-    t.add_argument(
-        "--lr",
-        type=cli.number(float, 0),
-        default=2e-3,
-        help="learning rate (about 1e-5 with --freeze nothing)",
-    )
+    t.add_argument("--rollouts", nargs="*", default=[], help="rollouts.jsonl files of the policy")
+    t.add_argument("--holdout", type=share, default=0.2, help="share of the images held out to evaluate on")
+    freeze = ("backbone", "nothing")
+    t.add_argument("--freeze", choices=freeze, default="backbone", help="what does not learn")
+    cli.add_switch(t, "--likelihood", "the heads take token log-probabilities too", default=True)
+    t.add_argument("--resamples", type=count, default=3, help="times that each record's levels are drawn")
+    t.add_argument("--hidden", type=count, default=64, help="width of the heads' shared layer")
+    t.add_argument("--steps", type=count, default=800, help="steps of training")
+    lr = "learning rate (about 1e-5 with --freeze nothing)"
+    t.add_argument("--lr", type=cli.number(float, 0), default=2e-3, help=lr)
     s = commands.add_parser("score", help="score candidates and keep the best")
     s.add_argument("--model", required=True, help="folder of a trained reward model")
     s.add_argument("--data", required=True, help="candidates.jsonl")
     keep = s.add_mutually_exclusive_group(required=True)
-    keep.add_argument(
-        "--threshold", type=cli.number(float, -6, 10), help="τ: accept what scores at least this"
-    )
-    keep.add_argument("--top-k", type=cli.number(int, 1), help="accept the k best")
-    keep.add_argument("--keep", type=cli.number(float, 0, 1), help="accept this share, the best")
-    s.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at an unreadable image: skip puts its candidates into rejected.jsonl",
-    )
-    s.add_argument(
-        "--max-rejected",
-        type=cli.number(float, 0, 1),
-        default=0.1,
-        help="with skip: stop where more than this share is unreadable",
-    )
-    s.add_argument(
-        "--per",
-        nargs="*",
-        choices=("task", "modality"),
-        default=["task", "modality"],
-        help="share --top-k or --keep out over these cells by their size, so that none starves",
-    )
+    keep.add_argument("--threshold", type=cli.number(float, R_MIN, R_MAX), help="τ: accept R from this on")
+    keep.add_argument("--top-k", type=count, help="accept the k best")
+    keep.add_argument("--keep", type=share, help="accept this share, the best")
+    skip = "at an unreadable image: skip puts its candidates into rejected.jsonl"
+    s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
+    s.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
+    fields, per = ["task", "modality"], "divide --top-k or --keep over these cells, by their size"
+    s.add_argument("--per", nargs="*", choices=fields, default=fields, help=per)
     for command in (t, s):
-        command.add_argument("--batch", type=cli.number(int, 1), default=32, help="questions at a time")
+        command.add_argument("--batch", type=count, default=32, help="questions at a time")
         cli.add_run_arguments(command)
     return p.parse_args()
 
 
 if __name__ == "__main__":
-    # before torch is imported: --help answers at once
+    # Before torch is imported, so that --help answers at once.
     ARGS = parse_args()
 
 import numpy as np
@@ -118,71 +96,83 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss, pad
 
 from medgr2 import loading, vlm
 
 # ---------------------------------------------------------------------------------------------------------
-# The reward model.
+# The features.
 
 
 def prompt_of(record):
     return report_prompt() if "report" in record else policy_prompt(record)
 
 
-def answer_mask(vlm_, responses, mask):
-    """(N, C) bool: the tokens from `<answer>` on; none in a report."""
-    starts = [t.find("<answer>") if "<answer>" in t else len(t) + 1 for t in responses]
-    offsets = [
-        vlm_.tokenizer(t, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        # cut as vlm.encode_continuations does
-        for t in responses
-    ]
-    rows = [
-        [a >= start for a, _ in row] + [start <= len(t)] for row, start, t in zip(offsets, starts, responses)
-    ]
-    return torch.tensor([r + [False] * (mask.shape[1] - len(r)) for r in rows], device=mask.device)
+def answer_mask(backbone, responses, mask):
+    """(N, C) bool: the tokens from `<answer>` to the end of turn; none in a report."""
+    answer = torch.zeros(mask.shape, dtype=torch.bool)
+    for row, response in zip(answer, responses):
+        start = response.find("<answer>")
+        if start >= 0:
+            # The tokens of vlm.encode_continuations, with the place where each begins in the text.
+            settings = {"add_special_tokens": False, "split_special_tokens": True}
+            offsets = backbone.tokenizer(response, return_offsets_mapping=True, **settings)["offset_mapping"]
+            row[: len(offsets) + 1] = torch.tensor([begin >= start for begin, _ in offsets] + [True])
+    return answer.to(mask.device)
 
 
-def summary(x, part):
-    """Sum, mean and the three lowest of x (N, C) over `part` (N, C) bool → (N, 5); zeros over nothing."""
-    total, count = (x * part).sum(1), part.sum(1)
-    lowest = (
-        torch.nn.functional.pad(x.masked_fill(~part, torch.inf), (0, 3), value=torch.inf)
-        .topk(3, largest=False)
-        .values
-    )
-    return torch.cat(
-        [total[:, None], (total / count.clamp(min=1))[:, None], lowest.masked_fill(lowest.isinf(), 0.0)], 1
-    )
+def token_statistics(x, part):
+    """Sum, mean and the lowest three of x (N, C) over `part` (N, C) bool → (N, 5); zeros over nothing."""
+    total, count = (x * part).sum(1, keepdim=True), part.sum(1, keepdim=True)  # (N, 1)
+    values = pad(x.masked_fill(~part, torch.inf), (0, LOWEST), value=torch.inf)
+    lowest = values.topk(LOWEST, largest=False).values  # (N, 3)
+    return torch.cat([total, total / count.clamp(min=1), lowest.masked_fill(lowest.isinf(), 0.0)], 1)
 
 
-def read_features(vlm_, images, prompts, responses, likelihood):
-    """What the heads read: (N, D), or (N, D + 30) with likelihoods. B images and prompts, N = B·G responses.
+def compute_features(backbone, images, prompts, responses, likelihood):
+    """B images and prompts, N = B·G responses → the features of the heads, (N, D) or (N, D + LIKELIHOODS).
 
-    Three series over the tokens: log p; log p + entropy (how much less likely than what the backbone expected there: free
-    wording costs nothing, contradicting the image does); log p with the image less log p with a blank one.
+    Three series over the tokens: log p; log p + entropy, how much less likely a token is than the backbone
+    expected there (free wording costs nothing, contradicting the image does); log p with the image less log p
+    with a blank one.
     """
-    ids, mask = vlm.encode_continuations(vlm_, responses)  # (N, C)
-    inputs = vlm.encode_prompts(vlm_, images, prompts)
-    states = vlm.hidden_states(vlm_, inputs, ids, mask)  # (N, C+1, D)
-    # (N, D): the state after the end of turn
-    last = states[torch.arange(len(ids)), mask.sum(1)]
+    ids, mask = vlm.encode_continuations(backbone, responses)  # (N, C)
+    inputs = vlm.encode_prompts(backbone, images, prompts)  # (B, P)
+    states = vlm.hidden_states(backbone, inputs, ids, mask)  # (N, C+1, D)
+    # The state after the end of turn.
+    last = states[torch.arange(len(ids)), mask.sum(1)].float()  # (N, D)
     if not likelihood:
-        return last.float()
-    seen, entropy = vlm.token_logps(vlm_, inputs, ids, mask, states=states)
-    blank = vlm.encode_prompts(vlm_, [Image.new("RGB", i.size, (128, 128, 128)) for i in images], prompts)
-    unseen, _ = vlm.token_logps(vlm_, blank, ids, mask)
-    answer = answer_mask(vlm_, responses, mask)
-    parts = (mask.bool() & ~answer, mask.bool() & answer)
-    series = (seen, seen + entropy, seen - unseen)
-    return torch.cat([last.float(), *(summary(x, part) for x in series for part in parts)], 1)
+        return last
+    blank_images = [Image.new("RGB", image.size, GREY) for image in images]
+    blank_inputs = vlm.encode_prompts(backbone, blank_images, prompts)
+    logps, entropy = vlm.token_logps(backbone, inputs, ids, mask, states=states)  # (N, C)
+    blank_logps, _ = vlm.token_logps(backbone, blank_inputs, ids, mask)  # (N, C)
+    answer = answer_mask(backbone, responses, mask)
+    parts = mask.bool() & ~answer, mask.bool() & answer
+    series = logps, logps + entropy, logps - blank_logps
+    return torch.cat([last, *(token_statistics(x, part) for x in series for part in parts)], 1)
+
+
+def feature_width(backbone, likelihood):
+    return backbone.head.weight.shape[1] + (LIKELIHOODS if likelihood else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The reward model.
+
+
+def normalise_reward(R):
+    """R in [-6, 10] → R̄ in [0, 1]."""
+    return (R - R_MIN) / (R_MAX - R_MIN)
+
+
+def denormalise_reward(R_bar):
+    """R̄ → R, clamped to [-6, 10]."""
+    return (R_bar * (R_MAX - R_MIN) + R_MIN).clamp(R_MIN, R_MAX)
 
 
 class Heads(torch.nn.Module):
-    """One shared layer over standardised features (N, F); four outputs: R̄ and three logits, (N, 4)."""
+    """One shared layer over standardised features (N, F) → R̄ and three logits, (N, 4)."""
 
     def __init__(self, features, hidden):
         super().__init__()
@@ -190,6 +180,11 @@ class Heads(torch.nn.Module):
         self.register_buffer("std", torch.ones(features))
         self.shared = torch.nn.Linear(features, hidden)
         self.out = torch.nn.Linear(hidden, len(HEADS))
+
+    def standardise(self, features):
+        """Take mean and standard deviation from these features (N, F)."""
+        self.mean.copy_(features.mean(0))
+        self.std.copy_(features.std(0).clamp(min=1e-3))
 
     def forward(self, x):
         return self.out(gelu(self.shared((x - self.mean) / self.std)))
@@ -202,76 +197,88 @@ class RewardModel:
         self.backbone, self.heads, self.likelihood = backbone, heads, likelihood
 
     def features(self, images, prompts, responses):
-        return read_features(self.backbone, images, prompts, responses, self.likelihood)
+        return compute_features(self.backbone, images, prompts, responses, self.likelihood)
 
     @torch.no_grad()
     def __call__(self, images, prompts, responses):
         out = self.heads(self.features(images, prompts, responses))  # (N, 4)
-        overall = (out[:, 0] * 16 - 6).clamp(-6, 10)
-        return dict(zip(HEADS, torch.cat([overall[:, None], out[:, 1:].sigmoid()], 1).T.tolist()))
+        scores = torch.cat([denormalise_reward(out[:, :1]), out[:, 1:].sigmoid()], 1)
+        return dict(zip(HEADS, scores.T.tolist()))
 
     def save(self, folder):
         loading.save(self.backbone, os.path.join(folder, "backbone"))
         save_file(self.heads.state_dict(), os.path.join(folder, "heads.safetensors"))
-        runs.write_json(
-            os.path.join(folder, "heads.json"),
-            {
-                "features": self.heads.mean.numel(),
-                "hidden": self.heads.out.in_features,
-                "likelihood": self.likelihood,
-            },
-        )
+        sizes = {"features": self.heads.mean.numel(), "hidden": self.heads.out.in_features}
+        runs.write_json(os.path.join(folder, "heads.json"), sizes | {"likelihood": self.likelihood})
 
     @classmethod
     def load(cls, folder):
-        """Raises ModelError where `folder` holds no reward model."""
+        """The reward model that `save` wrote. Raises ModelError if `folder` holds none."""
         try:
             with open(os.path.join(folder, "heads.json"), encoding="utf-8") as f:
                 config = json.load(f)
-            heads = Heads(config["features"], config["hidden"])
+            features, likelihood = config["features"], config["likelihood"]
+            heads = Heads(features, config["hidden"])
             heads.load_state_dict(load_file(os.path.join(folder, "heads.safetensors")))
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as e:
-            raise ModelError(
-                f"{folder}: not a reward model (reward.py train makes one): {loading.in_one_line(e)}"
-            ) from e
-        backbone = loading.load(os.path.join(folder, "backbone"), dtype=loading.best_dtype())
-        width = backbone.head.weight.shape[1] + (30 if config["likelihood"] else 0)
-        if width != config["features"]:
-            raise ModelError(
-                f"{folder}: not a reward model: its heads read {config['features']} features, "
-                f"its backbone has {width}; train it again"
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+            message = (
+                f"{folder}: not a reward model (reward.py train makes one): {loading.in_one_line(error)}"
             )
-        return cls(backbone, heads.to(backbone.device), config["likelihood"])
+            raise ModelError(message) from error
+        backbone = loading.load(os.path.join(folder, "backbone"), dtype=loading.best_dtype())
+        width = feature_width(backbone, likelihood)
+        if width != features:
+            misfit = f"its heads take {features} features and its backbone gives {width}; train it again"
+            raise ModelError(f"{folder}: not a reward model: {misfit}")
+        return cls(backbone, heads.to(backbone.device), likelihood)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Training.
+# Training. A group is a record with its labelled responses: (record, [(level, response)]).
 
 
-def collect(model, groups, batch, progress):
-    """Features of all responses, each image and prompt read once: (N, F), and [(record, level)] of the rows."""
+def load_groups(args):
+    """(training groups, held-out groups), split by image: levels of expert records, and labelled rollouts."""
+    rows = [r for file in args.data for r in records.read_records(file, ("image",), args.image_root)]
+    rows = [r for r in rows if "answer" in r or "report" in r]
+    require(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
+    parts = records.split_records(rows, (1 - args.holdout, 0, args.holdout), args.seed)
+    held_out_images = {r["image"] for r in parts["test"]}
+    training = build_levels(parts["train"], args.resamples, args.seed)
+    held_out = build_levels(parts["test"], 1, args.seed)
+    for record, labelled in label_rollouts(args.rollouts, args.image_root):
+        (held_out if record["image"] in held_out_images else training).append((record, labelled))
+    few = f"{args.data[0]}: too few records to train on and hold out; give more data, or another --holdout"
+    require(training and held_out, few)
+    return training, held_out
+
+
+def collect_features(model, groups, batch, progress=iter):
+    """Features of all responses, (n, F), and the (record, level) of each. Each prompt is encoded once."""
     features, rows = [], []
     for i in progress(range(0, len(groups), batch)):
-        part = sorted(groups[i : i + batch], key=lambda g: len(g[1]))
-        width = max(len(drawn) for _, drawn in part)
-        # same G for all
-        padded = [response for _, drawn in part for _, response in (drawn * width)[:width]]
-        images = [open_image(r["image"]) for r, _ in part]
-        out = model.features(images, [prompt_of(r) for r, _ in part], padded)  # (B·width, F)
-        for k, (record, drawn) in enumerate(part):
-            features.append(out[k * width : k * width + len(drawn)])
-            rows += [(record, level) for level, _ in drawn]
+        part = sorted(groups[i : i + batch], key=lambda group: len(group[1]))
+        # The model takes equally many responses to each prompt, so a smaller group repeats its own.
+        G = max(len(labelled) for _, labelled in part)
+        responses = []
+        for _, labelled in part:
+            responses += [response for _, response in itertools.islice(itertools.cycle(labelled), G)]
+        images = [open_image(record["image"]) for record, _ in part]
+        found = model.features(images, [prompt_of(record) for record, _ in part], responses)  # (B·G, F)
+        for b, (record, labelled) in enumerate(part):
+            features.append(found[b * G : b * G + len(labelled)])
+            rows += [(record, level) for level, _ in labelled]
     return torch.cat(features), rows
 
 
 def targets_of(levels, device):
-    """(N, 4): R̄ and the three probabilities that the levels imply; NaN where they imply nothing."""
-    t = torch.tensor([LEVELS[level] for level in levels], dtype=torch.float32, device=device)
-    return torch.cat([(t[:, :1] + 6) / 16, t[:, 1:]], 1)
+    """(n, 4): R̄ and the three probabilities that the levels imply; NaN if a level implies nothing."""
+    targets = torch.tensor([LEVELS[level] for level in levels], dtype=torch.float32, device=device)
+    return torch.cat([normalise_reward(targets[:, :1]), targets[:, 1:]], 1)
 
 
 def reward_loss(out, targets):
-    """MSE of R̄ plus the mean BCE of the three probabilities, over the targets that there are. Both (N, 4)."""
+    """MSE of R̄ plus the mean BCE of the three probabilities, over the targets that are known. Both (n, 4)."""
     known = ~targets[:, 1:].isnan()
     bce = binary_cross_entropy_with_logits(out[:, 1:][known], targets[:, 1:][known]) if known.any() else 0.0
     return mse_loss(out[:, 0], targets[:, 0]) + bce
@@ -280,193 +287,169 @@ def reward_loss(out, targets):
 def fit(model, groups, args, run):
     """Train the heads on features computed once, or, with --freeze nothing, heads and backbone together."""
     with torch.no_grad():
-        features, rows = collect(model, groups, args.batch, lambda it: run.progress(it, "features"))
+        features, rows = collect_features(
+            model, groups, args.batch, lambda batches: run.progress(batches, "features")
+        )
     targets = targets_of([level for _, level in rows], features.device)
-    model.heads.mean.copy_(features.mean(0))
-    model.heads.std.copy_(features.std(0).clamp(min=1e-3))
-    whole = args.freeze == "nothing"
-    parameters = [*model.heads.parameters()] + ([*model.backbone.model.parameters()] if whole else [])
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.1)
+    model.heads.standardise(features)
+    learning = [*model.heads.parameters()]
+    if args.freeze == "nothing":
+        learning += model.backbone.model.parameters()
+    optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=0.1)
     rng = random.Random(runs.seed_of(args.seed, "fit"))
     for step in run.progress(range(args.steps), "heads"):
-        if whole:
-            x, picked = collect(model, rng.sample(groups, min(len(groups), args.batch)), args.batch, iter)
-            y = targets_of([level for _, level in picked], x.device)
+        # A batch of features and targets; the features are computed anew if the backbone learns.
+        if args.freeze == "nothing":
+            batch = rng.sample(groups, min(len(groups), args.batch))
+            x, drawn = collect_features(model, batch, args.batch)
+            y = targets_of([level for _, level in drawn], x.device)
         else:
-            index = rng.sample(range(len(rows)), min(len(rows), 512))
+            index = rng.sample(range(len(rows)), min(len(rows), HEADS_BATCH))
             x, y = features[index], targets[index]
+        # Loss, gradient and step.
         loss = reward_loss(model.heads(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
+        # Log.
+        if step % LOG_EVERY == 0:
             run.log(step=step, loss=loss.item())
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The report on held-out images.
+# Evaluation on held-out images. docs/metrics.md explains each number.
+
+
+@torch.no_grad()
+def evaluate_heads(model, groups, batch, seed):
+    """{metric: value} of R on held-out groups."""
+    features, rows = collect_features(model, groups, batch)
+    scores = denormalise_reward(model.heads(features)[:, 0]).cpu().numpy()  # (n,)
+    levels = np.array([level for _, level in rows])
+    targets = np.array([LEVELS[level][0] for level in levels])
+    answered = np.array(["answer" in record for record, _ in rows]) & np.isin(levels, RIGHT + WRONG)
+    return {
+        "levels": evaluate_levels(scores, targets, levels),
+        "ordered": evaluate_pairs(scores, levels),
+        "spearman": spearman(scores, targets),
+        "auroc": auroc(scores[answered], np.isin(levels, RIGHT)[answered]),
+        "image_swap_drop": image_swap_drop(model, groups, batch, seed),
+    }
+
+
+def evaluate_levels(scores, targets, levels):
+    """{level: {n, mean, mae}}: the number of responses, their mean R and its mean absolute error."""
+    found, errors = {}, np.abs(scores - targets)
+    for level in LEVELS:
+        own = levels == level
+        if own.any():
+            mean, mae = float(scores[own].mean()), float(errors[own].mean())
+            found[level] = {"n": int(own.sum()), "mean": mean, "mae": mae}
+    return found
+
+
+def evaluate_pairs(scores, levels):
+    """{"high > low": probability that a response of the high level scores above one of the low level}."""
+    found = {}
+    for high, low in itertools.combinations([level for level in LEVELS if level in levels], 2):
+        if LEVELS[high][0] > LEVELS[low][0]:
+            pair = np.isin(levels, (high, low))
+            found[f"{high} > {low}"] = auroc(scores[pair], levels[pair] == high)
+    return found
+
+
+def image_swap_drop(model, groups, batch, seed):
+    """Mean fall of R of the originals if each gets another's image; None if there is no other image."""
+    originals = [record for record, labelled in groups if "original" in dict(labelled)]
+    others = random.Random(seed).sample(originals, len(originals))
+    pairs = [(own, other) for own, other in zip(originals, others) if own["image"] != other["image"]]
+    drops = []
+    for i in range(0, len(pairs), batch):
+        rows, swapped = zip(*pairs[i : i + batch])
+        before = score_references(model, rows, [row["image"] for row in rows])["overall"]
+        after = score_references(model, rows, [row["image"] for row in swapped])["overall"]
+        drops += [a - b for a, b in zip(before, after)]
+    return float(np.mean(drops)) if drops else None
 
 
 def spearman(x, y):
-    """Correlation of the ranks; None where either is constant."""
+    """Correlation of the ranks; None if either is constant."""
     x, y = ranks(x), ranks(y)
     return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else None
 
 
-@torch.no_grad()
-def report(model, groups, batch, seed):
-    """Held-out quality: by level, by pair of levels, and what replacing the image does to originals."""
-    features, rows = collect(model, groups, batch, iter)
-    scores = (model.heads(features)[:, 0] * 16 - 6).clamp(-6, 10).cpu().numpy()
-    level = np.array([l for _, l in rows])
-    truth = np.array([LEVELS[l][0] for l in level])
-    present = [l for l in LEVELS if (level == l).any()]
-    ordered = {
-        f"{a} > {b}": auroc(
-            np.concatenate([scores[level == a], scores[level == b]]),
-            np.repeat([True, False], [(level == a).sum(), (level == b).sum()]),
-        )
-        for i, a in enumerate(present)
-        for b in present[i + 1 :]
-        if LEVELS[a][0] > LEVELS[b][0]
-    }
-    originals = [r for r, drawn in groups if drawn[0][0] == "original" or ("original" in dict(drawn))]
-    swapped = random.Random(seed).sample(originals, len(originals))
-    pairs = [(a, b) for a, b in zip(originals, swapped) if a["image"] != b["image"]]
-    drops = [
-        x - y
-        for i in range(0, len(pairs), batch)
-        for x, y in zip(
-            *(
-                model(
-                    [open_image(p[k]["image"]) for p in pairs[i : i + batch]],
-                    [prompt_of(a) for a, _ in pairs[i : i + batch]],
-                    [reference_response(a) for a, _ in pairs[i : i + batch]],
-                )["overall"]
-                for k in (0, 1)
-            )
-        )
-    ]
-    answered = np.array(["answer" in r for r, _ in rows]) & np.isin(
-        level, ("original", "incoherent", "irrelevant", "right", "wrong")
-    )
-    return {
-        "levels": {
-            l: {
-                "n": int((level == l).sum()),
-                "mean": float(scores[level == l].mean()),
-                "mae": float(np.abs(scores - truth)[level == l].mean()),
-            }
-            for l in present
-        },
-        "ordered": ordered,
-        "spearman": spearman(scores, truth),
-        "auroc": auroc(scores[answered], np.isin(level, ("original", "right"))[answered]),
-        "image_swap_drop": float(np.mean(drops)) if drops else None,
-    }
-
-
-def print_report(found):
-    print(
-        cli.format_table(
-            [(l, m["n"], LEVELS[l][0], m["mean"], m["mae"]) for l, m in found["levels"].items()],
-            ("level", "n", "target", "mean", "MAE"),
-        )
-    )
-    print(cli.format_table(list(found["ordered"].items()), ("pair", "in order")))
+def print_evaluation(metrics):
+    rows = [(name, m["n"], LEVELS[name][0], m["mean"], m["mae"]) for name, m in metrics["levels"].items()]
+    print(cli.format_table(rows, ("level", "n", "target", "mean", "MAE")))
+    print(cli.format_table(list(metrics["ordered"].items()), ("pair", "in order")))
 
 
 def train(args):
     run = runs.start(args, [args.model, *args.data, *args.rollouts])
-    rows = [r for file in args.data for r in records.read_records(file, ("image",), args.image_root)]
-    rows = [r for r in rows if "answer" in r or "report" in r]
-    require(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
-    parts = records.split_records(rows, (1 - args.holdout, 0, args.holdout), args.seed)
-    held_images = {r["image"] for r in parts["test"]}
-    groups = build_levels(parts["train"], args.resamples, args.seed)
-    held = build_levels(parts["test"], 1, args.seed)
-    for record, drawn in build_rollouts(args.rollouts, args.image_root):
-        (held if record["image"] in held_images else groups).append((record, drawn))
-    if not groups or not held:
-        raise RecordError(
-            f"{args.data[0]}: too few records to train on and hold out; more data, or another --holdout"
-        )
-    # frozen, it computes in what it will score with; trained, its weights stay fp32
-    backbone = loading.load(
-        args.model, dtype=loading.best_dtype() if args.freeze == "backbone" else torch.float32
-    )
-    width = backbone.head.weight.shape[1] + (30 if args.likelihood else 0)
-    model = RewardModel(backbone, Heads(width, args.hidden).to(backbone.device), args.likelihood)
+    groups, held_out = load_groups(args)
+    # A frozen backbone has the dtype that it scores in. Weights that learn stay fp32.
+    dtype = loading.best_dtype() if args.freeze == "backbone" else torch.float32
+    backbone = loading.load(args.model, dtype=dtype)
+    heads = Heads(feature_width(backbone, args.likelihood), args.hidden).to(backbone.device)
+    model = RewardModel(backbone, heads, args.likelihood)
     fit(model, groups, args, run)
-    found = report(model, held, args.batch, args.seed)
-    print_report(found)
+    metrics = evaluate_heads(model, held_out, args.batch, args.seed)
+    print_evaluation(metrics)
     model.save(run.part)
-    run.finish(
-        found | {"examples": sum(len(d) for _, d in groups)},
-        "held-out "
-        + ", ".join(
-            f"{k} {found[k]:.3f}" for k in ("auroc", "spearman", "image_swap_drop") if found[k] is not None
-        ),
-    )
+    known = [k for k in ("auroc", "spearman", "image_swap_drop") if metrics[k] is not None]
+    line = "held-out " + ", ".join(f"{k} {metrics[k]:.3f}" for k in known)
+    run.finish(metrics | {"examples": sum(len(labelled) for _, labelled in groups)}, line)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Scoring and filtering.
 
 
-def shares(sizes, total):
-    """`total` places over cells of these sizes, in proportion; what rounding leaves goes to the largest remainders."""
-    exact = [total * n / max(1, sum(sizes)) for n in sizes]
+def score_references(model, rows, image_paths):
+    """{head: a score each} of the records' reference responses, with these images."""
+    images, prompts = [open_image(path) for path in image_paths], [prompt_of(row) for row in rows]
+    return model(images, prompts, [reference_response(row) for row in rows])
+
+
+def allocate(sizes, total):
+    """`total` places divided over cells in proportion to their sizes; remainders go to the largest ones."""
+    exact = [total * size / max(1, sum(sizes)) for size in sizes]
     places = [int(x) for x in exact]
-    for i in sorted(range(len(sizes)), key=lambda i: places[i] - exact[i])[: total - sum(places)]:
+    by_remainder = sorted(range(len(sizes)), key=lambda i: places[i] - exact[i])
+    for i in by_remainder[: total - sum(places)]:
         places[i] += 1
     return places
 
 
-def choose(rows, seed, per=(), threshold=None, top_k=None, keep=None):
-    """(accepted, random) indices: the best of each cell, and as many of the same cell at random for comparison."""
+def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None):
+    """(accepted, random): indices of the best of each cell, and of as many of the same cell at random."""
     cells = {}
-    for i, r in enumerate(rows):
-        cells.setdefault(tuple(r.get(field, "") for field in per), []).append(i)
-    # ties: order of the file
-    best = [sorted(c, key=lambda i: -rows[i]["reward"]["overall"]) for c in cells.values()]
+    for i, row in enumerate(rows):
+        cells.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
+    cells, overall = list(cells.values()), [row["reward"]["overall"] for row in rows]
+    # The best first; ties stay in the order of the file.
+    ranked = [sorted(cell, key=overall.__getitem__, reverse=True) for cell in cells]
     if threshold is not None:
-        places = [sum(rows[i]["reward"]["overall"] >= threshold for i in c) for c in best]
+        places = [sum(overall[i] >= threshold for i in cell) for cell in cells]
     else:
-        places = shares(
-            [len(c) for c in best], min(len(rows), top_k if keep is None else round(keep * len(rows)))
-        )
+        total = round(keep * len(rows)) if top_k is None else top_k
+        places = allocate([len(cell) for cell in cells], min(len(rows), total))
     rng = random.Random(runs.seed_of(seed, "random"))
-    return (
-        sorted(i for c, k in zip(best, places) for i in c[:k]),
-        sorted(i for c, k in zip(cells.values(), places) for i in rng.sample(c, k)),
-    )
+    accepted = [i for best, n in zip(ranked, places) for i in best[:n]]
+    drawn = [i for cell, n in zip(cells, places) for i in rng.sample(cell, n)]
+    return sorted(accepted), sorted(drawn)
 
 
-def print_summary(rows, accepted):
-    """How many were kept by task and modality, and where the scores lie."""
+def print_selection(rows, accepted):
+    """How many were accepted by task and modality, and a histogram of R."""
     for field in ("task", "modality"):
-        names = sorted({r.get(field, "") for r in rows})
-        print(
-            cli.format_table(
-                [
-                    (
-                        n,
-                        sum(r.get(field, "") == n for r in rows),
-                        sum(rows[i].get(field, "") == n for i in accepted),
-                    )
-                    for n in names
-                ],
-                (field, "scored", "accepted"),
-            )
-        )
-    counts, edges = np.histogram([r["reward"]["overall"] for r in rows], bins=8, range=(-6, 10))
-    print(
-        "\n".join(
-            f"{a:5.0f} to {b:3.0f} {'█' * round(50 * c / max(counts))} {c}"
-            for a, b, c in zip(edges, edges[1:], counts)
-        )
-    )
+        scored = [row.get(field, "") for row in rows]
+        kept = [scored[i] for i in accepted]
+        table = [(name, scored.count(name), kept.count(name)) for name in sorted(set(scored))]
+        print(cli.format_table(table, (field, "scored", "accepted")))
+    counts, edges = np.histogram([row["reward"]["overall"] for row in rows], bins=8, range=(R_MIN, R_MAX))
+    for low, high, count in zip(edges, edges[1:], counts):
+        print(f"{low:5.0f} to {high:3.0f} {'█' * round(50 * count / max(counts))} {count}")
 
 
 def score(args):
@@ -474,44 +457,41 @@ def score(args):
     rows = list(records.read_records(args.data, records.QUESTION, args.image_root))
     unreadable = find_unreadable(rows, args.max_rejected) if args.on_error == "skip" else {}
     rejected = [
-        r | {"reason": "unreadable image", "text": unreadable[r["image"]]}
-        for r in rows
-        if r["image"] in unreadable
+        row | {"reason": "unreadable image", "text": unreadable[row["image"]]}
+        for row in rows
+        if row["image"] in unreadable
     ]
-    rows = [r for r in rows if r["image"] not in unreadable]
+    rows = [row for row in rows if row["image"] not in unreadable]
     model = RewardModel.load(args.model)
-    here = lambda rows: (records.with_relative_image(r, run.folder) for r in rows)  # noqa: E731
+
+    def append(name, rows):
+        run.append(name, [records.with_relative_image(row, run.folder) for row in rows])
+
     if rejected and not run.state:
-        run.append("rejected.jsonl", here(rejected))
+        append("rejected.jsonl", rejected)
     for i in run.progress(range(run.state.get("step", 0), len(rows), args.batch), "score"):
+        # Score a batch of candidates: question and answer as a response to the image.
         part = rows[i : i + args.batch]
-        rewards = model(
-            [open_image(r["image"]) for r in part],
-            [prompt_of(r) for r in part],
-            [reference_response(r) for r in part],
-        )
-        run.append(
-            "scored.jsonl",
-            here(r | {"reward": {h: round(rewards[h][k], 4) for h in HEADS}} for k, r in enumerate(part)),
-        )
+        scores = score_references(model, part, [row["image"] for row in part])
+        # Write and commit.
+        rewards = [{head: round(scores[head][k], 4) for head in HEADS} for k in range(len(part))]
+        append("scored.jsonl", [row | {"reward": reward} for row, reward in zip(part, rewards)])
         run.commit(step=i + args.batch)
+
+    # Keep the best, and as many at random to compare with.
     rows = list(records.read_records(run.path("scored.jsonl"), root=records.ANYWHERE))
-    accepted, drawn = choose(rows, args.seed, args.per, args.threshold, args.top_k, args.keep)
+    accepted, drawn = select_candidates(rows, args.seed, args.per, args.threshold, args.top_k, args.keep)
     records.write_records(run.path("accepted.jsonl"), (rows[i] for i in accepted))
     records.write_records(run.path("random.jsonl"), (rows[i] for i in drawn))
-    print_summary(rows, accepted)
-    mean = lambda index: float(np.mean([rows[i]["reward"]["overall"] for i in index])) if index else None  # noqa: E731
-    run.finish(
-        {
-            "scored": len(rows),
-            "accepted": len(accepted),
-            "rejected": len(rejected),
-            "mean": mean(range(len(rows))),
-            "mean_accepted": mean(accepted),
-        },
-        f"accepted {len(accepted)} of {len(rows)}"
-        + (f", {len(rejected)} with an unreadable image set aside" if rejected else ""),
-    )
+    print_selection(rows, accepted)
+    metrics = {"scored": len(rows), "accepted": len(accepted), "rejected": len(rejected)}
+    metrics |= {"mean": mean_reward(rows), "mean_accepted": mean_reward([rows[i] for i in accepted])}
+    aside = f", {len(rejected)} with an unreadable image set aside" if rejected else ""
+    run.finish(metrics, f"accepted {len(accepted)} of {len(rows)}{aside}")
+
+
+def mean_reward(rows):
+    return float(np.mean([row["reward"]["overall"] for row in rows])) if rows else None
 
 
 def main(args):

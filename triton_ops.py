@@ -22,10 +22,9 @@ with d loss / d logits. Two more GEMMs take that on to hidden and weight, and th
 chunk.
 
     linear_logprob        differentiable log-probs and entropies. The backward pass computes the logits again,
-                          because
-                          only then is their gradient known (4 GEMMs in all, 1 without gradient)
-    linear_cross_entropy  a loss is a scalar, so its gradient is formed in the forward pass (3 GEMMs)
-    linear_grpo_loss      the same for a policy-gradient loss of whole sequences (3 GEMMs)
+                          because only then is their gradient known (4 GEMMs, 1 without gradient).
+    linear_cross_entropy  a loss is a scalar, so its gradient is formed in the forward pass (3 GEMMs).
+    linear_grpo_loss      the same for a policy-gradient loss of whole sequences (3 GEMMs).
 
 The row operations exist twice: in plain PyTorch, the reference and the CPU's path, and as Triton kernels.
 """

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. `cli.run_main` prints the message only and exits with this status."""
+    """A mistake in what the user gave. `cli.run_main` prints only the message and exits with this status."""
 
     exit_status = 2
 

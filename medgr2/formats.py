@@ -1,7 +1,7 @@
 """Public data sets as records: OmniMedVQA, Med-R1, VQA-RAD, LLaVA conversations, MedVLThinker.
 
-A converter turns one row of a public file into drafts, one per question. `finish` makes a draft a valid record or says why it
-cannot be one, and every draft is counted.
+A converter turns one row of a public file into drafts, one per question. `record_from_draft` makes a draft a
+valid record or says why it cannot. Every draft is counted.
 """
 
 import json
@@ -16,13 +16,16 @@ from medgr2.images import is_under, require_file
 from medgr2.prompts import MODALITIES, TAG, TASKS, match_option, normalise, parse_response
 from medgr2.records import validate
 
+# ---------------------------------------------------------------------------------------------------------
+# Names and texts.
 
-def squash(name):
-    """A name's letters alone: what `MR (Mag-netic Resonance Imaging)` and its kin have in common."""
+
+def letters_only(name):
+    """What the spellings of one name have in common: `MR (Mag-netic Resonance Imaging)` and the like."""
     return re.sub("[^a-z]", "", name.casefold())
 
 
-NAMES = {squash(name): name for name in MODALITIES + TASKS} | {
+CANONICAL_NAMES = {letters_only(name): name for name in MODALITIES + TASKS} | {
     "ctcomputedtomography": "CT",
     "computedtomography": "CT",
     "mr": "MRI",
@@ -35,9 +38,18 @@ NAMES = {squash(name): name for name in MODALITIES + TASKS} | {
 }
 
 
+def canonical_name(name):
+    """This project's name of a modality or task; an unknown name stays as it is."""
+    return CANONICAL_NAMES.get(letters_only(name), name)
+
+
 def clean(value):
-    """A public file's value as one line of text; "" for None (and NaN, which pandas writes) and for no text."""
+    """A public file's value as one line of text; "" if it is neither text nor number."""
     return " ".join(str(value).split()) if isinstance(value, (str, int, float)) else ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Converters: a row of a public file to a list of drafts.
 
 
 def from_omnimedvqa(row):
@@ -59,8 +71,8 @@ def from_omnimedvqa(row):
 def from_medr1(row):
     """Med-R1 and R1-V: `What is it? A)x, B)y` in `problem`, `<answer> B </answer>` in `solution`.
 
-    An option may hold commas and ` or `: the next begins at a letter with `)` behind a comma or a line's end.
-    A problem without options is an open question, unless a letter answers it.
+    An option may hold commas and ` or `: the next one begins at a letter with `)` after a comma or a line
+    break. A problem without options is an open question, unless its answer is a letter.
     """
     answer, image = parse_response(row["solution"]).prediction, row.get("image")
     head, *others = re.split(r"(?:,\s*|\n\s*)[B-Z]\)", row["problem"])
@@ -83,8 +95,8 @@ VQARAD_TASKS = {
     "MODALITY": "Modality Recognition",
     "ORGAN": "Anatomy Identification",
     "ABN": "Disease Diagnosis",
-    # PRSE is a slip in the file
     "PRES": "Disease Diagnosis",
+    # A misspelling of PRES in the file.
     "PRSE": "Disease Diagnosis",
 }
 
@@ -92,10 +104,8 @@ VQARAD_TASKS = {
 def from_vqarad(row):
     """VQA-RAD. A CLOSED question answered yes or no gets the options yes and no; all others are open.
 
-    The task is that of the first `question_type` (there may be several) in VQARAD_TASKS, else Other Biological
-    Attributes: where, how large, which colour. The modality is not given (`CHEST` may be X-ray or CT).
+    The modality is not given (`CHEST` may be X-ray or CT).
     """
-    types = re.split(r"\W+", clean(row.get("question_type")).upper())
     closed = clean(row["answer_type"]).upper() == "CLOSED" and normalise(row["answer"]) in ("yes", "no")
     return [
         {
@@ -104,39 +114,49 @@ def from_vqarad(row):
             "question": row["question"],
             "answer": row["answer"],
             "options": ["yes", "no"] if closed else [],
-            "task": next(
-                (VQARAD_TASKS[t] for t in types if t in VQARAD_TASKS), "Other Biological Attributes"
-            ),
+            "task": vqarad_task(row.get("question_type")),
         }
     ]
+
+
+def vqarad_task(question_type):
+    """The task of the first type in VQARAD_TASKS (there may be several types).
+
+    The others, such as where, how large and which colour, are Other Biological Attributes.
+    """
+    for name in re.split(r"\W+", clean(question_type).upper()):
+        if name in VQARAD_TASKS:
+            return VQARAD_TASKS[name]
+    return "Other Biological Attributes"
 
 
 def from_llava(row):
     """LLaVA `conversations`: each question (human) and the reply after it (gpt) is one open question."""
     turns = [turn for turn in row["conversations"] if turn["from"] in ("human", "gpt")]
-    return [
-        {
-            "id": row.get("id"),
-            "image": row.get("image"),
-            "question": turn["value"].replace("<image>", " "),
-            "answer": reply["value"] if reply["from"] == "gpt" else "",
-        }
-        for turn, reply in zip(turns, [*turns[1:], {"from": None}])
-        if turn["from"] == "human"
-    ]
+    drafts = []
+    for i, turn in enumerate(turns):
+        if turn["from"] == "human":
+            is_answered = i + 1 < len(turns) and turns[i + 1]["from"] == "gpt"
+            drafts.append(
+                {
+                    "id": row.get("id"),
+                    "image": row.get("image"),
+                    "question": turn["value"].replace("<image>", " "),
+                    "answer": turns[i + 1]["value"] if is_answered else "",
+                }
+            )
+    return drafts
 
 
 def from_medvlthinker(row):
-    """MedVLThinker: `options` as JSON text {"A": ...}, `answer_label`, `answer`, `images`, perhaps `reasoning`."""
+    """MedVLThinker: `options` (may be JSON text), `answer_label`, `answer`, `images`, perhaps `reasoning`."""
     options = json.loads(row["options"]) if isinstance(row["options"], str) else row["options"]
     options = options if isinstance(options, dict) else dict(zip(LETTERS, options or []))
     options = {letter: clean(options[letter]) for letter in sorted(options)}
     label, answer = clean(row.get("answer_label")).strip("().: ").upper(), clean(row["answer"])
     if label in options:
-        require(
-            match_option(answer, list(options.values()))[0] in (None, options[label]),
-            "label and answer disagree",
-        )
+        named, _ = match_option(answer, list(options.values()))
+        require(named in (None, options[label]), "label and answer disagree")
         answer = options[label]
     return [
         {
@@ -151,7 +171,7 @@ def from_medvlthinker(row):
     ]
 
 
-# name: the keys that tell it, its converter
+# For each format the keys by which its rows are recognised, and its converter.
 FORMATS = {
     "omnimedvqa": ({"question", "gt_answer", "option_A"}, from_omnimedvqa),
     "medr1": ({"problem", "solution"}, from_medr1),
@@ -161,88 +181,102 @@ FORMATS = {
 }
 
 
-def import_records(src, format=None, images=None, root=None):
-    """Records of a public file (JSON array or JSON Lines), or of all *.json below a folder: (records, notes).
+# ---------------------------------------------------------------------------------------------------------
+# Importing.
 
-    `images` is the folder that image paths start from; without it the folder of `src`, then `images/` in it. None may lead
-    out of it, but into `root`.
-    notes = {"rows": questions met, "skipped": {reason: count}, "unknown": {name: count}}: rows = records + skipped;
-    unknown modalities and tasks are kept as they are. Raises RecordError, also where not one record is left.
+
+def import_records(src, format=None, images=None, root=None):
+    """The records of a public file (JSON array or JSON Lines) or of all *.json files below a folder.
+
+    Image paths start from the folder `images`, by default that of `src` or `images/` in it. None may lead
+    out of it, except into `root`.
+    Returns (records, notes). The notes are `rows`, how many questions were read (records + skipped);
+    `skipped`, {reason: count}; and `unknown`, {name: count} of unknown modalities and tasks, whose records
+    are kept.
+    Raises RecordError, also if there is no record.
     """
     home = src if os.path.isdir(src) else os.path.dirname(src)
     folders = [images] if images else [home, os.path.join(home, "images")]
-    roots = [os.path.realpath(place) for place in (*folders, root or folders[0])]
+    roots = [os.path.realpath(folder) for folder in (*folders, root or folders[0])]
+    rows, id_counts, skipped = [], Counter(), Counter()
+    for draft, fallback_id in read_drafts(src, format):
+        try:
+            rows.append(record_from_draft(draft, fallback_id, folders, roots, id_counts))
+        except RecordError as error:
+            skipped[str(error)] += 1
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common()) or "no rows"
+    require(rows, f"{src}: no row becomes a record: {reasons}: see --format and --images")
+    counts = {"rows": len(rows) + skipped.total(), "skipped": dict(skipped), "unknown": count_unknown(rows)}
+    return rows, counts
+
+
+def read_drafts(src, format):
+    """Yield (draft, an id if it has none) per question; for a bad row an exception or None is the draft."""
     files = sorted(map(str, pathlib.Path(src).rglob("*.json"))) if os.path.isdir(src) else [src]
-    records, taken, skipped = [], Counter(), Counter()
     for file in files:
         rows = load_rows(file)
-        name = format or recognise(rows, file)
+        name = format or recognise_format(rows, file)
         require(name in FORMATS, f"format {name} is not known: it is one of {', '.join(FORMATS)}")
-        convert = FORMATS[name][1]
+        _, convert = FORMATS[name]
         for number, row in enumerate(rows):
             try:
                 drafts = convert(row) or [None]
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 drafts = [error]
             for draft in drafts:
-                try:
-                    records.append(finish(draft, f"{name}-{number}", folders, roots, taken))
-                except RecordError as error:
-                    skipped[str(error)] += 1
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common()) or "no rows"
-    require(records, f"{src}: no row becomes a record: {reasons}: see --format and --images")
-    unknown = Counter(
-        f"{field} {record[field]}"
-        for record in records
-        for field in ("modality", "task")
-        if field in record and record[field] not in MODALITIES + TASKS
-    )
-    return records, {
-        "rows": len(records) + skipped.total(),
-        "skipped": dict(skipped),
-        "unknown": dict(unknown),
-    }
+                yield draft, f"{name}-{number}"
+
+
+def count_unknown(rows):
+    """{name: count} of the modalities and tasks that this project has no name for."""
+    counts = Counter()
+    for row in rows:
+        for field in ("modality", "task"):
+            if field in row and row[field] not in MODALITIES + TASKS:
+                counts[f"{field} {row[field]}"] += 1
+    return dict(counts)
 
 
 def load_rows(path):
-    """The rows of a JSON array or JSON Lines file. Raises RecordError (`file:line: what: what to do`)."""
+    """The rows of a JSON array or JSON Lines file. Raises RecordError."""
     require_file(path)
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: not readable ({error}): give a JSON or JSONL file in UTF-8") from None
+    is_array = text.lstrip().startswith("[")
     rows = []
-    for number, chunk in enumerate([text] if text.lstrip().startswith("[") else text.split("\n")):
+    for number, chunk in enumerate([text] if is_array else text.split("\n")):
         try:
+            # pandas writes NaN for a missing value: it becomes None.
             value = json.loads(chunk, parse_constant=lambda name: None) if chunk.strip() else []
         except (ValueError, RecursionError) as error:
-            where = f"{path}:{number + getattr(error, 'lineno', 1)}"
-            raise RecordError(f"{where}: {error}: give a JSON array, or one JSON object a line") from None
+            line = number + getattr(error, "lineno", 1)
+            advice = "give a JSON array, or one JSON object per line"
+            raise RecordError(f"{path}:{line}: {error}: {advice}") from None
         rows += value if isinstance(value, list) else [value]
     return rows
 
 
-def recognise(rows, path):
+def recognise_format(rows, path):
     """The name of the first format whose keys the first row has. Raises RecordError."""
     keys = rows[0].keys() if rows and isinstance(rows[0], dict) else set()
-    name = next((name for name, (known, _) in FORMATS.items() if known <= keys), None)
-    require(name, f"{path}: format not recognised by its keys ({', '.join(keys) or 'none'}): see --format")
-    return name
+    for name, (known, _) in FORMATS.items():
+        if known <= keys:
+            return name
+    shown = ", ".join(keys) or "none"
+    raise RecordError(f"{path}: format not recognised by its keys ({shown}): see --format")
 
 
-def finish(draft, fallback, folders, roots, taken):
-    """The record of a draft, `answer` as the option's own text. Raises RecordError(reason) where there is none.
+def record_from_draft(draft, fallback_id, folders, roots, id_counts):
+    """The record of a draft, with `answer` as the option's own text. Raises RecordError(reason).
 
-    The id is the data set's own, behind the data set's name; a repeated one gets -2, -3, ... (`taken` counts).
+    The id is the data set's own, after the name of the data set. `id_counts` is updated: it makes ids unique.
     """
-    require(
-        isinstance(draft, dict), str(draft) if isinstance(draft, RecordError) else "row not of the format"
-    )
-    dataset, own = clean(draft.get("dataset")) or fallback.split("-")[0], clean(draft.get("id"))
-    record = {
-        "id": own if own.startswith(dataset) else f"{dataset}-{own}" if own else fallback,
-        "image": find_image(draft["image"], folders, roots),
-    }
+    if isinstance(draft, RecordError):
+        raise draft
+    require(isinstance(draft, dict), "row not of the format")
+    record = {"id": draft_id(draft, fallback_id), "image": find_image(draft["image"], folders, roots)}
     for field in ("question", "answer"):
         record[field] = clean(draft[field])
         require(normalise(record[field]), f"{field} is empty")
@@ -251,27 +285,42 @@ def finish(draft, fallback, folders, roots, taken):
         answer, reason = match_option(record["answer"], options)
         require(answer, reason)
         record |= {"options": options, "answer": answer}
-    rest = {field: clean(draft.get(field)) for field in ("rationale", "modality", "task")}
-    rest |= {field: NAMES.get(squash(rest[field]), rest[field]) for field in ("modality", "task")}
-    record |= {field: text for field, text in rest.items() if text} | {"source": "expert"}
+    for field in ("rationale", "modality", "task"):
+        text = clean(draft.get(field))
+        if text:
+            record[field] = text if field == "rationale" else canonical_name(text)
+    record["source"] = "expert"
     validate(record)
-    name = record["id"]
-    while record["id"] in taken:
-        taken[name] += 1
-        record["id"] = f"{name}-{taken[name]}"
-    taken[record["id"]] += 1
-    return record
+    return record | {"id": unique_id(record["id"], id_counts)}
+
+
+def draft_id(draft, fallback_id):
+    dataset, own = clean(draft.get("dataset")) or fallback_id.split("-")[0], clean(draft.get("id"))
+    if not own:
+        return fallback_id
+    return own if own.startswith(dataset) else f"{dataset}-{own}"
+
+
+def unique_id(name, id_counts):
+    """The name, or name-2, name-3, ... if it is taken."""
+    unique = name
+    while unique in id_counts:
+        id_counts[name] += 1
+        unique = f"{name}-{id_counts[name]}"
+    id_counts[unique] += 1
+    return unique
 
 
 def find_image(value, folders, roots):
-    """The absolute path of a row's image: a path, or a list of one. Raises RecordError(reason)."""
+    """The absolute path of a row's image: `value` is a path or a list of one. Raises RecordError(reason)."""
     values = value if isinstance(value, list) else [value]
     require(len(values) < 2, "several images")
-    path = values[0].get("path") if values and isinstance(values[0], dict) else values and values[0]
+    path = values[0] if values else None
+    if isinstance(path, dict):
+        path = path.get("path")
     require(path and isinstance(path, str), "no image")
-    found = [
-        p for p in (os.path.abspath(os.path.join(folder, path)) for folder in folders) if os.path.isfile(p)
-    ]
+    places = [os.path.abspath(os.path.join(folder, path)) for folder in folders]
+    found = next((place for place in places if os.path.isfile(place)), None)
     require(found, "image file not found")
-    require(is_under(found[0], roots), "image outside of the folder of images, see --image-root")
-    return found[0]
+    require(is_under(found, roots), "image outside of the folder of images, see --image-root")
+    return found

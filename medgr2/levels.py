@@ -1,14 +1,16 @@
-"""The four levels of responses to an expert record that the reward model learns to tell apart, and marks of a policy's own.
+"""Four levels of responses to an expert record, which the reward model learns to tell apart.
 
     original    10   as the expert wrote it
-    perturbed    6   one finding, site, side or degree replaced by another that occurs in the data, the rest right
+    perturbed    6   one finding, site, side or degree replaced by another that occurs in the data
     incoherent   0   contradicts itself: the answer against the rationale, or a clause of another report
     irrelevant  -6   belongs to another image, and its answer is wrong for this one
 
-One short function a level, for each kind of record: question with or without rationale, open or with options, and report. No text
-has two levels: a replaced detail may happen to be another image's answer, and then it is that.
+One short function makes each level, for each kind of record: a question with or without rationale, open or
+with options, or a report. No text has two levels: if a replaced detail happens to be another image's answer,
+the text is irrelevant.
 
-Of the policy's responses to expert questions the truth is known: right and well-formed 10, wrong 0, malformed -6.
+The policy's own responses to expert questions (rollouts) are a second source. Their truth is known from the
+expert's answer: right and well-formed 10, wrong 0, malformed -6.
 """
 
 import random
@@ -24,18 +26,19 @@ from medgr2.prompts import (
     reference_response,
 )
 
-NAN = float("nan")
-# (R, relevant, coherent, faithful)
+UNKNOWN = float("nan")
+# (R, relevant, coherent, faithful): the score, and the probabilities that say why.
 LEVELS = {
     "original": (10, 1, 1, 1),
     "perturbed": (6, 1, 1, 0),
     "incoherent": (0, 1, 0, 0),
     "irrelevant": (-6, 0, 1, 0),
-    # the policy's own responses to expert questions; NaN where the mark implies nothing
-    "right": (10, 1, NAN, NAN),
-    "wrong": (0, NAN, NAN, 0),
-    "malformed": (-6, NAN, NAN, NAN),
+    # Outcomes of rollouts.
+    "right": (10, 1, UNKNOWN, UNKNOWN),
+    "wrong": (0, UNKNOWN, UNKNOWN, 0),
+    "malformed": (-6, UNKNOWN, UNKNOWN, UNKNOWN),
 }
+# Terms that replace each other, besides those that are options of one question.
 ALTERNATIVES = (
     ("left", "right"),
     ("mild", "moderate", "severe"),
@@ -46,42 +49,55 @@ ALTERNATIVES = (
     ("present", "absent"),
     ("yes", "no"),
 )
+# Enough records to find another image's response among.
+MOST_OTHERS = 200
 
 
-# Each function: (record, other records, terms, rng) → a response, or None if there is none.
+# ---------------------------------------------------------------------------------------------------------
+# Terms.
 
 
 def find_terms(rows):
-    """(pattern, {term: alternatives}): terms that stand side by side among options, and a few pairs of our own.
+    """(pattern, {term: alternatives}) of the options of each question, and of ALTERNATIVES.
 
-    The pattern finds them in a text in any case, the longest first. Keys are lower-case; alternatives are as written.
+    The pattern finds terms in any case, the longest first. Keys are lower-case, alternatives as written.
     """
     found = {}
-    for group in [r["options"] for r in rows if "options" in r] + list(ALTERNATIVES):
+    for group in [row["options"] for row in rows if "options" in row] + list(ALTERNATIVES):
         for term in group:
-            found.setdefault(term.lower(), set()).update(t for t in group if t.lower() != term.lower())
-    any_term = "|".join(map(re.escape, sorted(found, key=lambda t: (-len(t), t))))
-    return re.compile(rf"(?<!\w)(?:{any_term})(?!\w)", re.IGNORECASE), {
-        t: sorted(others) for t, others in found.items() if others
-    }
+            others = {other for other in group if other.lower() != term.lower()}
+            found.setdefault(term.lower(), set()).update(others)
+    longest_first = sorted(found, key=lambda term: (-len(term), term))
+    any_term = "|".join(map(re.escape, longest_first))
+    pattern = re.compile(rf"(?<!\w)(?:{any_term})(?!\w)", re.IGNORECASE)
+    return pattern, {term: sorted(others) for term, others in found.items() if others}
 
 
-def in_the_case_of(word, like):
-    """`word` with its first letter in the case of `like`'s, so that a swap cannot be told by it; acronyms stay as they are."""
+def match_case(word, like):
+    """`word` with its first letter in the case of `like`'s, so that a swap does not show. Keeps acronyms."""
     if any(w[1:] != w[1:].lower() for w in (word, like)):
         return word
     return (word[:1].upper() if like[:1].isupper() else word[:1].lower()) + word[1:]
 
 
 def swap_term(text, terms, rng, avoid=""):
-    """`text` with one of its terms, everywhere that it occurs, replaced by an alternative; None if it has none."""
+    """`text` with one of its terms (not `avoid`) replaced everywhere by an alternative; None without any."""
     pattern, alternatives = terms
-    met = sorted({m.lower() for m in pattern.findall(text)} & alternatives.keys() - {avoid.lower()})
-    if not met:
+    found = {match.lower() for match in pattern.findall(text)}
+    candidates = sorted(found & alternatives.keys() - {avoid.lower()})
+    if not candidates:
         return None
-    term = rng.choice(met)
+    term = rng.choice(candidates)
     other = rng.choice(alternatives[term])
-    return pattern.sub(lambda m: in_the_case_of(other, m[0]) if m[0].lower() == term else m[0], text)
+
+    def replace(match):
+        return match_case(other, match[0]) if match[0].lower() == term else match[0]
+
+    return pattern.sub(replace, text)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The levels. Each function: (record, other records, terms, rng) → a response, or None if it cannot make one.
 
 
 def original(record, others, terms, rng):
@@ -89,81 +105,106 @@ def original(record, others, terms, rng):
 
 
 def perturbed(record, others, terms, rng):
-    """A detail replaced and the rest left right: of the report, of the rationale beside the answer, of a longer answer."""
+    """One detail replaced, the rest right: in the report, in the rationale, or in a longer answer."""
     if "report" in record:
         return swap_term(record["report"], terms, rng)
     if record.get("rationale"):
         rationale = swap_term(record["rationale"], terms, rng, avoid=record["answer"])
         return rationale and format_response(rationale, record["answer"])
-    # all of it replaced is wrong, not perturbed
+    # An answer that is replaced as a whole is wrong, not perturbed.
     answer = swap_term(record["answer"], terms, rng, avoid=record["answer"])
     return answer and format_response(None, answer)
 
 
-def wrong_answer(record, terms, rng):
-    """Another option; for an open question the answer with a term replaced."""
-    wrong = [o for o in record.get("options", ()) if not is_match(o, record["answer"])]
-    return rng.choice(wrong) if wrong else swap_term(record["answer"], terms, rng)
-
-
 def incoherent(record, others, terms, rng):
-    """The answer against the rationale; without a rationale, two answers at once; a clause of another report."""
+    """The answer against the rationale; two answers, without a rationale; a clause of another report."""
     if "report" in record:
-        clauses = lambda r: re.split(r"(?<=[.;])\s+", r["report"])  # noqa: E731
-        own = clauses(record)
-        strange = [c for r in others if "report" in r for c in clauses(r) if c not in own]
-        place = rng.randint(0, len(own))
-        return " ".join([*own[:place], rng.choice(strange), *own[place:]]) if strange else None
+        return insert_clause(record["report"], others, rng)
     answer = wrong_answer(record, terms, rng)
     if answer is None:
         return None
-    both = answer if record.get("rationale") else f"{record['answer']}, {answer}"
-    return format_response(record.get("rationale"), both)
+    rationale = record.get("rationale")
+    return format_response(rationale, answer if rationale else f"{record['answer']}, {answer}")
 
 
 def irrelevant(record, others, terms, rng):
-    """The response to the same question about another image, where the answer differs: an option here, and a wrong one."""
+    """The response to a record of another image, its answer wrong for this one."""
     if "report" in record:
-        donors = [r for r in others if "report" in r and r["report"] != record["report"]]
+        donors = [other for other in others if "report" in other and other["report"] != record["report"]]
     else:
-        options = {normalise(o) for o in record.get("options", ())} - {normalise(record["answer"])}
-        donors = [
-            r
-            for r in others
-            if "answer" in r
-            and (
-                normalise(r["answer"]) in options
-                if options
-                else r["question"] == record["question"] and not is_match(r["answer"], record["answer"])
-            )
-        ]
-    donors = [r for r in donors if r["image"] != record["image"]]
+        donors = wrongly_answered(record, others)
+    donors = [other for other in donors if other["image"] != record["image"]]
     return reference_response(rng.choice(donors)) if donors else None
 
 
+def wrongly_answered(record, others):
+    """The others whose answer is another option of this question; if it is open, another answer to it."""
+    answered = [other for other in others if "answer" in other]
+    wrong = {normalise(option) for option in wrong_options(record)}
+    if wrong:
+        return [other for other in answered if normalise(other["answer"]) in wrong]
+    same_question = [other for other in answered if other["question"] == record["question"]]
+    return [other for other in same_question if not is_match(other["answer"], record["answer"])]
+
+
+def wrong_options(record):
+    return [option for option in record.get("options", ()) if not is_match(option, record["answer"])]
+
+
+def wrong_answer(record, terms, rng):
+    """Another option; for an open question the answer with a term replaced, or None."""
+    wrong = wrong_options(record)
+    return rng.choice(wrong) if wrong else swap_term(record["answer"], terms, rng)
+
+
+def insert_clause(report, others, rng):
+    """The report with a clause of another report at a random place; None if no other has another clause."""
+    own = split_clauses(report)
+    reports = [other["report"] for other in others if "report" in other]
+    strange = [clause for other in reports for clause in split_clauses(other) if clause not in own]
+    place = rng.randint(0, len(own))
+    return " ".join([*own[:place], rng.choice(strange), *own[place:]]) if strange else None
+
+
+def split_clauses(report):
+    return re.split(r"(?<=[.;])\s+", report)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# All levels of all records.
+
+
 def build_levels(rows, resamples, seed):
-    """[(record, [(level, response)])], for each record its levels `resamples` times over, no response twice."""
-    terms, levels = find_terms(rows), []
+    """[(record, [(level, response)])]: each record's levels, drawn `resamples` times, no response twice."""
+    terms, groups = find_terms(rows), []
     for record in rows:
         rng = random.Random(runs.seed_of(seed, record["id"]))
-        # enough to find a donor among, and no more
-        others = rng.sample(rows, min(len(rows), 200))
-        drawn = {}
-        # a text that two of them make has one level: the last's
+        others = rng.sample(rows, min(len(rows), MOST_OTHERS))
+        level_of = {}
+        # A text that two functions make has the level of the later one, so `original` is the last.
         for make in (perturbed, incoherent, irrelevant, original):
-            drawn |= {make(record, others, terms, rng): make.__name__ for _ in range(resamples)}
-        levels.append((record, sorted((level, text) for text, level in drawn.items() if text is not None)))
-    return levels
+            for _ in range(resamples):
+                level_of[make(record, others, terms, rng)] = make.__name__
+        level_of.pop(None, None)
+        groups.append((record, sorted((level, response) for response, level in level_of.items())))
+    return groups
 
 
-def build_rollouts(files, root=None):
-    """[(expert record, [(mark, response)])]: the policy's responses, marked by the truth and never by a reward."""
+def label_rollouts(files, root=None):
+    """[(expert record, [(outcome, response)])]: the policy's responses to expert questions, none twice."""
     questions = {}
     for file in files:
-        for r in records.read_records(file, ("image", "response"), root):
-            if r.get("source", "expert") == "expert":
-                parsed = parse_response(r["response"], r.get("options"))
-                right = is_match(parsed.prediction, r["answer"])
-                mark = "malformed" if not parsed.well_formed else "right" if right else "wrong"
-                questions.setdefault((r["image"], policy_prompt(r)), (r, set()))[1].add((mark, r["response"]))
-    return [(r, sorted(marked)) for r, marked in questions.values()]
+        for rollout in records.read_records(file, ("image", "response"), root):
+            if rollout.get("source", "expert") == "expert":
+                key = rollout["image"], policy_prompt(rollout)
+                _, labelled = questions.setdefault(key, (rollout, set()))
+                labelled.add((outcome(rollout), rollout["response"]))
+    return [(record, sorted(labelled)) for record, labelled in questions.values()]
+
+
+def outcome(rollout):
+    """`right`, `wrong` or `malformed`, by the expert's answer and never by a reward."""
+    parsed = parse_response(rollout["response"], rollout.get("options"))
+    if not parsed.well_formed:
+        return "malformed"
+    return "right" if is_match(parsed.prediction, rollout["answer"]) else "wrong"

@@ -1,23 +1,28 @@
 """Prompts and the parsers of their replies.
 
-A prompt asks for a form and its parser reads that form. They are two halves of one contract, so they are side by side here,
-and a test holds that each parser accepts what its prompt asks for.
+A prompt asks for a form, and its parser reads that form. The two make one contract, so they are side by side
+here. A test holds that each parser accepts what its prompt asks for.
 """
 
 import re
 import unicodedata
 from typing import NamedTuple
 
+# The eight modalities and five question types of OmniMedVQA.
 MODALITIES = ("CT", "MRI", "X-Ray", "Ultrasound", "Dermoscopy", "Fundus Photography", "Microscopy", "OCT")
-
 TASKS = (
     "Modality Recognition",
     "Anatomy Identification",
     "Disease Diagnosis",
     "Lesion Grading",
-    # the eight modalities and five question types of OmniMedVQA
     "Other Biological Attributes",
 )
+
+# The texts of a record and the parts of a reply must not contain these.
+TAG = re.compile(r"</?(?:question|options|think|answer)>")
+
+# Options have letters, so there are no more of them than letters.
+MAX_OPTIONS = 26
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -25,7 +30,7 @@ TASKS = (
 
 
 def policy_prompt(record):
-    """The text that goes with the image, when the policy is asked `record["question"]`."""
+    """The text that goes with the image when the policy is asked `record["question"]`."""
     lines = [record["question"]]
     if "options" in record:
         lines.append("Options: " + " ".join(f"{chr(65 + i)}) {o}" for i, o in enumerate(record["options"])))
@@ -35,87 +40,89 @@ def policy_prompt(record):
 
 
 def report_prompt():
-    """The text that goes with the image, when a report is asked for."""
+    """The text that goes with the image when a report is asked for."""
     return "Describe this image."
 
 
 def format_response(rationale, answer):
-    """What a perfect reply to `policy_prompt` looks like; `rationale` may be empty or None."""
+    """A perfect reply to `policy_prompt`; `rationale` may be empty or None."""
     return f"<think>{rationale or ''}</think><answer>{answer}</answer>"
 
 
 def reference_response(record):
-    """The reference response of a question or report record: what SFT trains on and the reward model scores."""
-    return (
-        record["report"] if "report" in record else format_response(record.get("rationale"), record["answer"])
-    )
+    """The reference response to a question or report record: SFT trains on it, the reward model scores it."""
+    if "report" in record:
+        return record["report"]
+    return format_response(record.get("rationale"), record["answer"])
 
 
-class Parsed(NamedTuple):
-    """A response, read. `prediction` is an option's own text (or free text), or None with a `reason`."""
+class ParsedResponse(NamedTuple):
+    """What was parsed from a response."""
 
+    # The text of an option, or free text if there are no options. None if there is no answer, for `reason`.
     prediction: str | None
     reason: str | None
     rationale: str | None
-    # exactly the form that the prompt asks for, and a prediction in it
+    # There is a prediction, in exactly the form that the prompt asks for.
     well_formed: bool
 
 
-FORM = re.compile(r"\s*<think>(?P<rationale>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
-
-# none of them may stand inside a part of a reply
-TAG = re.compile(r"</?(?:question|options|think|answer)>")
-
-LETTER = re.compile(r"\(?([A-Za-z])(?:[).:]+|\s*$)\s*(.*)", re.DOTALL)
+RESPONSE = re.compile(
+    r"\s*<think>(?P<rationale>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL
+)
+# "C", "(C)", "C." or "C) CT": the letter, and what follows it.
+LETTERED = re.compile(r"\(?([A-Za-z])(?:[).:]+|\s*$)\s*(.*)", re.DOTALL)
 
 
 def normalise(text):
-    """Case, width, spacing and the punctuation around a text do not make it another answer."""
+    """The text without the differences that make no other answer: case, width, spacing, outer punctuation."""
     text = unicodedata.normalize("NFKC", str(text)).casefold()
     return " ".join(text.split()).strip(" .,:;!?\"'`*()[]{}")
 
 
 def match_option(answer, options):
-    """The one option that `answer` names by its text, its letter, or both; (None, reason) where it names none.
+    """(the option that `answer` names by its text, its letter or both, None), or (None, the reason).
 
-    Never a guess: a letter beside another option's text, or a text that two options share, is no answer.
+    It never guesses: a letter with the text of another option names none, nor does a text of two options.
     """
-    same = [o for o in options if normalise(o) == normalise(answer)]
+    same = [option for option in options if normalise(option) == normalise(answer)]
     if len(same) == 1:
         return same[0], None
     if len(same) > 1:
         return None, "several options match"
-    letter = LETTER.fullmatch(answer.strip(" \t\n.,;*\"'"))
-    if letter:
-        index, rest = ord(letter[1].upper()) - 65, normalise(letter[2])
+    lettered = LETTERED.fullmatch(answer.strip(" \t\n.,;*\"'"))
+    if lettered:
+        index, rest = ord(lettered[1].upper()) - 65, normalise(lettered[2])
         if index < len(options) and rest in ("", normalise(options[index])):
             return options[index], None
     return None, "answer not among the options"
 
 
 def parse_response(text, options=None):
-    """Read a reply to `policy_prompt`. Returns a Parsed.
+    """Parse a reply to `policy_prompt`. Returns a ParsedResponse.
 
-    Accepted: the option's text, its letter, `C) CT`, `(C)`, in any case, with stray punctuation. The
-    reasoning may be missing (a prediction all the same, but not `well_formed`).
+    The answer may be the option's text, its letter, `C) CT` or `(C)`, in any case, with stray punctuation. If
+    the reasoning is missing there is still a prediction, but the response is not `well_formed`.
     """
-    opened, closed = text.count("<answer>"), "</answer>" in text.partition("<answer>")[2]
-    if opened != 1 or not closed:
-        return Parsed(None, "several answers" if closed else "no answer", None, False)
-    form = FORM.fullmatch(text)
-    form = form if form and len(TAG.findall(text)) == 4 else None
-    rationale = form["rationale"].strip() if form else None
-    answer = text.partition("<answer>")[2].partition("</answer>")[0].strip()
+    behind_tag = text.partition("<answer>")[2]
+    is_closed = "</answer>" in behind_tag
+    if text.count("<answer>") != 1 or not is_closed:
+        return ParsedResponse(None, "several answers" if is_closed else "no answer", None, False)
+    form = RESPONSE.fullmatch(text)
+    # More than the form's own four tags: a part holds another part.
+    is_formed = form is not None and len(TAG.findall(text)) == 4
+    rationale = form["rationale"].strip() if is_formed else None
+    answer = behind_tag.partition("</answer>")[0].strip()
     if not normalise(answer):
-        return Parsed(None, "empty answer", rationale, False)
+        return ParsedResponse(None, "empty answer", rationale, False)
     if options is None:
-        return Parsed(answer, None, rationale, form is not None)
+        return ParsedResponse(answer, None, rationale, is_formed)
     prediction, reason = match_option(answer, options)
-    return Parsed(prediction, reason, rationale, form is not None and prediction is not None)
+    return ParsedResponse(prediction, reason, rationale, is_formed and prediction is not None)
 
 
 def is_match(prediction, answer):
-    """1[extract(a') = extract(a)] of the paper: same text once both are normalised; None matches nothing."""
+    """1[extract(a') = extract(a)] of the paper: the same text once normalised. None matches nothing."""
     return prediction is not None and normalise(prediction) == normalise(answer)
 
 
@@ -123,7 +130,7 @@ def is_match(prediction, answer):
 # What the generator is asked, by paradigm, and how its reply is parsed.
 
 
-# the paper's three prompting paradigms; the last worked best there
+# The paper's three prompting paradigms; the last worked best there.
 PARADIGMS = {
     "direct": "Give the answer with a short reason.",
     "stepwise": "Describe what you see step by step, then answer.",
@@ -132,7 +139,7 @@ PARADIGMS = {
 
 
 def generator_prompt(paradigm, task=None):
-    """The text that goes with the image, when the generator is asked for a question about it."""
+    """The text that goes with the image when the generator is asked for a question about it."""
     return (
         f"Write one exam question about this image. Kind: {task or 'any'}.\n{PARADIGMS[paradigm]}\n"
         "Reply as <question>question</question><options>option | option | option</options>"
@@ -141,7 +148,7 @@ def generator_prompt(paradigm, task=None):
 
 
 def format_candidate(record):
-    """What a perfect reply to `generator_prompt` looks like for a question record."""
+    """A perfect reply to `generator_prompt`, made of a question record."""
     options = f"<options>{' | '.join(record['options'])}</options>" if "options" in record else ""
     return f"<question>{record['question']}</question>{options}{reference_response(record)}"
 
@@ -151,36 +158,55 @@ CANDIDATE = re.compile(
     r"(?P<response><think>.*)",
     re.DOTALL,
 )
+# The names of the tags of a candidate, opening and closing, without and with options.
+CANDIDATE_TAGS = (
+    "question question think think answer answer",
+    "question question options options think think answer answer",
+)
 
 
 def parse_candidate(text):
-    """Read a reply to `generator_prompt`: ({question, options?, rationale, answer}, None) or (None, reason)."""
-    # each part once; a regular expression alone takes hours to say no
-    tags = re.sub("[</>]", "", " ".join(TAG.findall(text)))
-    form = (
-        CANDIDATE.fullmatch(text)
-        if tags
-        in (
-            "question question think think answer answer",
-            "question question options options think think answer answer",
-        )
-        else None
-    )
-    if not form or TAG.search(form["question"]) or TAG.search(form["options"] or ""):
+    """Parse a reply to `generator_prompt`.
+
+    Returns ({question, rationale, answer, options if there are any}, None), or (None, the reason).
+    """
+    form = match_candidate(text)
+    if not form:
         return None, "malformed"
     question = " ".join(form["question"].split())
-    options = form["options"] and [" ".join(o.split()) for o in form["options"].split("|")]
     if not normalise(question):
         return None, "empty question"
-    if options is not None and not (2 <= len(options) <= 26 and all(map(normalise, options))):
-        return None, "too few or empty options"
-    if options is not None and len({normalise(o) for o in options}) < len(options):
-        return None, "repeated options"
+    options = None if form["options"] is None else [" ".join(o.split()) for o in form["options"].split("|")]
+    reason = None if options is None else reject_options(options)
+    if reason:
+        return None, reason
     parsed = parse_response(form["response"], options)
     if not parsed.well_formed:
         return None, "malformed" if parsed.reason in (None, "no answer", "several answers") else parsed.reason
-    prompts = [normalise(generator_prompt(paradigm)) for paradigm in PARADIGMS]
-    if any(normalise(question) in prompt for prompt in prompts) or normalise(parsed.rationale) == "reasoning":
+    if is_prompt_echo(question, parsed.rationale):
         return None, "prompt echo"
     candidate = {"question": question, "rationale": parsed.rationale, "answer": parsed.prediction}
-    return candidate | ({"options": options} if options is not None else {}), None
+    return candidate if options is None else candidate | {"options": options}, None
+
+
+def match_candidate(text):
+    """The match of CANDIDATE with a whole reply, or None."""
+    # The tags are checked first: the regular expression by itself can take hours to find no match.
+    tags = re.sub("[</>]", "", " ".join(TAG.findall(text)))
+    form = CANDIDATE.fullmatch(text) if tags in CANDIDATE_TAGS else None
+    if form and not TAG.search(form["question"]) and not TAG.search(form["options"] or ""):
+        return form
+
+
+def reject_options(options):
+    """Why a candidate with these options is rejected; None if it is not."""
+    if not 2 <= len(options) <= MAX_OPTIONS or not all(normalise(option) for option in options):
+        return "too few or empty options"
+    if len({normalise(option) for option in options}) < len(options):
+        return "repeated options"
+
+
+def is_prompt_echo(question, rationale):
+    """Does the reply only repeat words of the prompt?"""
+    prompts = [normalise(generator_prompt(paradigm)) for paradigm in PARADIGMS]
+    return any(normalise(question) in prompt for prompt in prompts) or normalise(rationale) == "reasoning"

@@ -1,8 +1,8 @@
-"""A line of JSONL: the record that the five stages exchange, and files of them.
+"""The record that the five stages exchange, and files of records.
 
-One JSON object per line, UTF-8, `\\n`. A stage adds fields; it never renames or overwrites one. docs/formats.md has the table of
-fields. Three kinds of record share it: an *image* (`id`, `image`), a *report* (and `report`), a *question* (and `question`,
-`answer`, perhaps `options`, `rationale`).
+One JSON object per line, UTF-8, `\\n`. A stage adds fields; it never renames or overwrites one. The table of
+fields is in docs/formats.md. There are three kinds of record: an *image* (`id` and `image`), a *report*
+(`report` too) and a *question* (`question` and `answer` too, perhaps `options` and `rationale`).
 
     python -m medgr2.records check FILE
     python -m medgr2.records import SRC --out FILE [--format omnimedvqa] [--images FOLDER]
@@ -18,7 +18,7 @@ from collections import Counter
 from medgr2 import cli
 from medgr2.errors import RecordError, require
 from medgr2.images import hash_image, is_under, open_image, require_file
-from medgr2.prompts import TAG, normalise
+from medgr2.prompts import MAX_OPTIONS, TAG, normalise
 
 FIELDS = {
     "id": str,
@@ -36,218 +36,232 @@ FIELDS = {
     "parent": str,
     "reward": dict,
 }
-
-# never empty where they are
+# The fields that must not be empty if they are there.
 FILLED = ("id", "image", "question", "answer", "report")
-
-# bytes of a line
-MOST_LINE = 16 << 20
-
-# what a question record must have: read(path, QUESTION)
+# What a question record must have: read_records(path, QUESTION).
 QUESTION = ("id", "image", "question", "answer")
-
-# read(path, root=ANYWHERE): for a reader that opens no image
+# The lowest and highest overall reward.
+MIN_REWARD, MAX_REWARD = -6, 10
+MAX_LINE_BYTES = 16 << 20
+# The root for a reader that opens no image: read_records(path, root=ANYWHERE).
 ANYWHERE = os.sep
 
 
-def finite(text):
-    """JSON's number as a float. Raises RecordError for 1e999, which Python would take for infinity."""
-    require(
-        math.isfinite(float(text)),
-        f"{text[:20]} is too large a number: write another, or leave the field out",
-    )
-    return float(text)
+# ---------------------------------------------------------------------------------------------------------
+# A record.
 
 
 def record_kind(record):
-    """`report`, `question` or `image`: what the record holds beside its image (as in `response_of`)."""
-    return next((field for field in ("report", "question") if field in record), "image")
+    """What the record holds: `report` (first, as in reference_response), `question` or only `image`."""
+    for field in ("report", "question"):
+        if field in record:
+            return field
+    return "image"
 
 
 def validate(record, fields=("id",)):
-    """Raise RecordError unless `record` has `id`, the fields in `fields`, and the types and values of the table.
+    """Raise RecordError unless `record` has `id`, the fields in `fields`, and valid types and values.
 
-    Fields that the table does not name are free.
+    Fields that are not in FIELDS are not checked.
     """
     for field in ("id", *fields):
         require(field in record, f"no field `{field}`: add it")
-    for field in [field for field in FIELDS if field in record]:
-        # `is`: True is no cycle number
-        require(
-            type(record[field]) is FIELDS[field],
-            f"`{field}` is not of type {FIELDS[field].__name__}: correct it or leave it out",
-        )
-        require(
-            field not in FILLED or normalise(record[field]), f"`{field}` is empty: fill it or leave it out"
-        )
+    for field, kind in FIELDS.items():
+        if field in record:
+            validate_field(field, record[field], kind)
     require("\0" not in record.get("image", ""), "`image` holds a zero byte: correct it")
+    options = record.get("options", [])
     if "options" in record:
-        validate_options(record["options"], record.get("answer"))
-    texts = [record.get(field, "") for field in ("question", "answer", "rationale")] + record.get(
-        "options", []
-    )
-    require(
-        not any(map(TAG.search, texts)),
-        "a text holds a tag of the reply's form, like <answer>: remove the tag",
-    )
-    require(
-        record.get("source") in (None, "expert", "generated"),
-        "`source` is not expert or generated: correct it",
-    )
-    reward = record.get("reward", {"overall": 0})
-    require(
-        all(type(value) in (int, float) for value in reward.values())
-        and -6 <= reward.get("overall", 99) <= 10,
-        "`reward` is not {overall: a number in [-6, 10], a head: a number}: score the record again",
-    )
+        validate_options(options, record.get("answer"))
+    for text in (*(record.get(field, "") for field in ("question", "answer", "rationale")), *options):
+        require(not TAG.search(text), "a text holds a tag of the reply's form, like <answer>: remove the tag")
+    is_known = record.get("source") in (None, "expert", "generated")
+    require(is_known, "`source` is not expert or generated: correct it")
+    if "reward" in record:
+        validate_reward(record["reward"])
+
+
+def validate_field(field, value, kind):
+    """Raise RecordError unless the value has the field's type and is not empty where it must not be."""
+    # Not isinstance: True is an int, but no cycle number.
+    is_kind = type(value) is kind
+    require(is_kind, f"`{field}` is not of type {kind.__name__}: correct it or leave it out")
+    if field in FILLED:
+        require(normalise(value), f"`{field}` is empty: fill it or leave it out")
 
 
 def validate_options(options, answer):
-    """Raise RecordError unless `options` are 2 to 26 distinct texts and `answer`, if any, is exactly one of them."""
-    require(
-        all(isinstance(option, str) and normalise(option) for option in options),
-        "an option is empty or not a string: every option is a text",
-    )
-    require(2 <= len(options) <= 26, "`options` are not 2 to 26: leave the field out for an open question")
-    require(
-        len({normalise(option) for option in options}) == len(options),
-        "two options are the same but for case, spacing and punctuation: remove one",
-    )
-    require(
-        answer is None or answer in options,
-        "`answer` is not one of `options`: copy the option's text exactly",
-    )
+    """Raise RecordError unless `options` are distinct texts and `answer`, if any, is exactly one of them."""
+    for option in options:
+        is_filled = isinstance(option, str) and normalise(option)
+        require(is_filled, "an option is empty or not a string: every option is a text")
+    limits = f"2 to {MAX_OPTIONS}"
+    is_valid = 2 <= len(options) <= MAX_OPTIONS
+    require(is_valid, f"`options` are not {limits}: leave the field out for an open question")
+    is_distinct = len({normalise(option) for option in options}) == len(options)
+    require(is_distinct, "two options are the same but for case, spacing and punctuation: remove one")
+    is_offered = answer is None or answer in options
+    require(is_offered, "`answer` is not one of `options`: copy the option's text exactly")
 
 
-def read_records(path, fields=("id",), root=None):
-    """Stream the records of a JSONL file, validated, `image` as an absolute path (on disk: relative to the file).
-
-    Every image must lie under the file's folder, or under `root`, links followed. Raises RecordError, `file:line: what: what
-    to do`, at the first line that is not UTF-8, JSON, an object and valid, leads to an image elsewhere, or repeats an `id`;
-    and where the file is missing, a folder, or has no record. Blank lines are skipped.
-    """
-    folder, lines, number = os.path.dirname(os.path.abspath(path)), {}, 0
-    roots = [os.path.realpath(place) for place in (folder, root or folder)]
-    require_file(path)
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), 1):
-                require(
-                    len(line) <= MOST_LINE,
-                    f"a line of more than {MOST_LINE >> 20} MiB: write one record a line",
-                )
-                if not line.strip():
-                    continue
-                record = json.loads(
-                    line.decode("utf-8-sig"),
-                    parse_float=finite,
-                    parse_constant=lambda name: require(
-                        False, f"{name} is not JSON: write a number, or leave the field out"
-                    ),
-                )
-                require(isinstance(record, dict), "not an object: write one JSON object a line")
-                require(
-                    b"\\ud" not in line.lower() or is_text(record),
-                    "half a surrogate pair (\\ud800 to \\udfff): remove it",
-                )
-                validate(record, fields)
-                first = lines.setdefault(record["id"], number)
-                require(first == number, f"`id` is already on line {first}: make it unique")
-                if "image" in record:
-                    record["image"] = os.path.abspath(os.path.join(folder, record["image"]))
-                    require(
-                        is_under(record["image"], roots),
-                        f"image {os.path.realpath(record['image'])} is not under {roots[1]}: "
-                        "correct it, or give the folder of all images as --image-root",
-                    )
-                yield record
-        require(lines, "no records: the file is empty, give another")
-        return
-    except RecordError as error:
-        problem = str(error)
-    except OSError as error:
-        raise RecordError(f"{path}: {error.strerror}: give a JSONL file of records") from None
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 (byte {error.start}): save the file as UTF-8"
-    except (ValueError, RecursionError) as error:
-        problem = f"not JSON ({error}): correct or remove the line"
-    raise RecordError(f"{path}:{number or 1}: {problem}")
-
-
-def is_text(record):
-    """Can the record be written as UTF-8? Not with half a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        return bool(json.dumps(record, ensure_ascii=False).encode())
-    except UnicodeEncodeError:
-        return False
+def validate_reward(reward):
+    """Raise RecordError unless `reward` holds numbers and an `overall` reward in its range."""
+    is_numeric = all(type(value) in (int, float) for value in reward.values())
+    is_valid = is_numeric and "overall" in reward and MIN_REWARD <= reward["overall"] <= MAX_REWARD
+    form = f"{{overall: a number in [{MIN_REWARD}, {MAX_REWARD}], a head: a number}}"
+    require(is_valid, f"`reward` is not {form}: score the record again")
 
 
 def with_relative_image(record, folder):
-    """A copy of `record` as it stands on disk in `folder`: `image` relative to it, with forward slashes.
+    """A copy of `record` for a file in `folder`: `image` is relative to the folder, with forward slashes.
 
-    Raises RecordError where `image` is not absolute: nobody could say what it is relative to.
+    Raises RecordError if `image` is relative already, as nobody could say to what.
     """
-    image = record.get("image", os.sep)
-    require(
-        os.path.isabs(image), f"image {image} is a relative path: in memory a record holds an absolute one"
-    )
-    image = os.path.relpath(image, os.path.abspath(folder)).replace(os.sep, "/")
-    return record | {"image": image} if "image" in record else dict(record)
+    if "image" not in record:
+        return dict(record)
+    image = record["image"]
+    is_absolute = os.path.isabs(image)
+    require(is_absolute, f"image {image} is a relative path: in memory a record holds an absolute one")
+    return record | {"image": os.path.relpath(image, os.path.abspath(folder)).replace(os.sep, "/")}
 
 
-def write_records(path, records):
-    """Write records as JSONL and return their number. All or nothing: a file beside, then `os.replace`.
+# ---------------------------------------------------------------------------------------------------------
+# A file of records.
 
-    Raises RecordError where the file cannot be written, TypeError or ValueError for what JSON cannot hold (NaN).
-    After these, and after any error of the iterator `records`, the old file stays and nothing new is left.
-    Records are not validated here: a stage may keep rejected ones.
+
+def read_records(path, fields=("id",), root=None):
+    """Yield the validated records of a JSONL file. `image` is relative in the file and absolute here.
+
+    `fields`: the fields that every record must have. `root`: images may be under this folder, links followed,
+    and not only under the folder of the file. Blank lines are skipped.
+    Raises RecordError (`file:line: what is wrong: what to do`) at the first line that is not a valid record,
+    repeats an `id` or has its image elsewhere, and if there is no such file or no record in it.
     """
-    folder, beside, count = os.path.dirname(os.path.abspath(path)), f"{path}.tmp", 0
+    folder = os.path.dirname(os.path.abspath(path))
+    roots = [os.path.realpath(folder), os.path.realpath(root or folder)]
+    line_of_id, number = {}, 0
+    require_file(path)
+    try:
+        for number, line in enumerate(read_lines(path), 1):
+            is_short = len(line) <= MAX_LINE_BYTES
+            require(is_short, f"a line of more than {MAX_LINE_BYTES >> 20} MiB: write one record per line")
+            if not line.strip():
+                continue
+            record = parse_line(line)
+            validate(record, fields)
+            first = line_of_id.setdefault(record["id"], number)
+            require(first == number, f"`id` is already on line {first}: make it unique")
+            if "image" in record:
+                record["image"] = os.path.abspath(os.path.join(folder, record["image"]))
+                require_under(record["image"], roots)
+            yield record
+        require(line_of_id, "no records: the file is empty, give another")
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}: give a JSONL file of records") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path}:{number or 1}: {explain(error)}") from None
+
+
+def read_lines(path):
+    """Yield the lines of a file, as bytes. One that is too long comes in pieces of MAX_LINE_BYTES + 1."""
+    with open(path, "rb") as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            yield line
+
+
+def parse_line(line):
+    """The JSON object on a line. Raises ValueError or RecursionError (see `explain`)."""
+    record = json.loads(line.decode("utf-8-sig"), parse_float=parse_finite, parse_constant=refuse_constant)
+    require(isinstance(record, dict), "not an object: write one JSON object per line")
+    if b"\\ud" in line.lower():
+        require_encodable(record)
+    return record
+
+
+def parse_finite(text):
+    """A JSON number as a float. Raises RecordError for 1e999, which Python would take for infinity."""
+    is_finite = math.isfinite(float(text))
+    require(is_finite, f"{text[:20]} is too large a number: write another, or leave the field out")
+    return float(text)
+
+
+def refuse_constant(name):
+    raise RecordError(f"{name} is not JSON: write a number, or leave the field out")
+
+
+def require_encodable(record):
+    """Raise RecordError if a text holds half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RecordError("half a surrogate pair (\\ud800 to \\udfff): remove it") from None
+
+
+def require_under(image, roots):
+    """Raise RecordError unless the image is under one of `roots`; the user can set the second one."""
+    advice = "correct it, or give the folder of all images as --image-root"
+    place = os.path.realpath(image)
+    require(is_under(image, roots), f"image {place} is not under {roots[1]}: {advice}")
+
+
+def explain(error):
+    """What is wrong with a line that could not be read, and what to do."""
+    if isinstance(error, RecordError):
+        return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte {error.start}): save the file as UTF-8"
+    return f"not JSON ({error}): correct or remove the line"
+
+
+def write_records(path, rows):
+    """Write records as JSONL and return their number. The file is complete or not written at all.
+
+    Raises RecordError if the file cannot be written, TypeError or ValueError for what JSON cannot hold (NaN).
+    After these, and after an error of the iterator `rows`, an old file is still there and nothing new is.
+    The records are not validated: a stage may write rejected ones.
+    """
+    folder, temporary, count = os.path.dirname(os.path.abspath(path)), f"{path}.tmp", 0
     require(not os.path.isdir(path), f"{path}: is a folder: give the name of a file")
     try:
         os.makedirs(folder, exist_ok=True)
-        file = open(beside, "wb")
+        file = open(temporary, "wb")
     except OSError as error:
         raise RecordError(f"{path}: cannot be written ({error.strerror}): choose another place") from None
     try:
         with file:
-            for count, record in enumerate(records, 1):
+            for count, record in enumerate(rows, 1):
                 line = json.dumps(with_relative_image(record, folder), ensure_ascii=False, allow_nan=False)
                 file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+        if os.path.exists(temporary):
+            os.remove(temporary)
     return count
 
 
-def split_records(records, fractions, seed, by="image"):
-    """{"train": [...], "val": [...], "test": [...]} by image: no image, under whatever name, is in two of them.
+def split_records(rows, fractions, seed, by="image"):
+    """{"train": [...], "val": [...], "test": [...]}: no image, under whatever name, is in two of them.
 
-    `fractions` are those of train, val and test in images, and sum to 1. The images, ordered by a hash of seed
-    and content, are cut at the fractions: the order of the records does not matter, and is kept. Raises
-    RecordError, also where a fraction above 0 is too small to get an image.
+    `fractions` of train, val and test count images and sum to 1. The images are ordered by a hash of seed and
+    content and cut at the fractions, so the order of the records does not matter; it is kept.
+    Raises RecordError, also if a fraction above 0 is too small to get an image.
     """
-    require(
-        by == "image", f"--by {by}: only `image` is known: split by question, train would see test's images"
-    )
-    require(
-        len(fractions) == 3 and all(0 <= f <= 1 for f in fractions) and math.isclose(sum(fractions), 1),
-        f"fractions {' + '.join(map(str, fractions))} of train, val and test: make them sum to 1",
-    )
-    hashes = {path: hash_image(path) for path in {record["image"] for record in records}}
+    problem = "only `image` is known: split by question, train would see the images of test"
+    require(by == "image", f"--by {by}: {problem}")
+    is_valid = len(fractions) == 3 and all(0 <= f <= 1 for f in fractions) and math.isclose(sum(fractions), 1)
+    shown = " + ".join(map(str, fractions))
+    require(is_valid, f"fractions {shown} of train, val and test: make them sum to 1")
+    hashes = {path: hash_image(path) for path in {row["image"] for row in rows}}
     order = sorted(set(hashes.values()), key=lambda h: hashlib.sha256(f"{seed}:{h}".encode()).digest())
     parts, start = {}, 0
     for i, name in enumerate(("train", "val", "test")):
         end = round(sum(fractions[: i + 1]) * len(order))
-        require(
-            end > start or not fractions[i],
-            f"{name}: {fractions[i]} of {len(order)} images is none: raise it",
-        )
+        is_enough = end > start or not fractions[i]
+        require(is_enough, f"{name}: {fractions[i]} of {len(order)} images is none: raise it")
         chosen, start = set(order[start:end]), end
-        parts[name] = [record for record in records if hashes[record["image"]] in chosen]
+        parts[name] = [row for row in rows if hashes[row["image"]] in chosen]
     return parts
 
 
@@ -256,47 +270,60 @@ def split_records(records, fractions, seed, by="image"):
 
 
 def check(path, root=None):
-    """Print what a file of records holds. Raises RecordError, after the tables, for images that do not open."""
-    rows, problems = list(read_records(path, ("id", "image"), root)), []
-    images = {record["image"]: record["id"] for record in reversed(rows)}
-    for image, name in images.items():
+    """Print what a file of records holds. Raises RecordError, after the tables, if an image does not open."""
+    rows = list(read_records(path, ("id", "image"), root))
+    # The first record of each image.
+    id_of_image = {row["image"]: row["id"] for row in reversed(rows)}
+    problems = []
+    for image, name in id_of_image.items():
         try:
             open_image(image)
         except RecordError as error:
             problems.append(f"{path}: record {name}: {error}")
-    kinds = Counter(f"{record_kind(record)} records" for record in rows)
-    counts = [("records", len(rows)), *kinds.items(), ("images", len(images)), ("problems", len(problems))]
+    print_counts(rows, len(id_of_image), len(problems))
+    print_cells(rows)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RecordError(problems[0] + more)
+
+
+def print_counts(rows, images, problems):
+    """Print how many records of each kind, images and problems there are."""
+    kinds = Counter(f"{record_kind(row)} records" for row in rows)
+    counts = [("records", len(rows)), *kinds.items(), ("images", images), ("problems", problems)]
     print(cli.format_table(counts, ["", "count"]))
-    cells = Counter((record.get("modality", "(none)"), record.get("task", "(none)")) for record in rows)
-    modalities, tasks = (sorted(set(names)) for names in zip(*cells))
-    print(cli.format_table([(m, *(cells[m, task] for task in tasks)) for m in modalities], ["", *tasks]))
-    more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-    require(not problems, "".join(problems[:1]) + more)
+
+
+def print_cells(rows):
+    """Print the number of records by modality and task."""
+    cells = Counter((row.get("modality", "(none)"), row.get("task", "(none)")) for row in rows)
+    modalities = sorted({modality for modality, _ in cells})
+    tasks = sorted({task for _, task in cells})
+    lines = [(modality, *(cells[modality, task] for task in tasks)) for modality in modalities]
+    print(cli.format_table(lines, ["", *tasks]))
 
 
 def import_file(src, out, format=None, images=None, root=None):
-    """Make records of a public data set's file or folder, write them to `out` and print what was kept and skipped."""
+    """Import a public data set's file or folder into `out` and print what was kept and skipped."""
     from medgr2 import formats
 
     require(os.path.abspath(out) != os.path.abspath(src), "--out is SRC: give it another name")
     rows, notes = formats.import_records(src, format, images, root)
     write_records(out, rows)
-    skipped = [(f"skipped: {reason}", count) for reason, count in notes["skipped"].items()]
-    unknown = [(f"kept, though unknown: {name}", count) for name, count in notes["unknown"].items()]
-    print(
-        cli.format_table([("rows", notes["rows"]), ("records", len(rows)), *skipped, *unknown], ["", "count"])
-    )
+    counts = [("rows", notes["rows"]), ("records", len(rows))]
+    counts += [(f"skipped: {reason}", count) for reason, count in notes["skipped"].items()]
+    counts += [(f"kept, though unknown: {name}", count) for name, count in notes["unknown"].items()]
+    print(cli.format_table(counts, ["", "count"]))
 
 
 def split_file(path, out, fractions, seed, by, root=None):
-    """Split a file of records into train.jsonl, val.jsonl and test.jsonl in the folder `out` and print their sizes."""
+    """Split a file of records into train.jsonl, val.jsonl and test.jsonl in `out` and print their sizes."""
     parts = split_records(list(read_records(path, ("id", "image"), root)), fractions, seed, by)
     paths = {name: os.path.abspath(os.path.join(out, f"{name}.jsonl")) for name in parts}
     require(os.path.abspath(path) not in paths.values(), "--out holds FILE: give another folder")
-    sizes = [
-        (name, write_records(paths[name], rows), len({r["image"] for r in rows}))
-        for name, rows in parts.items()
-    ]
+    sizes = []
+    for name, rows in parts.items():
+        sizes.append((name, write_records(paths[name], rows), len({row["image"] for row in rows})))
     print(cli.format_table(sizes, ["", "records", "images"]))
 
 
@@ -311,9 +338,9 @@ def parse_args():
     c.add_argument("src", help="JSON or JSONL file, or a folder whose *.json files are all read")
     c.add_argument("--out", required=True, help="records to write (JSONL)")
     c.add_argument(
-        "--format", choices=FORMATS, help="format of SRC; without it, told by the keys of its rows"
+        "--format", choices=FORMATS, help="format of SRC, if not recognised by the keys of its rows"
     )
-    c.add_argument("--images", help="folder that image paths start from; without it, that of SRC")
+    c.add_argument("--images", help="folder that image paths start from, if not that of SRC")
     c = commands.add_parser("split", help="split a file into train, val and test")
     c.add_argument("file", help="records (JSONL)")
     c.add_argument("--out", required=True, help="folder for train.jsonl, val.jsonl and test.jsonl")
@@ -323,7 +350,7 @@ def parse_args():
     c.add_argument("--test", type=float, default=0.1, help="fraction of the images for test.jsonl")
     c.add_argument("--seed", type=int, default=0, help="another seed gives another split")
     for c in commands.choices.values():
-        c.add_argument("--image-root", help="folder that images may lie in, beside that of the file")
+        c.add_argument("--image-root", help="folder that images may be in, besides the folder of the file")
     return p.parse_args()
 
 
@@ -333,9 +360,8 @@ def main(args):
     elif args.command == "import":
         import_file(args.src, args.out, args.format, args.images, args.image_root)
     else:
-        split_file(
-            args.file, args.out, (args.train, args.val, args.test), args.seed, args.by, args.image_root
-        )
+        fractions = (args.train, args.val, args.test)
+        split_file(args.file, args.out, fractions, args.seed, args.by, args.image_root)
 
 
 if __name__ == "__main__":

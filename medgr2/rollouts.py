@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.functional import pad
 
-from medgr2 import records, runs, vlm
+from medgr2 import records, training, vlm
 from medgr2.images import open_image
 from medgr2.prompts import policy_prompt
 
@@ -25,12 +25,12 @@ def prefetch_batches(policy, examples, cursor, prompts, seed, accelerator):
     """Batches without end, from number `cursor`: a thread prepares the next one while one is learned from."""
     # The thread has a processor of its own: a tokenizer must not serve two threads at a time.
     preparing = replace(policy, processor=copy.deepcopy(policy.processor))
-    return runs.prefetch(batches(preparing, examples, cursor, prompts, seed, accelerator))
+    return training.prefetch(batches(preparing, examples, cursor, prompts, seed, accelerator))
 
 
 def batches(policy, examples, cursor, prompts, seed, accelerator):
     while True:
-        index = runs.batch_indices(cursor, prompts, len(examples), seed)
+        index = training.batch_indices(cursor, prompts, len(examples), seed)
         cursor += 1
         rows = [examples[i] for i in index[accelerator.process_index :: accelerator.num_processes]]
         yield Batch(cursor, rows, preprocess(policy, rows))

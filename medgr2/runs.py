@@ -1,12 +1,13 @@
-"""A run: one stage's output folder, and all that a stage need not think about.
+"""A run: the output folder of one stage. Writing it, committing, resuming.
 
-A stage writes into `OUT.part`; when it finishes, the folder is renamed to `OUT`. So `OUT` is final once it exists, and the
-same command again either finds it complete, or goes on where the last `commit` left off.
+A stage writes into `OUT.part`. When it finishes, the folder is renamed to `OUT`, so `OUT` is final once it
+exists. The same command again finds the run complete, or resumes it from the last `commit`.
 
     args.json       arguments, seeds, versions, git commit, hardware, SHA-256 of inputs, start and end
-    metrics.jsonl   one line a step
+    metrics.jsonl   one line per step
     metrics.json    the result
-    lock, state/    while unfinished: who is writing; the last two commits (position, optimiser, sizes of the files so far)
+    lock, state/    only while unfinished: which process is writing; the last two commits (the step, the
+                    optimiser, how long the files were)
 
     run = runs.start(args, inputs=[args.data])
     for step in run.progress(range(run.state.get("step", 0), steps), "training"):
@@ -16,8 +17,8 @@ same command again either finds it complete, or goes on where the last `commit` 
             run.commit(step=step + 1)
     run.finish({"loss": loss})
 
-SIGTERM (a scheduler's grace period) ends a run of one process after its next commit; SIGKILL, and SIGTERM where there are several,
-at once. The same command goes on from the last commit.
+SIGTERM, with which a scheduler announces the end, ends a run of one process after its next commit. SIGKILL
+ends it at once, and so does SIGTERM if there are several processes. The same command resumes the run.
 """
 
 import datetime
@@ -30,110 +31,81 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from medgr2.errors import RunError
 
+MIB = 1 << 20
+
 
 def seed_of(*parts):
-    """A seed from numbers and names, the same on every machine: int in [0, 2^63)."""
+    """A seed made of numbers and names, the same on every machine: int in [0, 2^63)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def batch_indices(step, size, n, seed):
-    """Indices of the examples of one step; every epoch is a permutation of its own, so a step needs no history."""
-    orders = {}
-    picked = range(step * size, (step + 1) * size)
-    for epoch in {i // n for i in picked}:
-        orders[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(n), n)
-    return [orders[i // n][i % n] for i in picked]
-
-
-def prefetch(items):
-    """The items of an endless iterator, each made in a thread while the caller works on the one before."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items)
-        while True:
-            item, coming = coming.result(), thread.submit(next, items)
-            yield item
-
-
-def training_state(parameters, optimizer):
-    """What `commit` keeps of a training run: the weights that learn, by name, and the optimiser's state."""
-    weights = {name: p.detach() for name, p in parameters.items()}
-    return {"model": weights, "optimizer": optimizer.state_dict()}
-
-
-def restore_training_state(state, model, optimizer):
-    """Put the last commit's weights and optimiser state back, if there is one, and free their copy."""
-    if "optimizer" in state:
-        model.load_state_dict(state.pop("model"), strict=False)
-        optimizer.load_state_dict(state.pop("optimizer"))
-
-
-def sum_gradients(parameters, accelerator):
-    """Add up every process's gradients, in place: each divided its loss by the whole batch's count, so the sum is the gradient."""
-    import torch
-
-    for p in parameters:
-        grad = torch.zeros_like(p) if p.grad is None else p.grad
-        p.grad = accelerator.reduce(grad, "sum") if accelerator.num_processes > 1 else grad
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def sha256(path):
-    """SHA-256 of a file, or of a folder's files by name; None for what is not on this disk (a hub name)."""
+    """SHA-256 of a file, or of all files of a folder by name; None if there is no such path (a Hub name)."""
     if not os.path.exists(path):
         return None
-    files = (
-        [path]
-        if os.path.isfile(path)
-        else sorted(os.path.join(d, f) for d, _, fs in os.walk(path) for f in fs)
-    )
+    files = [path]
+    # A FIFO is hashed as an empty folder: to open it could wait forever. Its reader will refuse it.
+    if not os.path.isfile(path):
+        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
-            while block := f.read(1 << 20):
+            while block := f.read(MIB):
                 digest.update(block)
     return digest.hexdigest()
 
 
 def environment():
-    """Versions, git commit and hardware, for args.json and for benchmarks."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def git(*command):
-        here = os.path.dirname(os.path.abspath(__file__))
-        try:
-            done = subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "pillow", "numpy", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    """Versions, git commit and hardware, for args.json and the benchmarks' result files."""
     torch = sys.modules.get("torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {
-        "versions": versions,
+        "versions": versions(),
         "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))},
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus},
     }
 
 
+def versions():
+    """The version of Python and of each core package; None for a package that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "pillow", "numpy", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git(*command):
+    """What git prints about the folder of this file; None if it fails."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def write_json(path, value):
-    """Write beside, then rename: never half a file."""
+    """Write a JSON file: first beside it, then renamed, so that it is never half written."""
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")
     os.replace(path + ".tmp", path)
 
 
-class Hashed:
-    """A file that is hashed and measured while it is written."""
+class HashingFile:
+    """A file that is hashed and measured (in bytes) while it is written."""
 
     def __init__(self, file):
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
@@ -148,19 +120,19 @@ class Hashed:
 
 
 class Run:
-    """An output folder in the making. Only the main process writes; the others' calls do nothing."""
+    """An unfinished output folder. Only the main process writes; the calls of the others do nothing."""
 
-    def __init__(self, folder, part, main, meta, state, lock=None):
-        self.folder, self.part, self.main, self.meta, self.state, self.lock = (
-            folder,
-            part,
-            main,
-            meta,
-            state,
-            lock,
-        )
-        self.files, self.commits, self.stopping = {}, state.get("commits", 0), False
-        self.handler = signal.signal(signal.SIGTERM, self.stop) if main else None
+    def __init__(self, folder, part, main, metadata, state, lock=None):
+        self.folder = folder
+        self.part = part
+        self.main = main
+        self.metadata = metadata
+        self.state = state
+        self.lock = lock
+        self.files = {}
+        self.commits = state.get("commits", 0)
+        self.stopping = False
+        self.old_handler = signal.signal(signal.SIGTERM, self.stop) if main else None
 
     def stop(self, *_):
         self.stopping = True
@@ -170,7 +142,7 @@ class Run:
         return os.path.join(self.part, name)
 
     def append(self, name, rows):
-        """Add rows to a JSONL file of the run. They count once `commit` has been called."""
+        """Append rows to a JSONL file of the run. They are safe once `commit` has been called."""
         if not self.main:
             return
         if name not in self.files:
@@ -179,20 +151,19 @@ class Run:
             self.files[name].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def log(self, **metrics):
-        """One line of metrics.jsonl; floats are rounded to six significant digits."""
-        self.append(
-            "metrics.jsonl",
-            [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}],
-        )
+        """Append one line to metrics.jsonl. Floats are rounded to six significant digits."""
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+        self.append("metrics.jsonl", [row])
 
     def due(self, step, every):
-        """Is it time to commit? Every so many steps, and when SIGTERM has asked to stop."""
+        """Is it time to commit? It is after every `every` steps, and after SIGTERM."""
         return step % every == 0 or self.stopping
 
     def commit(self, **state):
-        """All that was appended so far is safe; `state` (numbers, strings, tensors, dicts of them) is where to go on.
+        """Make everything appended so far safe; a resumed run starts from `state`.
 
-        After SIGTERM the run ends here, with status 143. Raises RunError where the disk has no room; the commits before it stay.
+        `state` holds numbers, strings, tensors and dicts of them. After SIGTERM the run exits here with
+        status 143. Raises RunError if the disk has no room; the commits before this one are kept.
         """
         if not self.main:
             return
@@ -205,81 +176,82 @@ class Run:
         self.state = {**state, "sizes": sizes, "commits": self.commits}
         os.makedirs(self.path("state"), exist_ok=True)
         checksum = self.save_state(self.path("state/new"))
-        # the checksum is in the name: a file is whole and has it, or is not there
+        # Renamed only when complete, with the checksum in the name: half a file is never taken for a commit.
         os.replace(self.path("state/new"), self.path(f"state/{self.commits:08}-{checksum[:16]}.pt"))
         for old in sorted(os.listdir(self.path("state")))[:-2]:
             os.remove(self.path(f"state/{old}"))
-        self.leave_if_stopping()
+        self.exit_if_stopping()
 
     def save_state(self, path):
-        """Write the state and return its SHA-256. Raises RunError where the disk has no room for it."""
+        """Write the state and return its SHA-256. Raises RunError if the disk has no room for it."""
         import torch
 
         try:
-            with open(path, "wb") as file:
-                hashed = Hashed(file)
-                torch.save(self.state, hashed)
-                os.fsync(file.fileno())
+            with open(path, "wb") as f:
+                file = HashingFile(f)
+                torch.save(self.state, file)
+                os.fsync(f.fileno())
         except (OSError, RuntimeError) as error:
-            # torch may put its own over the disk's
             if os.path.exists(path):
                 os.remove(path)
-            free = shutil.disk_usage(self.part).free
-            with open(os.devnull, "wb") as nowhere:
-                torch.save(self.state, whole := Hashed(nowhere))
-            # a quota, say
-            if whole.size <= free:
-                raise error if isinstance(error, OSError) else error.__context__ or error
-            raise RunError(
-                f"{self.part}: a commit needs {whole.size / 2**20:.3f} MiB and {free / 2**20:.3f} MiB are free; "
-                "make room, the same command goes on from the commit before"
-            ) from None
-        return hashed.digest.hexdigest()
+            self.require_room()
+            # There is room, so the cause is another, such as a quota. torch may cover it with its own error.
+            raise error if isinstance(error, OSError) else error.__context__ or error
+        return file.digest.hexdigest()
 
-    def leave_if_stopping(self):
-        if self.stopping:
-            print(
-                f"{self.part}: stopped by SIGTERM at step {self.state.get('step', 0)}; the same command goes on from here",
-                flush=True,
+    def require_room(self):
+        """Raise RunError if the state is larger than the free space of the disk."""
+        import torch
+
+        free = shutil.disk_usage(self.part).free
+        with open(os.devnull, "wb") as f:
+            file = HashingFile(f)
+            torch.save(self.state, file)
+        if file.size > free:
+            raise RunError(
+                f"{self.part}: a commit needs {file.size / MIB:.3f} MiB and {free / MIB:.3f} MiB are free; "
+                "make room, the same command resumes from the commit before"
             )
+
+    def exit_if_stopping(self):
+        """After SIGTERM: exit with status 143."""
+        if self.stopping:
+            step = self.state.get("step", 0)
+            print(f"{self.part}: stopped by SIGTERM at step {step}; the same command resumes it", flush=True)
             sys.exit(128 + signal.SIGTERM)
 
-    def progress(self, items, what):
-        """A progress bar on a terminal, nothing elsewhere."""
+    def progress(self, items, description):
+        """Yield the items, with a progress bar if stderr is a terminal."""
         from tqdm import tqdm
 
-        for item in tqdm(items, desc=what, disable=None if self.main else True, leave=False):
+        for item in tqdm(items, desc=description, disable=None if self.main else True, leave=False):
             yield item
-            # a loop that commits nothing
-            self.leave_if_stopping()
+            # For a loop that commits nothing.
+            self.exit_if_stopping()
 
     def finish(self, metrics, line=""):
-        """Write metrics.json and args.json, rename `OUT.part` to `OUT`, print one line."""
+        """Write metrics.json and args.json, rename `OUT.part` to `OUT` and print one line."""
         if not self.main:
             return
         for file in self.files.values():
             file.close()
-        self.meta["ended"] = now()
+        self.metadata["ended"] = now()
         write_json(self.path("metrics.json"), metrics)
-        write_json(self.path("args.json"), self.meta)
+        write_json(self.path("args.json"), self.metadata)
         shutil.rmtree(self.path("state"), ignore_errors=True)
         os.replace(self.part, self.folder)
         os.remove(os.path.join(self.folder, "lock"))
         self.lock.close()
-        signal.signal(signal.SIGTERM, self.handler)
-        print(f"{self.folder}: {line}" if line else f"{self.folder}: done", flush=True)
-
-
-def now():
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        signal.signal(signal.SIGTERM, self.old_handler)
+        print(f"{self.folder}: {line or 'done'}", flush=True)
 
 
 def start(args, inputs=(), main=True, free=()):
-    """Open the run of these arguments: new, or resumed; leaves with status 0 if it is complete already.
+    """Start or resume the run of these arguments and return it; exit with status 0 if it is complete.
 
-    `inputs`: files, folders or hub names that the run reads; their hashes are kept and must not change before a resume.
-    `free`: arguments that may, because nothing in the output depends on them.
-    Raises RunError where `args.out` holds another run.
+    `inputs`: the files, folders or Hub names that the run reads. Their hashes are kept, and must be the same
+    when the run is resumed. `free`: arguments that may change, because no output depends on them.
+    Raises RunError if `args.out` holds another run.
     """
     import torch
 
@@ -287,37 +259,46 @@ def start(args, inputs=(), main=True, free=()):
     torch.manual_seed(args.seed)
     folder = args.out.rstrip("/")
     part = folder + ".part"
-    given = {k: v for k, v in vars(args).items() if k != "resume"}
-    meta = {
-        "script": os.path.basename(sys.argv[0]),
-        "args": json.loads(json.dumps(given)),
-        "inputs": {p: sha256(p) for p in inputs if p},
-        "started": now(),
-        "ended": None,
-        **environment(),
-    }
+    metadata = run_metadata(args, inputs)
     lock = take_lock(part) if main and not os.path.exists(folder) else None
     if os.path.exists(folder):
-        # it was finished this very moment
+        # Another process finished the run between the two lines above.
         if lock:
             shutil.rmtree(part)
-        same_run(folder, meta, free)
+        require_same_run(folder, metadata, free)
         if main:
             print(f"{folder}: complete already")
         sys.exit(0)
     state = {}
     if args.resume and os.path.isdir(os.path.join(part, "state")):
-        same_run(part, meta, free)
+        require_same_run(part, metadata, free)
         state = restore(part, main)
-    # nothing was committed: nothing is lost
+    # Without a commit there is nothing to lose.
     if main and not state:
-        empty(part)
-        write_json(os.path.join(part, "args.json"), meta)
-    return Run(folder, part, main, meta, state, lock)
+        clear(part)
+        write_json(os.path.join(part, "args.json"), metadata)
+    return Run(folder, part, main, metadata, state, lock)
+
+
+def run_metadata(args, inputs):
+    """The content of args.json."""
+    arguments = {name: value for name, value in vars(args).items() if name != "resume"}
+    return {
+        "script": os.path.basename(sys.argv[0]),
+        # As they come back from the file: tuples are lists there.
+        "args": json.loads(json.dumps(arguments)),
+        "inputs": {path: sha256(path) for path in inputs if path},
+        "started": now(),
+        "ended": None,
+        **environment(),
+    }
 
 
 def take_lock(part):
-    """Make the folder and lock it for this process; the lock goes when the process does. Raises RunError where it is taken."""
+    """Make the folder `part` and lock it until this process ends. Returns the open lock file.
+
+    Raises RunError if another process holds the lock.
+    """
     import fcntl
 
     os.makedirs(part, exist_ok=True)
@@ -326,72 +307,90 @@ def take_lock(part):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         lock.seek(0)
-        raise RunError(
-            f"{part}: {lock.read().strip() or 'another process'} is writing there; wait for it, or choose another --out"
-        ) from None
+        owner = lock.read().strip() or "another process"
+        raise RunError(f"{part}: {owner} is writing there; wait for it, or choose another --out") from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}")
     lock.flush()
     return lock
 
 
-def empty(part):
-    """Remove all but the lock."""
+def clear(part):
+    """Remove everything but the lock."""
     for name in os.listdir(part):
-        remove = shutil.rmtree if os.path.isdir(os.path.join(part, name)) else os.remove
-        name == "lock" or remove(os.path.join(part, name))
+        path = os.path.join(part, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif name != "lock":
+            os.remove(path)
 
 
-def same_run(folder, meta, free=()):
-    """Raise RunError unless the run in `folder` had the same script, arguments (but for those in `free`) and inputs."""
+def read_metadata(folder):
+    """The content of a run's args.json. Raises RunError if the folder holds no run."""
     try:
         with open(os.path.join(folder, "args.json"), encoding="utf-8") as f:
-            old = json.load(f)
-        old["script"], old["args"].items(), old["inputs"].items()
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        raise RunError(
-            f"{folder}: holds something else than a run (no args.json); choose another --out"
-        ) from None
-    where = f"{folder}: holds another run"
-    if old["script"] != meta["script"]:
-        raise RunError(f"{where} (of {old['script']}); choose another --out or remove it")
-    # it says what may be read, not what is
-    keys = sorted({*old["args"], *meta["args"]} - {*free, "image_root"})
-    other = [k for k in keys if old["args"].get(k) != meta["args"].get(k)]
-    if other:
-        flags = ", ".join(
-            f"--{k.replace('_', '-')} {old['args'].get(k)} there, {meta['args'].get(k)} here"
-            for k in other[:3]
-        )
-        raise RunError(f"{where} ({flags}); choose another --out or remove it")
-    changed = [p for p, digest in meta["inputs"].items() if old["inputs"].get(p) != digest]
-    if changed:
-        raise RunError(
-            f"{folder}: {changed[0]} has changed since this run read it; choose another --out or remove the folder"
-        )
+            metadata = json.load(f)
+        if "script" in metadata and all(isinstance(metadata[key], dict) for key in ("args", "inputs")):
+            return metadata
+    except (OSError, ValueError, TypeError, LookupError):
+        pass
+    raise RunError(f"{folder}: holds something other than a run (no args.json); choose another --out")
+
+
+def require_same_run(folder, metadata, free=()):
+    """Raise RunError unless the run in `folder` has the same script, arguments (`free` aside) and inputs."""
+    old = read_metadata(folder)
+    advice = "choose another --out or remove it"
+    if old["script"] != metadata["script"]:
+        raise RunError(f"{folder}: holds another run (of {old['script']}); {advice}")
+    # --image-root says which images may be read, and no output depends on that.
+    names = sorted({*old["args"], *metadata["args"]} - {*free, "image_root"})
+    differences = []
+    for name in names:
+        there, here = old["args"].get(name), metadata["args"].get(name)
+        if there != here:
+            differences.append(f"--{name.replace('_', '-')} {there} there, {here} here")
+    if differences:
+        raise RunError(f"{folder}: holds another run ({', '.join(differences[:3])}); {advice}")
+    for path, digest in metadata["inputs"].items():
+        if old["inputs"].get(path) != digest:
+            raise RunError(f"{folder}: {path} has changed since this run read it; {advice}")
 
 
 def restore(part, main):
-    """The newest commit whose checksum holds; what was written after it is cut off and said. {} if there is none."""
+    """The state of the newest intact commit, or {}. What was appended after that commit is dropped."""
+    state = load_newest_state(part, main)
+    if main and state:
+        sizes = state.get("sizes", {})
+        for name in sorted(os.listdir(part)):
+            if name.endswith(".jsonl"):
+                truncate_to(os.path.join(part, name), sizes.get(name, 0))
+        print(f"{part}: resuming from step {state.get('step', 0)}")
+    return state
+
+
+def load_newest_state(part, main):
+    """The newest commit whose checksum holds, or {}. Sets damaged ones aside and prints their names."""
     import torch
 
-    state = {}
-    for name in sorted(os.listdir(os.path.join(part, "state")), reverse=True):
-        path = os.path.join(part, "state", name)
-        if not state and sha256(path).startswith(name.partition("-")[2].removesuffix(".pt") or "none"):
-            # every process reads it: not all onto GPU 0
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        elif not state and main and name.endswith(".pt"):
+    folder = os.path.join(part, "state")
+    for name in sorted(os.listdir(folder), reverse=True):
+        if not name.endswith(".pt"):
+            continue
+        path = os.path.join(folder, name)
+        checksum = name.removesuffix(".pt").partition("-")[2]
+        if checksum and sha256(path).startswith(checksum):
+            # Every process loads it; without map_location all of them would load it onto GPU 0.
+            return torch.load(path, map_location="cpu", weights_only=True)
+        if main:
             print(f"{path}: damaged, set aside; taking the commit before it")
             os.replace(path, os.path.join(part, name + ".damaged"))
-    sizes = state.get("sizes", {})
-    for name in sorted(os.listdir(part)) if main and state else []:
-        extra = (
-            os.path.getsize(os.path.join(part, name)) - sizes.get(name, 0) if name.endswith(".jsonl") else 0
-        )
-        if extra:
-            os.truncate(os.path.join(part, name), sizes.get(name, 0))
-            print(f"{os.path.join(part, name)}: dropped {extra} bytes written after the last commit")
-    if main and state:
-        print(f"{part}: going on from step {state.get('step', 0)}")
-    return state
+    return {}
+
+
+def truncate_to(path, size):
+    """Cut a file back to `size` bytes and say so if that drops anything."""
+    extra = os.path.getsize(path) - size
+    if extra:
+        os.truncate(path, size)
+        print(f"{path}: dropped {extra} bytes written after the last commit")

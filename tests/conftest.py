@@ -1,17 +1,21 @@
-"""Set before anything imports Triton (transformers does): without a GPU its kernels run in the interpreter."""
+"""Fixtures of several test files, and a whole cycle. Imported before every test file."""
 
 import os
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
+# Set before anything imports Triton (transformers does): without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The settings of a very small cycle.
 SMALL = {
     "CYCLES": "1",
     "CLINIC_FLAGS": "--sizes 12 6 8 8 8",
@@ -23,41 +27,92 @@ SMALL = {
 
 
 def cycle(out, **more):
-    return subprocess.run(
-        ["bash", "cycle.sh"],
-        cwd=ROOT,
-        env=os.environ | SMALL | {"OUT": str(out)} | more,
-        capture_output=True,
-        text=True,
-    )
+    """Run a very small cycle into `out`; `more` is added to its environment. Returns the finished process."""
+    env = os.environ | SMALL | {"OUT": str(out)} | more
+    return subprocess.run(["bash", "cycle.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def guarded(log):
-    """The environment in which no Python process reaches a network, and `log` tells which were guarded and what they tried."""
-    path = os.pathsep.join(
-        filter(None, [os.path.join(ROOT, "tests", "offline"), os.environ.get("PYTHONPATH")])
-    )
-    # they are not told
-    return {"PYTHONPATH": path, "OFFLINE_LOG": str(log), "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    """An environment in which no Python process reaches a network.
+
+    `log` tells which processes were guarded and what they tried.
+    """
+    paths = [os.path.join(ROOT, "tests", "offline"), os.environ.get("PYTHONPATH")]
+    # The libraries' own offline mode is off, so that only the guard stops them.
+    online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OFFLINE_LOG": str(log)} | online
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """(folder, the finished process) of one whole cycle on a very small clinic, for all tests that look at one.
+    """(folder, finished process) of one very small cycle, for all tests that only read one.
 
-    Beside the folder, network.log of its guard.
+    The log of its network guard is beside the folder: network.log.
     """
     out = tmp_path_factory.mktemp("cycle") / "my run"
     return out, cycle(out, **guarded(out.parent / "network.log"))
 
 
-# before pytest-xdist's own, which looks for these marks
+@pytest.fixture
+def stage(monkeypatch, capsys):
+    """stage(*flags) calls generate.py as the command line does. Returns (exit status, stdout, stderr)."""
+    import generate
+    from medgr2 import cli
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+        status = 0
+        try:
+            cli.run_main(generate.main, generate.parse_args())
+        except SystemExit as leaving:
+            status = leaving.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(script) starts a server of chat completions and returns it.
+
+    script(body) returns (text, finish_reason), or (status, JSON or bytes), or (None, None) to hang up.
+    """
+    import huggingface_hub.constants
+    from helpers import ChatHandler
+
+    from medgr2 import endpoint
+
+    # Its offline mode would refuse local servers too.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
+    servers = []
+
+    def start(script):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), ChatHandler)
+        server.script, server.seen, server.lock = script, [], threading.Lock()
+        server.busy = server.busiest = 0
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+# Before pytest-xdist's own hook, which reads these marks.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """For tests/run.sh: a file's tests share a process, because they share its fixtures; those of `finished` share that one."""
+    """For tests/run.sh: the tests of a file share a process, because they share its fixtures.
+
+    The tests of all files that use `finished` share one process.
+    """
     for item in items:
-        item.add_marker(
-            pytest.mark.xdist_group("cycle" if "finished" in item.fixturenames else item.path.name)
-        )
-    # the longest first: no waiting at the end
+        group = "cycle" if "finished" in item.fixturenames else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    # The longest come first, so that no process waits at the end.
     items.sort(key=lambda item: ("finished" not in item.fixturenames, item.path.name != "test_kill.py"))

@@ -1,5 +1,6 @@
-"""toy/: the clinic's records are true and valid, its images follow the facts, its committed models are what they should be."""
+"""toy/: the records of the clinic are true and valid, its images follow the facts, its models are small."""
 
+import argparse
 import json
 import random
 import subprocess
@@ -21,45 +22,34 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("clinic") / "data"
-    clinic.main(
-        type(
-            "Args",
-            (),
-            {
-                "out": str(out),
-                "seed": 1,
-                "sizes": (20, 10, 10, 10, 30),
-                "heldout_modality": "OCT",
-                "heldout_task": "Lesion Grading",
-            },
-        )
-    )
+    sizes = (20, 10, 10, 10, 30)
+    heldout = {"heldout_modality": "OCT", "heldout_task": "Lesion Grading"}
+    clinic.main(argparse.Namespace(out=str(out), seed=1, sizes=sizes, **heldout))
     return out
 
 
-def test_a_clinic_that_is_being_drawn_is_left_alone_and_what_a_killed_call_left_is_not_in_the_next(tmp_path):
+def test_a_clinic_that_another_process_draws_is_left_alone_and_the_rest_of_a_killed_one_is_removed(tmp_path):
     def draw():
-        return subprocess.run(
-            [sys.executable, ROOT / "toy" / "clinic.py", "--out", tmp_path / "data", "--sizes", *"22222"],
-            capture_output=True,
-            text=True,
-        )
+        command = [
+            sys.executable,
+            ROOT / "toy" / "clinic.py",
+            "--out",
+            tmp_path / "data",
+            "--sizes",
+            *"22222",
+        ]
+        return subprocess.run(command, capture_output=True, text=True)
 
     lock = runs.take_lock(str(tmp_path / "data.part"))
-    (tmp_path / "data.part" / "half.jsonl").write_text("{")
+    half = tmp_path / "data.part" / "half.jsonl"
+    half.write_text("{")
     done = draw()
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and "is writing there" in done.stderr
-        and (tmp_path / "data.part" / "half.jsonl").exists()
-    )
-    # as when its process is killed
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is writing there" in done.stderr
+    assert half.exists()
+    # As when its process is killed.
     lock.close()
-    assert draw().returncode == 0 and not {p.name for p in (tmp_path / "data").iterdir()} & {
-        "half.jsonl",
-        "lock",
-    }
+    assert draw().returncode == 0
+    assert not {path.name for path in (tmp_path / "data").iterdir()} & {"half.jsonl", "lock"}
 
 
 FILES = ["expert.jsonl", "reports.jsonl", "unlabelled/images.jsonl", "val.jsonl", "test.jsonl"]
@@ -86,8 +76,10 @@ def test_no_image_is_in_two_files(folder):
     assert sum(map(len, hashes)) == len(set().union(*hashes))
 
 
-def test_the_same_seed_draws_the_same_clinic_and_another_another():
-    draw = lambda seed: np.array(clinic.draw(clinic.draw_facts(random.Random(seed)), random.Random(seed)))  # noqa: E731
+def test_a_seed_draws_the_same_image_again_and_another_seed_another_image():
+    def draw(seed):
+        return np.array(clinic.draw(clinic.draw_facts(random.Random(seed)), random.Random(seed)))
+
     assert (draw(1) == draw(1)).all() and (draw(1) != draw(2)).any()
 
 
@@ -97,13 +89,8 @@ def test_the_lesion_is_drawn_on_its_side_and_grows_with_its_degree(modality, fin
     area = {}
     for degree in clinic.DEGREES:
         for side in clinic.SIDES:
-            facts = {
-                "modality": modality,
-                "anatomy": "brain",
-                "finding": finding,
-                "degree": degree,
-                "side": side,
-            }
+            facts = {"modality": modality, "anatomy": "brain"}
+            facts |= {"finding": finding, "degree": degree, "side": side}
             mask = np.mean([clinic.lesion_mask(facts, random.Random(k)) for k in range(20)], 0)
             left, right = mask[:, :32].sum(), mask[:, 32:].sum()
             assert (left > 5 * right) if side == "left" else (right > 5 * left)
@@ -113,7 +100,7 @@ def test_the_lesion_is_drawn_on_its_side_and_grows_with_its_degree(modality, fin
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_what_a_record_says_is_true_and_offered(task, paradigm):
+def test_the_answer_of_a_record_is_true_and_among_its_options(task, paradigm):
     for k in range(50):
         rng = random.Random(k)
         facts = clinic.draw_facts(rng)
@@ -125,7 +112,7 @@ def test_what_a_record_says_is_true_and_offered(task, paradigm):
         assert not mark.is_right(row | {"answer": wrong}, facts)
 
 
-def test_the_right_option_stands_in_no_favourite_place():
+def test_the_right_option_has_every_position_equally_often():
     rng = random.Random(0)
     places = [
         row["options"].index(row["answer"])
@@ -134,29 +121,33 @@ def test_the_right_option_stands_in_no_favourite_place():
     assert all(0.2 < places.count(i) / 2000 < 0.3 for i in range(4))
 
 
-def test_marks_by_hand(tmp_path):
+def test_measures_of_four_candidates_computed_by_hand(tmp_path):
     facts = {"modality": "CT", "anatomy": "knee", "finding": "mass", "degree": "mild", "side": "left"}
-    make = lambda k, answer, score: {
-        "id": str(k),
-        "image": "x.png",
-        "parent": "p",
-        "question": "Which finding is present?",  # noqa: E731
-        "options": ["mass", "cyst"],
-        "answer": answer,
-        "task": "Lesion Grading",
-        "paradigm": "direct",
-        "reward": {"overall": score},
-    }
-    rows = [make(0, "mass", 3.0), make(1, "cyst", 2.0), make(2, "mass", 1.0), make(3, "cyst", 1.0)]
+
+    def candidate(k, answer, score):
+        return {
+            "id": str(k),
+            "image": "x.png",
+            "parent": "p",
+            "question": "Which finding is present?",
+            "options": ["mass", "cyst"],
+            "answer": answer,
+            "task": "Lesion Grading",
+            "paradigm": "direct",
+            "reward": {"overall": score},
+        }
+
+    given = [("mass", 3.0), ("cyst", 2.0), ("mass", 1.0), ("cyst", 1.0)]
+    rows = [candidate(k, answer, score) for k, (answer, score) in enumerate(given)]
     for name, part in (("scored", rows), ("accepted", rows[:2]), ("random", rows[1:2])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
-    found = mark.mark(str(tmp_path), {"p": facts})
+    found = mark.check_candidates(str(tmp_path), {"p": facts})
     assert (found["right_scored"], found["right_accepted"], found["right_random"]) == (0.5, 0.5, 0.0)
     assert found["auroc"] == (1 + 1 + 0 + 0.5) / 4
 
 
 @pytest.mark.parametrize("role", ["policy", "generator", "backbone"])
-def test_a_committed_model_is_small_and_loads_in_the_real_format(role):
+def test_a_committed_model_is_small_and_loads_like_any_model(role):
     model = loading.load(str(ROOT / "toy" / role)).model
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 4e6
     assert (ROOT / "toy" / role / "model.safetensors").stat().st_size < 4e6

@@ -1,4 +1,4 @@
-"""The whole cycle, by subprocess, on a very small clinic: it finishes, it ends with its table, and again does nothing."""
+"""The whole cycle in a subprocess, on a very small clinic: it ends with its table; again, it does nothing."""
 
 import json
 import os
@@ -49,38 +49,32 @@ def test_every_record_file_of_the_cycle_is_valid_and_traces_to_its_image(finishe
     assert len(rollouts) == 2 * 4 and all(os.path.exists(r["image"]) for r in rollouts)
 
 
-def test_the_report_holds_every_evaluated_question_every_candidate_and_every_stages_curves(finished):
+def test_the_report_holds_every_evaluated_question_every_candidate_and_the_curves_of_every_stage(finished):
     out, done = finished
-    data = json.loads(
-        re.search('<script id="data"[^>]*>(.*?)</script>', (out / "report.html").read_text(), re.DOTALL)[1]
-    )
+    page = (out / "report.html").read_text()
+    data = json.loads(re.search('<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
     asked, scored = (
         [r["id"] for r in records.read_records(out / name, root=out)]
         for name in ("data/test.jsonl", "cycle1/scored/scored.jsonl")
     )
-    assert [
-        item["id"] for item in data["items"]
-    ] == asked + scored and f"{len(asked + scored)} items" in done.stdout
-    assert {len(item["responses"]) for item in data["items"][: len(asked)]} == {
-        len(list(out.rglob("eval_*")))
-    } and all(i["image"] is not None for i in data["items"])
-    # GRPO and reward model logged one step each: no curve
+    assert [item["id"] for item in data["items"]] == asked + scored
+    assert f"{len(asked + scored)} items" in done.stdout
+    evaluations = len(list(out.rglob("eval_*")))
+    assert all(len(item["responses"]) == evaluations for item in data["items"][: len(asked)])
+    assert all(item["image"] is not None for item in data["items"])
+    # GRPO and the reward model logged only one step: no curve.
     assert {curve["title"] for curve in data["curves"]} == {"sft.py"}
-    assert (
-        data["tables"][0]["rows"][0][1][0]
-        == f"{json.load(open(out / 'eval_base' / 'metrics.json'))['accuracy']:.3f}"
-    )
+    accuracy = json.load(open(out / "eval_base" / "metrics.json"))["accuracy"]
+    assert data["tables"][0]["rows"][0][1][0] == f"{accuracy:.3f}"
 
 
-def test_the_second_call_does_nothing_again(finished):
-    def times():
-        return {
-            f: f.stat().st_mtime_ns
-            for f in out.rglob("*")
-            if f.is_file() and f.name not in ("table.txt", "report.html")
-        }
-
+def test_a_second_call_runs_no_stage_again(finished):
     out, _ = finished
+
+    def times():
+        files = [f for f in out.rglob("*") if f.is_file() and f.name not in ("table.txt", "report.html")]
+        return {f: f.stat().st_mtime_ns for f in files}
+
     before = times()
     assert cycle(out).returncode == 0 and before == times()
 
@@ -104,73 +98,57 @@ def test_expert_data_without_a_test_file_is_refused(tmp_path):
     assert done.returncode == 2 and "TEST is not" in done.stderr and not (tmp_path / "run").exists()
 
 
-def test_a_file_that_is_not_there_is_refused_before_anything_is_run(tmp_path):
-    there = __file__
-    done = cycle(
-        tmp_path / "run",
-        EXPERT=there,
-        IMAGES=there,
-        TEST=there,
-        IMAGE_ROOT=".",
-        VAL=str(tmp_path / "watch.jsonl"),
-    )
-    assert (
-        done.returncode == 2
-        and "VAL=" in done.stderr
-        and "no such file" in done.stderr
-        and not (tmp_path / "run").exists()
-    )
+def test_a_missing_file_is_refused_before_anything_is_run(tmp_path):
+    files = dict.fromkeys(("EXPERT", "IMAGES", "TEST"), __file__) | {"VAL": str(tmp_path / "watch.jsonl")}
+    done = cycle(tmp_path / "run", IMAGE_ROOT=".", **files)
+    assert done.returncode == 2 and "VAL=" in done.stderr and "no such file" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):
     broken = tmp_path / "expert.jsonl"
     broken.write_text('{"id": "a"\n')
-    done = cycle(
-        tmp_path / "run",
-        EXPERT=str(broken),
-        TEST=str(broken),
-        VAL=str(broken),
-        IMAGES=str(broken),
-        IMAGE_ROOT=str(tmp_path),
-    )
+    files = dict.fromkeys(("EXPERT", "TEST", "VAL", "IMAGES"), str(broken))
+    done = cycle(tmp_path / "run", IMAGE_ROOT=str(tmp_path), **files)
     assert done.returncode == 2 and f"{broken}:1" in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Nothing is lost.
+# Kills.
 
 
 def files_in(out):
-    """How many files a cycle has written so far, those of its data aside: a clock that no other load on the machine disturbs."""
+    """How many files a cycle has written, without its data: a clock independent of the machine's load."""
     return sum(len(files) for folder, _, files in os.walk(out) if not folder.startswith(str(out / "data")))
 
 
-def test_a_cycle_that_was_killed_and_stopped_ends_as_if_it_had_not_been(finished, tmp_path):
-    """Its last stages: that saves minutes, and tests/test_kill.py kills those before."""
+def start_cycle(out):
+    """Start a cycle in a process group of its own, without output."""
+    return subprocess.Popen(
+        ["bash", "cycle.sh"],
+        cwd=ROOT,
+        env=os.environ | SMALL | {"OUT": str(out)},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_a_cycle_that_was_killed_and_stopped_gives_the_files_of_an_undisturbed_one(finished, tmp_path):
+    """Only its last stages, which saves minutes; tests/test_kill.py kills the others."""
     out, _ = finished
     again, rng = tmp_path / out.name, random.Random("kill the cycle")
     shutil.copytree(out, again)
-    for path in [
-        again / "settings",
-        again / "table.txt",
-        again / "report.html",
-        *again.glob("cycle1/*sft_both"),
-        *again.glob("cycle1/*grpo"),
-    ]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("settings", "table.txt", "report.html"):
+        (again / name).unlink()
+    for path in [*again.glob("cycle1/*sft_both"), *again.glob("cycle1/*grpo")]:
+        shutil.rmtree(path)
     for path in again.rglob("args.json"):
         path.write_text(path.read_text().replace(str(out), str(again)))
     there = files_in(again)
     moments = sorted(there + rng.random() * 0.9 * (files_in(out) - there) for _ in range(4))
     for moment, how in zip(moments, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
-        running = subprocess.Popen(
-            ["bash", "cycle.sh"],
-            cwd=ROOT,
-            env=os.environ | SMALL | {"OUT": str(again)},
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        running = start_cycle(again)
         while files_in(again) < moment and running.poll() is None:
             time.sleep(0.02)
         time.sleep(2 * rng.random())
@@ -179,10 +157,10 @@ def test_a_cycle_that_was_killed_and_stopped_ends_as_if_it_had_not_been(finished
             os.killpg(running.pid, how)
             running.wait()
         else:
-            # to the shell alone, as `kill` does
+            # Only to the shell, as `kill` does.
             running.terminate()
             assert running.wait() == 128 + how
-            # it left no stage behind
+            # It left no stage running.
             with pytest.raises(ProcessLookupError):
                 os.killpg(running.pid, 0)
     last = cycle(again)
@@ -190,35 +168,29 @@ def test_a_cycle_that_was_killed_and_stopped_ends_as_if_it_had_not_been(finished
     assert contents(again) == contents(out)
 
 
-def test_a_cycle_that_meets_the_stage_of_a_killed_one_says_who_is_writing(tmp_path):
+def test_a_cycle_that_finds_a_stage_of_another_one_running_says_which_process_is_writing(tmp_path):
     lock = runs.take_lock(str(tmp_path / "run" / "eval_base.part"))
     done = cycle(tmp_path / "run")
     lock.close()
-    assert (
-        done.returncode == 2
-        and f"process {os.getpid()} on " in done.stderr
-        and "wait for it" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"process {os.getpid()} on " in done.stderr and "wait for it" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Nothing gets out: with local paths alone, no network is needed or asked.
+# With only local paths no network is needed or asked.
 
 
 def test_the_cycle_asks_for_no_network(finished):
     out, _ = finished
     lines = (out.parent / "network.log").read_text().splitlines()
+    guarded_scripts = {os.path.basename(line.split()[-1]) for line in lines if line.startswith("guards ")}
     scripts = {f"{name}.py" for name in ("clinic", "mark", "generate", "reward", "sft", "grpo", "eval")}
-    assert {os.path.basename(line.split()[-1]) for line in lines if line.startswith("guards ")} >= scripts | {
-        "analysis.summarize",
-        "analysis.report",
-    }
+    assert guarded_scripts >= scripts | {"analysis.summarize", "analysis.report"}
     assert [line for line in lines if not line.startswith("guards ")] == []
 
 
-def test_the_guard_stops_and_tells_of_a_model_from_the_hub(tmp_path):
-    # the library would wait between its tries
+def test_the_guard_refuses_and_logs_a_model_from_the_hub(tmp_path):
+    # Without the sleep, because the library waits between its attempts.
     load = "import time; from medgr2 import loading; time.sleep = lambda _: None; loading.load('owner/model')"
     done = subprocess.run(
         [sys.executable, "-c", load],
@@ -232,30 +204,15 @@ def test_the_guard_stops_and_tells_of_a_model_from_the_hub(tmp_path):
 
 
 def test_a_stage_runs_without_any_network_interface_and_writes_the_same_records(finished, tmp_path):
-    alone = ["unshare", "--map-root-user", "--net"]
+    unshare = ["unshare", "--map-root-user", "--net"]
     try:
-        subprocess.run([*alone, "true"], check=True, capture_output=True)
+        subprocess.run([*unshare, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no network namespaces here (unshare --net)")
     out, _ = finished
     images = out / "data" / "unlabelled" / "images.jsonl"
-    subprocess.run(
-        [
-            *alone,
-            sys.executable,
-            "generate.py",
-            "--model",
-            "toy/generator",
-            "--images",
-            images,
-            "--out",
-            tmp_path / "out",
-        ],
-        cwd=ROOT,
-        check=True,
-    )
-    there, here = (
-        list(records.read_records(folder / "candidates.jsonl", root=out))
-        for folder in (out / "cycle1" / "candidates", tmp_path / "out")
-    )
+    flags = ["--model", "toy/generator", "--images", images, "--out", tmp_path / "out"]
+    subprocess.run([*unshare, sys.executable, "generate.py", *flags], cwd=ROOT, check=True)
+    folders = (out / "cycle1" / "candidates", tmp_path / "out")
+    there, here = (list(records.read_records(folder / "candidates.jsonl", root=out)) for folder in folders)
     assert there == here

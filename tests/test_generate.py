@@ -17,21 +17,20 @@ import time
 import types
 from collections import Counter
 from concurrent.futures import Future
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import clinic
 import pytest
+from helpers import KEY
 from PIL import Image, ImageChops
 
 import generate
-from medgr2 import cli, loading, records, vlm
+from medgr2 import endpoint, loading, records, vlm
 from medgr2.images import open_image
 from medgr2.prompts import MODALITIES, PARADIGMS, TASKS, generator_prompt
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 TOY = str(ROOT / "toy" / "generator")
-KEY = "sk-very-secret-123"
 
 
 def write_images(folder, n, modalities=MODALITIES):
@@ -60,97 +59,6 @@ def by_seed(body):
     return candidate(f"What of {body['seed']}?"), "stop"
 
 
-@pytest.fixture
-def stage(monkeypatch, capsys):
-    """Call the stage as the command line does → (exit status, stdout, stderr)."""
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
-        status = 0
-        try:
-            cli.run_main(generate.main, generate.parse_args())
-        except SystemExit as leaving:
-            status = leaving.code
-        return status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(script) → a server of chat completions. script(body) → (text, finish_reason), or (status, JSON or bytes)."""
-    import huggingface_hub.constants
-
-    # offline mode means local servers too
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(generate, "FIRST_WAIT", 0.01)
-    servers = []
-
-    def start(script):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.script, server.seen, server.busy, server.busiest, server.lock = (
-            script,
-            [],
-            0,
-            0,
-            threading.Lock(),
-        )
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((self.path, dict(self.headers), body))
-            self.server.busy += 1
-            self.server.busiest = max(self.server.busiest, self.server.busy)
-        try:
-            first, second = self.server.script(body)
-        finally:
-            with self.server.lock:
-                self.server.busy -= 1
-        # hang up
-        if first is None:
-            return self.connection.close()
-        if isinstance(first, str):
-            first, second = (
-                200,
-                {
-                    "id": "x",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": body["model"],
-                    "choices": [
-                        {
-                            "index": 0,
-                            "message": {"role": "assistant", "content": first},
-                            "finish_reason": second,
-                        }
-                    ],
-                },
-            )
-        payload = second if isinstance(second, bytes) else json.dumps(second).encode()
-        self.send_response(first)
-        self.send_header("Content-Type", "text/html" if isinstance(second, bytes) else "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_):
-        pass
-
-
 def prompt_of(body):
     return body["messages"][0]["content"][1]["text"]
 
@@ -172,8 +80,8 @@ def test_every_modality_and_paradigm_is_asked_every_task_equally_often(per_image
     ]
     rng.shuffle(images)
     drafts = [
-        generate.drafts_of(i, turn, paradigms, tasks, per_image, 1, 0, "g")
-        for i, turn in zip(images, generate.turns(images))
+        generate.build_drafts(i, turn, paradigms, tasks, per_image, 1, 0, "g")
+        for i, turn in zip(images, generate.assign_turns(images))
     ]
     cells = Counter((d["modality"], d["paradigm"], d["task"]) for of_image in drafts for d in of_image)
     assert set(cells.values()) == {per_image} and len(cells) == 3 * len(paradigms) * len(tasks)
@@ -191,7 +99,7 @@ def test_seeds_and_ids_differ_between_all_candidates_and_cycles_and_seeds():
         d
         for image in images
         for cycle, seed in ((1, 0), (2, 0), (1, 1))
-        for d in generate.drafts_of(image, 0, list(PARADIGMS), TASKS, 2, cycle, seed, "g")
+        for d in generate.build_drafts(image, 0, list(PARADIGMS), TASKS, 2, cycle, seed, "g")
     ]
     assert len({d["seed"] for d in drafts}) == len(drafts) == 72
     assert len({d["id"] for d in drafts}) == 48 and all(0 <= d["seed"] < 2**31 for d in drafts)
@@ -313,7 +221,7 @@ def test_without_a_key_no_other_secret_is_sent(serve, stage, tmp_path, monkeypat
 )
 def test_a_busy_server_is_asked_again_and_later(mood, serve, stage, tmp_path, monkeypatch):
     calls, waits = Counter(), []
-    monkeypatch.setattr(generate, "time", types.SimpleNamespace(sleep=waits.append, time=time.time))
+    monkeypatch.setattr(endpoint, "time", types.SimpleNamespace(sleep=waits.append, time=time.time))
 
     def script(body):
         calls[body["seed"]] += 1
@@ -401,12 +309,12 @@ def test_when_the_server_stays_away_the_same_command_goes_on_later(serve, stage,
     )
     assert stage(*flags, "--out", tmp_path / "whole")[0] == 0
     del server.seen[:]
-    ask, calls = generate.ask_server, itertools.count()
-    generate.ask_server = lambda *a, **k: (away.set() if next(calls) == 2 else None, ask(*a, **k))[1]
+    ask, calls = endpoint.ask_server, itertools.count()
+    endpoint.ask_server = lambda *a, **k: (away.set() if next(calls) == 2 else None, ask(*a, **k))[1]
     try:
         code, _, err = stage(*flags, "--out", tmp_path / "out")
     finally:
-        generate.ask_server = ask
+        endpoint.ask_server = ask
     assert code == 2 and err.count("\n") == 1 and "HTTP 503 out for lunch; gave up after 1 retries" in err
     away.clear()
     del server.seen[:]
@@ -585,7 +493,7 @@ def test_duplicates_are_found_by_content_across_records_and_batches(batch, serve
 
 def test_judging_changes_nothing_that_it_is_given():
     drafts, seen = [{"id": "a", "image": __file__}, {"id": "b", "image": __file__}], set()
-    kept, rejected = generate.judge(drafts, [(candidate(), False), ("no", False)], seen)
+    kept, rejected = generate.split_replies(drafts, [(candidate(), False), ("no", False)], seen)
     assert (
         (len(kept), len(rejected)) == (1, 1)
         and seen == set()
@@ -593,7 +501,7 @@ def test_judging_changes_nothing_that_it_is_given():
     )
     # a reply too few is a bug, not a lost candidate
     with pytest.raises(ValueError):
-        generate.judge(drafts, [(candidate(), False)], seen)
+        generate.split_replies(drafts, [(candidate(), False)], seen)
 
 
 # Going on -------------------------------------------------------------------------------------------------
@@ -645,7 +553,7 @@ def test_after_kill_9_the_same_command_gives_the_same_files(serve, stage, tmp_pa
         file.write('{"id": "half a li')
     del server.seen[:]
     status, out, _ = stage(*flags, "--out", tmp_path / "out")
-    assert status == 0 and "going on from step 2" in out and len(server.seen) == 12
+    assert status == 0 and "resuming from step 2" in out and len(server.seen) == 12
     for name in ("candidates.jsonl", "rejected.jsonl", "metrics.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert any(
@@ -717,7 +625,7 @@ def test_what_is_sampled_depends_on_the_seed_and_not_on_the_batch(toy_stage, tmp
 
 def test_a_reply_cut_at_the_limit_is_truncated_and_one_that_just_fits_is_not(toy_vlm, tmp_path):
     image = next(records.read_records(write_images(tmp_path, 1)))
-    drafts = generate.drafts_of(image, 0, ["direct"], TASKS, 3, 1, 0, "g")
+    drafts = generate.build_drafts(image, 0, ["direct"], TASKS, 3, 1, 0, "g")
     whole = generate.ask_model(drafts, toy_vlm, 1.0, 200, 1)
     assert not any(truncated for _, truncated in whole)
     # end of turn included

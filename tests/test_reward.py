@@ -190,7 +190,7 @@ def test_rollouts_count_only_on_expert_questions_and_are_marked_by_the_truth(tmp
         row(3, "<think>a</think><answer>mass</answer>", "generated"),
     ]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    ((_, marked),) = levels.build_rollouts([str(tmp_path / "rollouts.jsonl")])
+    ((_, marked),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")])
     assert sorted(mark for mark, _ in marked) == ["malformed", "right", "wrong"]
 
 
@@ -227,10 +227,10 @@ def rows(tmp_path_factory):
 
 def test_summary_by_hand():
     x, part = torch.tensor([[3.0, -1.0, -5.0, 2.0, 9.0]]), torch.tensor([[True, True, True, True, False]])
-    assert reward.summary(x, part)[0].tolist() == [-1.0, -0.25, -5.0, -1.0, 2.0]
+    assert reward.token_statistics(x, part)[0].tolist() == [-1.0, -0.25, -5.0, -1.0, 2.0]
     assert (
-        reward.summary(x, part & (x == 3))[0].tolist() == [3.0, 3.0, 3.0, 0.0, 0.0]
-        and not reward.summary(x, part & False).any()
+        reward.token_statistics(x, part & (x == 3))[0].tolist() == [3.0, 3.0, 3.0, 0.0, 0.0]
+        and not reward.token_statistics(x, part & False).any()
     )
 
 
@@ -247,7 +247,7 @@ def test_the_answer_begins_at_its_tag_and_the_end_of_turn_belongs_to_it(backbone
 def test_features_are_what_the_models_own_logits_say(backbone, rows):
     record = rows[0]
     response, image = reference_response(record), open_image(record["image"])
-    got = reward.read_features(backbone, [image], [policy_prompt(record)], [response], True)[0]
+    got = reward.compute_features(backbone, [image], [policy_prompt(record)], [response], True)[0]
     inputs = vlm.encode_prompts(backbone, [image], [policy_prompt(record)])
     ids = torch.tensor([backbone.tokenizer(response)["input_ids"] + [backbone.end_id]])
     full = torch.cat([inputs["input_ids"], ids], 1)
@@ -274,7 +274,7 @@ def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbo
     from PIL import Image
 
     record, blank = rows[0], Image.new("RGB", (64, 64), (128, 128, 128))
-    read = lambda image: reward.read_features(
+    read = lambda image: reward.compute_features(
         backbone, [image], [policy_prompt(record)], [reference_response(record)], True
     )[0]  # noqa: E731
     assert read(blank)[-10:].abs().max() < 1e-4 < read(open_image(record["image"]))[-10:].abs().max()
@@ -282,10 +282,10 @@ def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbo
 
 def test_reading_a_question_once_for_many_responses_changes_no_feature(backbone, rows):
     torch.manual_seed(0)
-    model = reward.RewardModel(backbone, reward.Heads(backbone.head.weight.shape[1] + 30, 8), True)
+    model = reward.RewardModel(backbone, reward.Heads(backbone.head.weight.shape[1] + reward.LIKELIHOODS, 8), True)
     groups = levels.build_levels(rows[:6] + rows[-2:], 2, 0)
     with torch.no_grad():
-        together, order = reward.collect(model, groups, 8, iter)
+        together, order = reward.collect_features(model, groups, 8, iter)
         flat = {(r["id"], level, k): f for k, ((r, level), f) in enumerate(zip(order, together))}
         assert len(flat) == len(together) == sum(len(d) for _, d in groups)
         for record, drawn in groups[:3]:
@@ -349,19 +349,19 @@ def candidates(scores, cells):
 
 def test_the_best_of_each_cell_are_kept_and_as_many_drawn_at_random_from_it():
     rows = candidates([9, 8, 7, 6, 1, 2, 3, 4], "aaaabbbb")
-    accepted, drawn = reward.choose(rows, 0, ["task"], keep=0.5)
+    accepted, drawn = reward.select_candidates(rows, 0, ["task"], keep=0.5)
     assert accepted == [0, 1, 6, 7] and [rows[i]["task"] for i in drawn] == ["a", "a", "b", "b"]
-    assert reward.choose(rows, 0, [], keep=0.5)[0] == [0, 1, 2, 3]
-    assert reward.choose(rows, 0, [], threshold=4)[0] == [0, 1, 2, 3, 7] and reward.choose(
+    assert reward.select_candidates(rows, 0, [], keep=0.5)[0] == [0, 1, 2, 3]
+    assert reward.select_candidates(rows, 0, [], threshold=4)[0] == [0, 1, 2, 3, 7] and reward.select_candidates(
         rows, 0, [], top_k=3
     )[0] == [0, 1, 2]
-    assert reward.choose(rows, 0, ["task"], top_k=99)[0] == list(range(8))
+    assert reward.select_candidates(rows, 0, ["task"], top_k=99)[0] == list(range(8))
 
 
 def test_small_cells_do_not_starve_and_the_total_is_exact():
-    assert reward.shares([1, 1, 1, 1], 2).count(1) == 2 and reward.shares([3, 3, 3], 5) == [2, 2, 1]
+    assert reward.allocate([1, 1, 1, 1], 2).count(1) == 2 and reward.allocate([3, 3, 3], 5) == [2, 2, 1]
     for total in range(12):
-        places = reward.shares([5, 1, 6], total)
+        places = reward.allocate([5, 1, 6], total)
         assert sum(places) == total and all(p <= n for p, n in zip(places, [5, 1, 6]))
 
 

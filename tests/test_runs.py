@@ -1,4 +1,7 @@
-"""runs.py: a run's folder is final once it exists, goes on where the last commit left off, and holds one run alone."""
+"""runs.py: a run's folder is final once it exists, resumes from the last commit, and holds only one run.
+
+cli.py: numbers have bounds, a mistake is one line, tables line up.
+"""
 
 import argparse
 import json
@@ -6,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ ROOT = Path(__file__).parent.parent
         (float, -6, 10, "-inf", None),
     ],
 )
-def test_a_number_keeps_to_its_bounds(kind, least, most, text, value):
+def test_a_number_out_of_bounds_or_not_finite_is_refused(kind, least, most, text, value):
     parse = cli.number(kind, least, most)
     if value is None:
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
@@ -58,17 +60,14 @@ def lines(path):
     return [json.loads(line) for line in open(path)]
 
 
-def test_a_finished_run_is_renamed_and_the_same_command_again_leaves_with_status_0(tmp_path):
+def test_a_finished_run_is_renamed_and_the_same_command_again_exits_with_status_0(tmp_path):
     run = runs.start(args_of(tmp_path, lr=1.0))
     run.log(step=0, loss=0.123456789)
     run.finish({"loss": 1})
     assert lines(tmp_path / "out" / "metrics.jsonl") == [{"step": 0, "loss": 0.123457}]
     assert json.load(open(tmp_path / "out" / "metrics.json")) == {"loss": 1}
-    assert not (tmp_path / "out.part").exists() and sorted(os.listdir(tmp_path / "out")) == [
-        "args.json",
-        "metrics.json",
-        "metrics.jsonl",
-    ]
+    assert not (tmp_path / "out.part").exists()
+    assert sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.json", "metrics.jsonl"]
     with pytest.raises(SystemExit) as left:
         runs.start(args_of(tmp_path, lr=1.0))
     assert left.value.code == 0
@@ -86,8 +85,8 @@ def test_an_unfinished_run_of_another_command_is_refused(tmp_path):
         runs.start(args_of(tmp_path, lr=2.0))
 
 
-def test_an_unfinished_run_that_committed_nothing_is_in_nobodys_way(tmp_path):
-    # say, a wrong --model, found out at once
+def test_an_unfinished_run_without_a_commit_is_replaced(tmp_path):
+    # For example one with a wrong --model that failed at once.
     runs.start(args_of(tmp_path, lr=1.0)).append("rows.jsonl", [{"a": 1}])
     run = runs.start(args_of(tmp_path, lr=2.0))
     assert run.state == {} and not (tmp_path / "out.part" / "rows.jsonl").exists()
@@ -95,17 +94,17 @@ def test_an_unfinished_run_that_committed_nothing_is_in_nobodys_way(tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     os.makedirs(tmp_path / "out")
-    with pytest.raises(RunError, match="something else than a run"):
+    with pytest.raises(RunError, match="something other than a run"):
         runs.start(args_of(tmp_path))
 
 
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"script": "x.py"}', '{"script": "x.py", "args": [], "inputs": {}}']
 )
-def test_a_folder_whose_args_json_is_no_runs_is_refused(tmp_path, text):
+def test_a_folder_whose_args_json_is_not_that_of_a_run_is_refused(tmp_path, text):
     os.makedirs(tmp_path / "out")
     (tmp_path / "out" / "args.json").write_text(text)
-    with pytest.raises(RunError, match="something else than a run"):
+    with pytest.raises(RunError, match="something other than a run"):
         runs.start(args_of(tmp_path))
 
 
@@ -138,10 +137,10 @@ def test_a_full_disk_is_one_line_and_a_bug_keeps_its_traceback(capsys):
         cli.run_main(lambda args: open("/none"), argparse.Namespace(out="o"))
 
 
-def test_what_safetensors_makes_of_a_full_disk_is_one_line_too(capsys):
+def test_the_error_that_safetensors_raises_on_a_full_disk_is_one_line_too(capsys):
     from safetensors import SafetensorError
 
-    # its words; test_kill.py fills a disk
+    # Its message; tests/test_kill.py fills a real disk.
     def fill(args):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -155,11 +154,11 @@ def test_what_safetensors_makes_of_a_full_disk_is_one_line_too(capsys):
     "free, error, says",
     [
         (1000, RunError, r"a commit needs 1\.\d+ MiB and 0\.001 MiB are free"),
-        # the second: a quota
+        # There is room, so it must be a quota.
         (1 << 40, OSError, "No space left on device"),
     ],
 )
-def test_a_commit_that_does_not_fit_says_so_and_the_one_before_stays(
+def test_a_commit_that_does_not_fit_says_so_and_the_last_one_is_kept(
     tmp_path, monkeypatch, free, error, says
 ):
     run = runs.start(args_of(tmp_path))
@@ -171,22 +170,18 @@ def test_a_commit_that_does_not_fit_says_so_and_the_one_before_stays(
     assert runs.start(args_of(tmp_path)).state["step"] == 1
 
 
-def test_a_second_process_on_one_folder_is_told_who_the_first_is(tmp_path):
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from medgr2 import runs; import time\n"
-            f"lock = runs.take_lock({str(tmp_path / 'out.part')!r}); print('held', flush=True); time.sleep(60)",
-        ],
-        stdout=subprocess.PIPE,
+def test_a_second_process_on_one_folder_is_told_which_process_holds_it(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from medgr2 import runs; import time\n"
+        f"lock = runs.take_lock({str(tmp_path / 'out.part')!r}); print('held', flush=True); time.sleep(60)"
     )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(RunError, match=f"process {holder.pid} on "):
         runs.start(args_of(tmp_path))
     holder.kill()
     holder.wait()
-    # the lock went with the process that held it
+    # The lock ended with the process that held it.
     runs.start(args_of(tmp_path)).finish({})
 
 
@@ -201,10 +196,8 @@ def test_a_damaged_newest_commit_is_set_aside_and_the_one_before_is_used(tmp_pat
     damaged[len(damaged) // 2] ^= 1
     states[-1].write_bytes(damaged)
     again = runs.start(args_of(tmp_path))
-    assert again.state["step"] == 2 and lines(tmp_path / "out.part" / "rows.jsonl") == [
-        {"step": 1},
-        {"step": 2},
-    ]
+    assert again.state["step"] == 2
+    assert lines(tmp_path / "out.part" / "rows.jsonl") == [{"step": 1}, {"step": 2}]
     assert "damaged, set aside" in capsys.readouterr().out
 
 
@@ -230,7 +223,7 @@ def test_sigterm_ends_a_loop_that_commits_nothing_after_its_step(tmp_path):
     assert done == [0, 1]
 
 
-def test_rows_of_a_table_with_one_label_draw_on_several_files(tmp_path):
+def test_files_of_one_label_share_a_row_of_the_table(tmp_path):
     for name, values in (("a+b.json", {"accuracy": 0.5}), ("c.json", {"auroc": 0.25})):
         (tmp_path / name).write_text(json.dumps(values))
     shown = summarize.summarize(
@@ -248,15 +241,15 @@ def test_an_input_that_changed_is_refused(tmp_path):
         runs.start(args_of(tmp_path), [str(data)])
 
 
-def test_what_was_written_after_the_last_commit_is_cut_off_and_the_state_comes_back(tmp_path, capsys):
+def test_what_was_written_after_the_last_commit_is_dropped_and_the_state_is_restored(tmp_path, capsys):
     run = runs.start(args_of(tmp_path))
     run.append("rows.jsonl", [{"a": 1}])
     run.commit(step=1, weights={"w": torch.arange(3.0)})
     run.append("rows.jsonl", [{"a": 2}])
     run.append("late.jsonl", [{"b": 1}])
+    # A crash in the middle of a line, with nothing more committed.
     for file in run.files.values():
         file.write('{"half')
-        # a crash: nothing more was committed
         file.close()
     again = runs.start(args_of(tmp_path))
     assert again.state["step"] == 1 and torch.equal(again.state["weights"]["w"], torch.arange(3.0))
@@ -267,18 +260,17 @@ def test_what_was_written_after_the_last_commit_is_cut_off_and_the_state_comes_b
     assert (tmp_path / "out" / "late.jsonl").read_text() == ""
 
 
-def test_a_file_untouched_since_the_commit_keeps_its_rows_through_two_resumes(tmp_path):
+def test_a_file_not_written_since_the_commit_keeps_its_rows_through_two_resumes(tmp_path):
     run = runs.start(args_of(tmp_path))
     run.append("first.jsonl", [{"a": 1}])
     run.commit(step=1)
     run = runs.start(args_of(tmp_path))
     run.append("second.jsonl", [{"b": 1}])
-    # first.jsonl was not opened by this process
+    # This process never opened first.jsonl.
     run.commit(step=2)
     runs.start(args_of(tmp_path)).finish({})
-    assert lines(tmp_path / "out" / "first.jsonl") == [{"a": 1}] and lines(
-        tmp_path / "out" / "second.jsonl"
-    ) == [{"b": 1}]
+    assert lines(tmp_path / "out" / "first.jsonl") == [{"a": 1}]
+    assert lines(tmp_path / "out" / "second.jsonl") == [{"b": 1}]
 
 
 def test_no_resume_starts_over(tmp_path):
@@ -296,39 +288,29 @@ def test_args_json_holds_arguments_versions_and_hashes_of_inputs(tmp_path):
     runs.start(args_of(tmp_path, lr=1.0), [str(data), "a/hub-name"]).finish({})
     meta = json.load(open(tmp_path / "out" / "args.json"))
     assert meta["args"]["lr"] == 1.0 and meta["versions"]["torch"] and meta["ended"] >= meta["started"]
-    # of "abc", FIPS 180-2
+    # SHA-256 of "abc", from FIPS 180-2.
     assert meta["inputs"][str(data)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert meta["inputs"]["a/hub-name"] is None
 
 
-def test_not_a_number_never_reaches_a_file(tmp_path):
+def test_nan_is_never_written(tmp_path):
     run = runs.start(args_of(tmp_path))
     with pytest.raises(ValueError):
         run.append("rows.jsonl", [{"reward": float("nan")}])
 
 
-def test_seeds_are_the_same_everywhere_and_differ_by_part():
+def test_a_seed_depends_only_on_its_parts_and_on_each_of_them():
     assert runs.seed_of(0, "a", 1) == runs.seed_of(0, "a", 1)
-    assert (
-        len({runs.seed_of(0, "a", k) for k in range(1000)} | {runs.seed_of(0, "b", k) for k in range(1000)})
-        == 2000
-    )
+    assert len({runs.seed_of(0, name, k) for name in "ab" for k in range(1000)}) == 2000
     assert all(0 <= runs.seed_of(k) < 2**63 for k in range(100))
 
 
-def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
-    n, size = 10, 4
-    flat = [i for step in range(5) for i in runs.batch_indices(step, size, n, seed=1)]
-    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert runs.batch_indices(3, size, n, 1) == flat[12:16]
-
-
-def test_a_table_lines_up_and_puts_numbers_to_the_right():
+def test_a_table_lines_up_and_numbers_align_right():
     text = cli.format_table([("a", 1.5, 10), ("bbb", None, 7)], ("name", "x", "n")).splitlines()
     assert text == ["name      x   n", "----  -----  --", "a     1.500  10", "bbb           7"]
 
 
-def test_where_images_may_lie_may_change_before_a_resume_and_another_argument_may_not(tmp_path):
+def test_the_image_root_may_change_before_a_resume_and_another_argument_may_not(tmp_path):
     args = args_of(tmp_path)
     args.image_root = "here"
     runs.start(args).commit(step=3)
@@ -337,32 +319,3 @@ def test_where_images_may_lie_may_change_before_a_resume_and_another_argument_ma
     args.seed += 1
     with pytest.raises(RunError, match="--seed"):
         runs.start(args)
-
-
-def test_the_next_item_is_made_in_another_thread_while_the_caller_works_on_one():
-    made, working = [threading.Event() for _ in range(4)], []
-
-    def items():
-        for k, event in enumerate(made):
-            working.append(threading.current_thread())
-            event.set()
-            yield k
-
-    ahead = runs.prefetch(items())
-    for k in range(3):
-        assert next(ahead) == k
-        assert made[k + 1].wait(10), "made while the caller has the one before"
-        assert not any(event.is_set() for event in made[k + 2 :]), "and no more than one"
-    assert len(set(working)) == 1 and threading.current_thread() not in working
-
-
-def test_an_error_in_an_item_comes_when_that_item_is_due_and_not_before():
-    def items():
-        yield 0
-        yield 1
-        raise RunError("item 2")
-
-    ahead = runs.prefetch(items())
-    assert [next(ahead), next(ahead)] == [0, 1]
-    with pytest.raises(RunError, match="item 2"):
-        next(ahead)

@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 
 
 class OneProcess:
-    """What `train_step` asks of an accelerate.Accelerator, for one of several shares whose sums a test adds up itself."""
+    """What `compute_gradient` asks of an accelerate.Accelerator, for one of several shares whose sums a test adds up itself."""
 
     def __init__(self, index=0, of=1):
         self.process_index, self.share_of, self.num_processes = index, of, of
@@ -42,7 +42,7 @@ class OneProcess:
 def gradient(policy, examples, micro_batch, accelerator=None):
     policy.model.zero_grad()
     parameters = [p for p in policy.model.parameters()]
-    loss, tokens = sft.train_step(policy, parameters, examples, micro_batch, accelerator or OneProcess())
+    loss, tokens = sft.compute_gradient(policy, parameters, examples, micro_batch, accelerator or OneProcess())
     grads = torch.cat([p.grad.flatten() for p in parameters])
     policy.model.zero_grad()
     return grads, loss, tokens
@@ -114,8 +114,8 @@ def test_the_generator_learns_what_its_parser_reads(data):
 def test_a_report_is_learned_by_both_roles(data):
     record = next(records.read_records(data / "reports.jsonl"))
     assert (
-        sft.example(record, "policy", "r.jsonl")
-        == sft.example(record, "generator", "r.jsonl")
+        sft.make_example(record, "policy", "r.jsonl")
+        == sft.make_example(record, "generator", "r.jsonl")
         == (record["image"], report_prompt(), record["report"])
     )
 
@@ -123,7 +123,7 @@ def test_a_report_is_learned_by_both_roles(data):
 def test_records_are_not_mutated(data):
     record = next(records.read_records(data / "expert.jsonl"))
     before = json.dumps(record)
-    sft.example(record, "policy", "r.jsonl"), sft.example(record, "generator", "r.jsonl")
+    sft.make_example(record, "policy", "r.jsonl"), sft.make_example(record, "generator", "r.jsonl")
     assert json.dumps(record) == before
 
 
@@ -156,7 +156,7 @@ def run_sft(monkeypatch, data, out, *extra):
 
 def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp_path):
     run_sft(monkeypatch, data, tmp_path / "whole")
-    real, calls = sft.train_step, []
+    real, calls = sft.compute_gradient, []
 
     def crash(*args):
         calls.append(1)
@@ -164,10 +164,10 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(sft, "train_step", crash)
+    monkeypatch.setattr(sft, "compute_gradient", crash)
     with pytest.raises(KeyboardInterrupt):
         run_sft(monkeypatch, data, tmp_path / "cut")
-    monkeypatch.setattr(sft, "train_step", real)
+    monkeypatch.setattr(sft, "compute_gradient", real)
     assert not (tmp_path / "cut").exists()
     run_sft(monkeypatch, data, tmp_path / "cut")
     for name in ("model.safetensors", "metrics.jsonl"):

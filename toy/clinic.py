@@ -1,23 +1,22 @@
 """The toy clinic: draws small medical-looking images and writes records about them.
 
 Each image is drawn from five facts: modality (8), anatomy (4), finding (5, one of them none), degree (3) and
-side (2). Questions, options, rationales and reports follow from the facts, so that every record is true, and
-what a model says can be marked. Any modality may show any anatomy (a dermoscopy of the brain is nonsense on
-purpose): no fact can be guessed from another, so only a model that looks at the image can know it.
+side (2). Questions, options, rationales and reports follow from the facts. So every record is true, and what
+a model says can be checked. Any modality may show any anatomy (a dermoscopy of the brain is nonsense on
+purpose): no fact can be guessed from another, so a model can know it only from the image.
 
 Writes into --out:
-    expert.jsonl             question records, scarce: the experts' time is what the paper is short of
+    expert.jsonl             question records; few, because experts' time is scarce
     reports.jsonl            image-report pairs
-    unlabelled/images.jsonl  images alone, for the generator
+    unlabelled/images.jsonl  images without text, for the generator
     unlabelled/truth.jsonl   their facts, for toy/mark.py; no stage reads it
     val.jsonl, test.jsonl    question records on other images
-    heldout/                 the same again; one modality and one task are missing from all of its training
-                             files (val and test hold them all the same, to measure transfer)
+    heldout/                 the same files of another clinic whose training files lack one modality and one
+                             task; val and test have them, to measure transfer
 
     python toy/clinic.py --out runs/toy/data --seed 0
 """
 
-import argparse
 import os
 import random
 import sys
@@ -26,12 +25,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from medgr2 import cli, records, runs
 from medgr2.prompts import MODALITIES, PARADIGMS, TASKS
 
-# pixels, height and width
+# Height and width in pixels.
 SIZE = 64
 ANATOMIES = ("brain", "chest", "abdomen", "knee")
 FINDINGS = ("mass", "cyst", "calcification", "fissure", "no finding")
 DEGREES = ("mild", "moderate", "severe")
 SIDES = ("left", "right")
+# What is seen in the image if the answer is true.
 CLUES = {
     "mass": "a solid round spot",
     "cyst": "a hollow ring",
@@ -65,15 +65,15 @@ QUESTIONS = {
 
 
 def draw_facts(rng, modalities=MODALITIES):
-    """One image's facts. `degree` and `side` are None where there is no finding."""
+    """One image's facts. `degree` and `side` are None if there is no finding."""
     finding = rng.choice(FINDINGS)
-    none = finding == "no finding"
+    is_empty = finding == "no finding"
     return {
         "modality": rng.choice(modalities),
         "anatomy": rng.choice(ANATOMIES),
         "finding": finding,
-        "degree": None if none else rng.choice(DEGREES),
-        "side": None if none else rng.choice(SIDES),
+        "degree": None if is_empty else rng.choice(DEGREES),
+        "side": None if is_empty else rng.choice(SIDES),
     }
 
 
@@ -82,7 +82,7 @@ def draw_facts(rng, modalities=MODALITIES):
 
 
 def organ_mask(anatomy, rng):
-    """Where the organ is: (SIZE, SIZE) floats in [0, 1], soft at the edge, jittered in place and scale."""
+    """Where the organ is: (SIZE, SIZE) floats in [0, 1], soft at the edge, with random place and scale."""
     import numpy as np
 
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
@@ -91,20 +91,19 @@ def organ_mask(anatomy, rng):
     if anatomy == "brain":
         r = np.hypot(x / (23 * s), y / (25 * s))
     elif anatomy == "chest":
-        r = np.minimum(
-            np.hypot((x - 13) / (11 * s), y / (25 * s)), np.hypot((x + 13) / (11 * s), y / (25 * s))
-        )
+        right, left = np.hypot((x - 13) / (11 * s), y / (25 * s)), np.hypot((x + 13) / (11 * s), y / (25 * s))
+        r = np.minimum(right, left)
     elif anatomy == "abdomen":
         r = (np.abs(x / (29 * s)) ** 4 + np.abs(y / (17 * s)) ** 4) ** 0.25
     else:
-        # knee: a shaft, wider at the joint in the middle
+        # The knee: a shaft, wider at the joint in the middle.
         width = 10 * s + 9 * np.exp(-((y / 8) ** 2))
         r = np.maximum(np.abs(x) / width, np.abs(y) / 30)
     return 1 / (1 + np.exp((r - 1) * 12))
 
 
 def lesion_mask(facts, rng):
-    """Where the lesion is: (SIZE, SIZE) floats in [0, 1]; empty where there is no finding."""
+    """Where the lesion is: (SIZE, SIZE) floats in [0, 1], all 0 if there is no finding."""
     import numpy as np
 
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
@@ -120,18 +119,15 @@ def lesion_mask(facts, rng):
         return np.exp(-(((d - radius) / 1.1) ** 2))
     if facts["finding"] == "fissure":
         angle, length = rng.uniform(-0.5, 0.5), radius * 1.6
-        along, across = (
-            (x - cx) * np.sin(angle) + (y - cy) * np.cos(angle),
-            (x - cx) * np.cos(angle) - (y - cy) * np.sin(angle),
-        )
+        along = (x - cx) * np.sin(angle) + (y - cy) * np.cos(angle)
+        across = (x - cx) * np.cos(angle) - (y - cy) * np.sin(angle)
         return np.exp(-((across / 1.1) ** 2)) / (1 + np.exp((np.abs(along) - length) * 2))
-    # calcification: dots that fill the disc
+    # Calcification: dots that fill the disc.
     mask = np.zeros((SIZE, SIZE))
     for k in range(int(3 + radius)):
         a, r = 2.4 * k + rng.uniform(-0.3, 0.3), radius * ((k + 0.5) / (3 + radius)) ** 0.5
-        mask = np.maximum(
-            mask, np.exp(-(((x - cx - r * np.cos(a)) ** 2 + (y - cy - r * np.sin(a)) ** 2) / 1.2))
-        )
+        squared_distance = (x - cx - r * np.cos(a)) ** 2 + (y - cy - r * np.sin(a)) ** 2
+        mask = np.maximum(mask, np.exp(-(squared_distance / 1.2)))
     return mask
 
 
@@ -142,68 +138,67 @@ def draw(facts, rng):
 
     noise = np.random.default_rng(rng.getrandbits(32))
     organ, lesion = organ_mask(facts["anatomy"], rng), lesion_mask(facts, rng)
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
     grain = noise.normal(size=(SIZE, SIZE))
-    edge = np.clip(4 * organ * (1 - organ), 0, 1)
+    image = render(facts["modality"], organ, lesion, grain, rng)
+    image = 128 + (image - 128) * rng.uniform(0.85, 1.1) + rng.uniform(-10, 10)
+    image = np.clip(np.broadcast_to(image, (3, SIZE, SIZE)), 0, 255).astype("uint8")
+    return Image.fromarray(image.transpose(1, 2, 0))
 
-    # three RGB colours, blended by the two masks
+
+def render(modality, organ, lesion, grain, rng):
+    """The image in the style of a modality: (3, SIZE, SIZE) floats. Masks and noise are (SIZE, SIZE)."""
+    import numpy as np
+
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
+
     def tint(ground, tissue, spot):
+        """Three RGB colours, blended by the two masks."""
         base = np.array(ground)[:, None, None] * (1 - organ) + np.array(tissue)[:, None, None] * organ
         return base * (1 - lesion) + np.array(spot)[:, None, None] * lesion
 
-    modality = facts["modality"]
     if modality == "CT":
-        image = tint((8,) * 3, (95,) * 3, (200,) * 3) + 150 * edge + 6 * grain
-    elif modality == "MRI":
-        image = (
-            tint((4,) * 3, (140,) * 3, (245,) * 3) * (1 - 0.35 * np.hypot(x - 32, y - 32) / 45) + 5 * grain
-        )
-    elif modality == "X-Ray":
-        image = (
-            tint((150,) * 3, (90,) * 3, (225,) * 3)
-            + 25 * (np.sin(y * 2 * np.pi / 12 + rng.uniform(0, 6)) > 0.6)
-            + 6 * grain
-        )
-    elif modality == "Ultrasound":
+        edge = np.clip(4 * organ * (1 - organ), 0, 1)
+        return tint((8,) * 3, (95,) * 3, (200,) * 3) + 150 * edge + 6 * grain
+    if modality == "MRI":
+        glow = 1 - 0.35 * np.hypot(x - 32, y - 32) / 45
+        return tint((4,) * 3, (140,) * 3, (245,) * 3) * glow + 5 * grain
+    if modality == "X-Ray":
+        bars = np.sin(y * 2 * np.pi / 12 + rng.uniform(0, 6)) > 0.6
+        return tint((150,) * 3, (90,) * 3, (225,) * 3) + 25 * bars + 6 * grain
+    if modality == "Ultrasound":
         fan = np.abs(x - 32) < 8 + 0.6 * y
-        image = (tint((70,) * 3, (110,) * 3, (235,) * 3) * (1 + 0.3 * grain)) * fan
-    elif modality == "Dermoscopy":
+        return (tint((70,) * 3, (110,) * 3, (235,) * 3) * (1 + 0.3 * grain)) * fan
+    if modality == "Dermoscopy":
         image = tint((226, 178, 150), (190, 130, 105), (70, 35, 25)) + 5 * grain
         for _ in range(4):
             a, b = rng.uniform(0, SIZE), rng.uniform(-0.6, 0.6)
             image = np.where(np.abs(x - a - b * y) < 0.8, image * 0.55, image)
-    elif modality == "Fundus Photography":
+        return image
+    if modality == "Fundus Photography":
         disc = np.hypot(x - 32, y - 32) < 31
-        image = tint((190, 80, 25), (225, 125, 50), (255, 240, 150)) * disc + 5 * grain
-    elif modality == "Microscopy":
+        return tint((190, 80, 25), (225, 125, 50), (255, 240, 150)) * disc + 5 * grain
+    if modality == "Microscopy":
         cells = np.sin(x * 0.9 + rng.uniform(0, 6)) * np.sin(y * 0.9 + rng.uniform(0, 6)) > 0.35
-        image = tint((235, 215, 235), (205, 150, 205), (80, 20, 110)) - 22 * cells + 5 * grain
-    else:
-        # OCT
-        bands = 30 * np.sin(y * 2 * np.pi / 9 + 0.06 * x + rng.uniform(0, 6))
-        image = tint((20, 30, 45), (95, 110, 130), (225, 235, 245)) + bands + 10 * grain
-    image = 128 + (image - 128) * rng.uniform(0.85, 1.1) + rng.uniform(-10, 10)
-    return Image.fromarray(
-        np.clip(np.broadcast_to(image, (3, SIZE, SIZE)), 0, 255).astype("uint8").transpose(1, 2, 0)
-    )
+        return tint((235, 215, 235), (205, 150, 205), (80, 20, 110)) - 22 * cells + 5 * grain
+    # OCT.
+    bands = 30 * np.sin(y * 2 * np.pi / 9 + 0.06 * x + rng.uniform(0, 6))
+    return tint((20, 30, 45), (95, 110, 130), (225, 235, 245)) + bands + 10 * grain
 
 
 # ---------------------------------------------------------------------------------------------------------
 # From facts to words.
 
 
-def report(facts):
-    """The image's report: every fact, in one or two short sentences."""
-    lesion = (
-        "No finding."
-        if facts["side"] is None
-        else f"A {facts['degree']} {facts['finding']} on the {facts['side']} side."
-    )
+def report_text(facts):
+    """The image's report: every fact, in two short sentences."""
+    lesion = "No finding."
+    if facts["side"] is not None:
+        lesion = f"A {facts['degree']} {facts['finding']} on the {facts['side']} side."
     return f"{facts['modality']} of the {facts['anatomy']}. {lesion}"
 
 
 def truth(facts, task):
-    """(answer, all options) of a question of this task about an image with these facts."""
+    """(answer, all options) of a question of this task about an image of these facts."""
     return {
         "Modality Recognition": (facts["modality"], MODALITIES),
         "Anatomy Identification": (facts["anatomy"], ANATOMIES),
@@ -214,12 +209,12 @@ def truth(facts, task):
 
 
 def clue(facts, answer):
-    """What is to be seen that speaks for `answer`."""
+    """What can be seen in the image if `answer` is true."""
     return f"it lies on the {answer}" if answer in SIDES else CLUES[answer]
 
 
 def rationale(facts, task, rng, paradigm="stepwise"):
-    """Why the answer is right, in the manner of one of the paper's paradigms."""
+    """Why the answer is right, in the style of one of the paper's paradigms."""
     answer, options = truth(facts, task)
     seen = clue(facts, answer)
     if paradigm == "direct":
@@ -227,9 +222,8 @@ def rationale(facts, task, rng, paradigm="stepwise"):
     if paradigm == "stepwise":
         return f"{facts['modality']} of the {facts['anatomy']}. I see {seen}. So {answer}."
     other = rng.choice([o for o in options if o != answer])
-    return (
-        f"{other} or {answer}? For {other} I would see {clue(facts, other)}, but I see {seen}. So {answer}."
-    )
+    would_see = clue(facts, other)
+    return f"{other} or {answer}? For {other} I would see {would_see}, but I see {seen}. So {answer}."
 
 
 def question(facts, task, rng, paradigm="stepwise"):
@@ -252,10 +246,10 @@ def question(facts, task, rng, paradigm="stepwise"):
 
 
 def image_rows(folder, split, n, seed, modalities=MODALITIES):
-    """Draw n images into folder/images; yields (row with id, image, modality; facts; rng), one an image."""
+    """Draw n images into folder/images; yields (row with id, image and modality, facts, rng) per image."""
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
     for i in range(n):
-        # an image depends on its own number alone
+        # An image depends only on its own number.
         rng = random.Random(f"{seed} {split} {i}")
         facts = draw_facts(rng, modalities)
         path = os.path.abspath(os.path.join(folder, "images", f"{split}{i:05d}.png"))
@@ -264,18 +258,18 @@ def image_rows(folder, split, n, seed, modalities=MODALITIES):
 
 
 def question_rows(folder, split, n, seed, per_image, tasks=TASKS, modalities=MODALITIES):
-    """Question records on n images, `per_image` different tasks each."""
+    """Question records on n images, of `per_image` different tasks each."""
     for row, facts, rng in image_rows(folder, split, n, seed, modalities):
         for k, task in enumerate(rng.sample(tasks, min(per_image, len(tasks)))):
-            # experts do not all reason alike
-            manner = rng.choice(list(PARADIGMS))
-            yield row | question(facts, task, rng, manner) | {"id": f"{row['id']}-{k}"}
+            # Experts do not all reason alike.
+            paradigm = rng.choice(list(PARADIGMS))
+            yield row | question(facts, task, rng, paradigm) | {"id": f"{row['id']}-{k}"}
 
 
 def write_clinic(folder, sizes, seed, modalities=MODALITIES, tasks=TASKS):
-    """Write the files of one clinic, its training files of these modalities and tasks alone.
+    """Write the files of one clinic. Its training files have only these modalities and tasks.
 
-    `sizes`: images in expert, reports, unlabelled, val, test. Returns {file: records}.
+    `sizes`: images in expert, reports, unlabelled, val, test. Returns {file: number of records}.
     """
     os.makedirs(os.path.join(folder, "unlabelled"), exist_ok=True)
     expert, reports, unlabelled, val, test = sizes
@@ -283,7 +277,7 @@ def write_clinic(folder, sizes, seed, modalities=MODALITIES, tasks=TASKS):
     written = {
         "expert.jsonl": question_rows(folder, "expert", expert, seed, 3, tasks, modalities),
         "reports.jsonl": (
-            row | {"report": report(facts), "source": "expert"}
+            row | {"report": report_text(facts), "source": "expert"}
             for row, facts, _ in image_rows(folder, "report", reports, seed, modalities)
         ),
         "unlabelled/images.jsonl": (row for row, _, _ in images),
@@ -295,49 +289,35 @@ def write_clinic(folder, sizes, seed, modalities=MODALITIES, tasks=TASKS):
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = cli.Parser(description=__doc__)
     p.add_argument("--out", required=True, help="folder to write; if it exists, nothing is done")
-    p.add_argument("--seed", type=int, default=0, help="another seed, another clinic")
-    p.add_argument(
-        "--sizes",
-        type=int,
-        nargs=5,
-        default=(100, 200, 400, 200, 800),
-        metavar="N",
-        help="images in expert, reports, unlabelled, val, test",
-    )
-    p.add_argument(
-        "--heldout-modality", default="OCT", choices=MODALITIES, help="missing from training in heldout/"
-    )
-    p.add_argument(
-        "--heldout-task", default="Lesion Grading", choices=TASKS, help="missing from training in heldout/"
-    )
+    p.add_argument("--seed", type=int, default=0, help="another seed gives another clinic")
+    sizes = (100, 200, 400, 200, 800)
+    what = "images in expert, reports, unlabelled, val, test"
+    p.add_argument("--sizes", type=int, nargs=5, default=sizes, metavar="N", help=what)
+    what = "missing from the training files of heldout/"
+    p.add_argument("--heldout-modality", default="OCT", choices=MODALITIES, help=what)
+    p.add_argument("--heldout-task", default="Lesion Grading", choices=TASKS, help=what)
     return p.parse_args()
 
 
 def main(args):
     if os.path.exists(args.out):
-        return print(f"{args.out} is there already")
+        return print(f"{args.out} exists already")
     part = args.out.rstrip("/") + ".part"
-    # a killed cycle's clinic may still be drawing
+    # Another process may still be drawing this clinic.
     lock = runs.take_lock(part)
-    # a killed call leaves this; drawing again takes seconds
-    runs.empty(part)
+    # What a killed call left. Drawing it again takes seconds.
+    runs.clear(part)
     counts = write_clinic(part, args.sizes, args.seed)
-    m, t = args.heldout_modality, args.heldout_task
-    write_clinic(
-        os.path.join(part, "heldout"),
-        args.sizes,
-        args.seed + 1,
-        modalities=[x for x in MODALITIES if x != m],
-        tasks=[x for x in TASKS if x != t],
-    )
+    modalities = [modality for modality in MODALITIES if modality != args.heldout_modality]
+    tasks = [task for task in TASKS if task != args.heldout_task]
+    write_clinic(os.path.join(part, "heldout"), args.sizes, args.seed + 1, modalities, tasks)
     os.replace(part, args.out)
     os.remove(os.path.join(args.out, "lock"))
     lock.close()
-    print(f"{args.out}: " + ", ".join(f"{n} in {name}" for name, n in counts.items()) + "; heldout/ likewise")
+    shown = ", ".join(f"{n} in {name}" for name, n in counts.items())
+    print(f"{args.out}: {shown}; heldout/ likewise")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Marks generated candidates against the drawn facts: what no real run can do, and what the toy clinic is for.
+"""Checks generated candidates against the drawn facts. Only the toy clinic has such facts.
 
-    python toy/mark.py --scored runs/toy/cycle1/scored --truth runs/toy/data/unlabelled/truth.jsonl --out runs/toy/cycle1/marks.json
+    D=runs/toy/cycle1
+    python toy/mark.py --scored $D/scored --truth runs/toy/data/unlabelled/truth.jsonl --out $D/marks.json
 
-Writes the share of right candidates among all, accepted and random ones and by paradigm, and the AUROC of the reward
-model's score for right against wrong.
+Writes the fraction of right candidates among all, accepted and random ones and by paradigm, and the AUROC of
+the reward model's score, right against wrong.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -14,45 +14,45 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import clinic
 
-from medgr2 import measures, records
-from medgr2.errors import RecordError
+from medgr2 import cli, measures, records
 from medgr2.prompts import PARADIGMS, is_match
 
 TASK_OF = {text: task for task, texts in clinic.QUESTIONS.items() for text in texts}
 
 
 def is_right(candidate, facts):
-    """Is the candidate's answer the truth about its image? By the question that it asks, whatever it was asked for."""
+    """Is the candidate's answer true of its image? It is checked as an answer to the question it asks.
+
+    Its `task` is only what the generator was told to ask for.
+    """
     task = TASK_OF.get(candidate["question"], candidate["task"])
     return is_match(candidate["answer"], clinic.truth(facts, task)[0])
 
 
-def mark(scored, facts):
-    """Marks of one folder of scored candidates; `facts` by image id."""
-    rows = {
-        name: list(
-            records.read_records(
-                os.path.join(scored, f"{name}.jsonl"), ("parent", "answer"), records.ANYWHERE
-            )
-        )
-        for name in ("scored", "accepted", "random")
-    }
-    right = {r["id"]: is_right(r, facts[r["parent"]]) for r in rows["scored"]}
-    share = lambda part: sum(right[r["id"]] for r in part) / len(part) if part else None  # noqa: E731
-    found = {f"right_{name}": share(part) for name, part in rows.items()}
+def check_candidates(folder, facts):
+    """The measures of a folder of scored candidates; `facts` by image id."""
+    rows = {}
+    for name in ("scored", "accepted", "random"):
+        path = os.path.join(folder, f"{name}.jsonl")
+        rows[name] = list(records.read_records(path, ("parent", "answer"), records.ANYWHERE))
+    scored = rows["scored"]
+    right = {r["id"]: is_right(r, facts[r["parent"]]) for r in scored}
+
+    def fraction_right(part):
+        return sum(right[r["id"]] for r in part) / len(part) if part else None
+
+    found = {f"right_{name}": fraction_right(part) for name, part in rows.items()}
     found["auroc"] = measures.auroc(
-        [r["reward"]["overall"] for r in rows["scored"]], [right[r["id"]] for r in rows["scored"]]
+        [r["reward"]["overall"] for r in scored], [right[r["id"]] for r in scored]
     )
-    found["candidates"] = len(rows["scored"])
+    found["candidates"] = len(scored)
     for paradigm in PARADIGMS:
-        found[f"right_{paradigm}"] = share([r for r in rows["scored"] if r["paradigm"] == paradigm])
+        found[f"right_{paradigm}"] = fraction_right([r for r in scored if r["paradigm"] == paradigm])
     return found
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = cli.Parser(description=__doc__)
     p.add_argument("--scored", required=True, help="output folder of reward.py score")
     p.add_argument("--truth", required=True, help="the clinic's unlabelled/truth.jsonl")
     p.add_argument("--out", required=True, help="JSON file to write")
@@ -61,18 +61,13 @@ def parse_args():
 
 def main(args):
     facts = {r["id"]: r["facts"] for r in records.read_records(args.truth, fields=("facts",))}
-    found = mark(args.scored, facts)
+    found = check_candidates(args.scored, facts)
     with open(args.out + ".tmp", "w") as f:
         json.dump(found, f, indent=1)
     os.replace(args.out + ".tmp", args.out)
-    print(
-        "marks: "
-        + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
-    )
+    shown = [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()]
+    print(f"marks: {', '.join(shown)}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except RecordError as e:
-        sys.exit(f"mark.py: {e}")
+    cli.run_main(main, parse_args())

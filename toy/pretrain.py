@@ -1,29 +1,31 @@
-"""How the toy's three committed models were made: a generator, a policy and a reward backbone, from nothing.
+"""How the toy's three committed models were made, from scratch: a generator, a policy and a reward backbone.
 
-Each is a LLaVA (SigLIP tower, linear projector, Qwen2 decoder) of one to two million parameters with a tokenizer of its
-own, saved in the Hugging Face format. Two phases, on images drawn for it:
-  1. the vision tower alone, by naming the drawn facts (as a CLIP tower comes pre-trained to a VLM);
-  2. the whole model, on what its role has read:
-       policy     reports of all modalities, questions in three of the eight: much to learn
-       generator  a policy whose tower phase 2 blurred, then candidates of all paradigms and modalities: asks well, but errs
-       backbone   reports and questions of all modalities: sees better than the policy
+Each is a LLaVA (SigLIP tower, linear projector, Qwen2 decoder) of one to two million parameters with its own
+tokenizer, saved in the Hugging Face format. It is trained in two phases, on images drawn for it:
+  1. only the vision tower, by naming the drawn facts (a VLM usually starts from a pre-trained CLIP tower);
+  2. the whole model, on the data of its role:
+       policy     reports of all modalities and questions in three of the eight, so that much is left to learn
+       generator  starts from a policy whose tower phase 2 made worse; candidates of all paradigms and
+                  modalities: it asks well, but errs
+       backbone   reports and questions of all modalities: it sees better than the policy
 
     python toy/pretrain.py --role policy --out toy/policy
-    python toy/pretrain.py --role policy --no-freeze-tower --out blurred
-    python toy/pretrain.py --role generator --start blurred --out toy/generator
+    python toy/pretrain.py --role policy --no-freeze-tower --out unfrozen
+    python toy/pretrain.py --role generator --start unfrozen --out toy/generator
     python toy/pretrain.py --role backbone --out toy/backbone
 """
 
-import argparse
 import json
 import os
 import random
 import sys
 import time
+from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import clinic
 
+from medgr2 import cli
 from medgr2.prompts import (
     MODALITIES,
     PARADIGMS,
@@ -45,28 +47,30 @@ FACTS = {
     "degree": clinic.DEGREES,
     "side": clinic.SIDES,
 }
-# the modalities in which the policy has been asked questions
+# The modalities of the questions that the policy is trained on.
 KNOWN = ("CT", "X-Ray", "Ultrasound")
-# layers of tower and decoder; steps of phase 1 and 2; share of reports in phase 2
+# Layers of tower and decoder, steps of phases 1 and 2, fraction of reports in phase 2.
 ROLES = {
     "policy": dict(layers=(2, 3), steps=(1500, 1000), reports=0.5, freeze_tower=True),
-    # goes on from the policy
+    # Starts from a policy.
     "generator": dict(layers=(2, 3), steps=(0, 800), reports=0.25),
     "backbone": dict(layers=(3, 4), steps=(1500, 1500), reports=0.4, freeze_tower=True),
 }
 CHAT = (
-    "{% for m in messages %}<|user|>{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+    "{% for m in messages %}<|user|>{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}"
     "{% endfor %}<|assistant|>{% endfor %}"
 )
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"]
 
 
-def examples(role, rng, n, share_of_reports):
+def examples(role, rng, n, report_fraction):
     """n training examples of a role: lists of PIL images, prompts and responses."""
     images, prompts, responses = [], [], []
     for _ in range(n):
         facts, task = clinic.draw_facts(rng), rng.choice(TASKS)
-        if rng.random() < share_of_reports:
-            prompt, response = report_prompt(), clinic.report(facts)
+        if rng.random() < report_fraction:
+            prompt, response = report_prompt(), clinic.report_text(facts)
         elif role == "generator":
             paradigm = rng.choice(list(PARADIGMS))
             prompt = generator_prompt(paradigm, task)
@@ -84,26 +88,24 @@ def examples(role, rng, n, share_of_reports):
 
 
 def build_processor():
-    """A byte-level BPE of 768 tokens, trained on what all three roles read and write, and a SigLIP image processor."""
+    """A byte-level BPE of 768 tokens, trained on the texts of all roles, and a SigLIP image processor."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-    texts = [
-        t
-        for role in ROLES
-        for part in examples(role, random.Random("tokenizer"), 2000, 0.3)[1:]
-        for t in part
-    ]
+    texts = []
+    for role in ROLES:
+        _, prompts, responses = examples(role, random.Random("tokenizer"), 2000, 0.3)
+        texts += prompts + responses
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"])
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tags = [f"<{slash}{tag}>" for tag in ("question", "options", "think", "answer") for slash in ("", "/")]
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
             vocab_size=768,
-            special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"],
+            special_tokens=SPECIAL_TOKENS,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -113,7 +115,7 @@ def build_processor():
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         eos_token="<|end|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>", "<image>"],
+        additional_special_tokens=SPECIAL_TOKENS[2:],
     )
     images = SiglipImageProcessorPil(size={"height": clinic.SIZE, "width": clinic.SIZE})
     return LlavaProcessor(
@@ -171,7 +173,7 @@ def train(parameters, steps, lr, loss_at, name):
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    total, start = 0.0, time.time()
+    total, start, every = 0.0, time.time(), max(1, steps // 10)
     for step in range(steps):
         loss = loss_at(step)
         optimizer.zero_grad()
@@ -180,16 +182,14 @@ def train(parameters, steps, lr, loss_at, name):
         optimizer.step()
         schedule.step()
         total += loss.item()
-        if (step + 1) % max(1, steps // 10) == 0:
-            print(
-                f"{name} {step + 1}/{steps} loss {total / max(1, steps // 10):.3f} {time.time() - start:.0f} s",
-                flush=True,
-            )
+        if (step + 1) % every == 0:
+            loss, seconds = total / every, time.time() - start
+            print(f"{name} {step + 1}/{steps} loss {loss:.3f} {seconds:.0f} s", flush=True)
             total = 0.0
 
 
 def pretrain_tower(vlm, steps, seed, n=40_000):
-    """Phase 1: the mean of the patch states names every drawn fact; the five heads are thrown away after."""
+    """Phase 1: five heads on the mean of the patch states name the drawn facts. They are not kept."""
     import numpy as np
     import torch
     from torch.nn.functional import cross_entropy
@@ -199,17 +199,16 @@ def pretrain_tower(vlm, steps, seed, n=40_000):
 
     rng = random.Random(f"{seed} tower")
     facts = [clinic.draw_facts(rng) for _ in range(n)]
-    pixels = torch.stack(
-        [torch.from_numpy(np.array(clinic.draw(f, rng))) for f in facts]
-    )  # (n, 64, 64, 3) bytes
-    labels = torch.tensor(
-        [[names.index(f[k]) if f[k] else -100 for k, names in FACTS.items()] for f in facts]
-    )  # (n, 5)
+    drawn = [torch.from_numpy(np.array(clinic.draw(f, rng))) for f in facts]
+    pixels = torch.stack(drawn)  # (n, 64, 64, 3) bytes
+    # A fact that an image does not have is not in the loss.
+    labels = [[names.index(f[k]) if f[k] else -100 for k, names in FACTS.items()] for f in facts]
+    labels = torch.tensor(labels)  # (n, 5)
     batches = torch.Generator().manual_seed(0)
 
     def loss_at(step):
         rows = torch.randint(0, n, (256,), generator=batches)
-        # what the SigLIP image processor does
+        # As the SigLIP image processor scales them.
         inputs = pixels[rows].permute(0, 3, 1, 2) / 127.5 - 1
         mean = tower(pixel_values=inputs).last_hidden_state.mean(1)  # (256, 128)
         return sum(cross_entropy(head(mean), y, ignore_index=-100) for head, y in zip(heads, labels[rows].T))
@@ -217,14 +216,13 @@ def pretrain_tower(vlm, steps, seed, n=40_000):
     train([*tower.parameters(), *heads.parameters()], steps, 2e-3, loss_at, "tower")
 
 
-def pretrain_language(vlm_, role, steps, share_of_reports, seed, lr):
-    """Phase 2: the mean token loss of the responses, whole model."""
+def pretrain_language(vlm_, role, steps, report_fraction, seed, lr):
+    """Phase 2: the mean loss per token of the responses, for the whole model."""
     from medgr2 import vlm
 
     def loss_at(step):
-        images, prompts, responses = examples(
-            role, random.Random(f"{seed} {role} {step}"), 64, share_of_reports
-        )
+        rng = random.Random(f"{seed} {role} {step}")
+        images, prompts, responses = examples(role, rng, 64, report_fraction)
         ids, mask = vlm.encode_continuations(vlm_, responses)
         logps, _ = vlm.token_logps(vlm_, vlm.encode_prompts(vlm_, images, prompts), ids, mask)
         return -logps.sum() / mask.sum()
@@ -232,65 +230,62 @@ def pretrain_language(vlm_, role, steps, share_of_reports, seed, lr):
     train([p for p in vlm_.model.parameters() if p.requires_grad], steps, lr, loss_at, role)
 
 
-def marks(vlm_, role, n=400):
-    """Share of right greedy answers by modality (policy, backbone), or of right candidates at temperature 1."""
+def measure(vlm_, role, n=400):
+    """Accuracy by modality and task: of greedy answers, or of the generator's candidates at temperature 1."""
     from medgr2 import vlm
 
-    rng, rows, drawn = random.Random("marks"), [], []
+    rng, items, images = random.Random("marks"), [], []
     for i in range(n):
         facts, task = clinic.draw_facts(rng), rng.choice(TASKS)
-        rows.append((facts, task, clinic.question(facts, task, rng)))
-        drawn.append(clinic.draw(facts, rng))
-    generator = role == "generator"
-    paradigms = [list(PARADIGMS)[i % 3] for i in range(n)]
-    texts = [
-        generator_prompt(p, task) if generator else policy_prompt(row)
-        for p, (_, task, row) in zip(paradigms, rows)
-    ]
-    right = {}
+        items.append((facts, task, clinic.question(facts, task, rng), list(PARADIGMS)[i % len(PARADIGMS)]))
+        images.append(clinic.draw(facts, rng))
+    generates = role == "generator"
+    prompts = [generator_prompt(p, task) if generates else policy_prompt(row) for _, task, row, p in items]
+    outcomes = defaultdict(list)
     for k in range(0, n, 100):
         part = slice(k, k + 100)
         ids, mask, _ = vlm.sample(
             vlm_,
-            vlm.encode_prompts(vlm_, drawn[part], texts[part]),
+            vlm.encode_prompts(vlm_, images[part], prompts[part]),
             range(k, k + 100),
             128,
-            temperature=1.0 if generator else 0.0,
+            temperature=1.0 if generates else 0.0,
         )
-        for text, (facts, task, row), p in zip(vlm.decode(vlm_, ids, mask), rows[part], paradigms[part]):
-            if generator:
-                candidate, _ = parse_candidate(text)
-                ok = None if candidate is None else candidate["answer"] == clinic.truth(facts, task)[0]
-            else:
-                ok = is_match(parse_response(text, row["options"]).prediction, row["answer"])
-            for cell in ("all", facts["modality"], task, *([p] if generator else [])):
-                right.setdefault(cell, []).append(ok)
-    return {
-        cell: {
-            "n": len(v),
-            "well_formed": sum(x is not None for x in v) / len(v),
-            "right": sum(x is True for x in v) / max(1, sum(x is not None for x in v)),
-        }
-        for cell, v in right.items()
-    }
+        for text, (facts, task, row, paradigm) in zip(vlm.decode(vlm_, ids, mask), items[part]):
+            outcome = check_candidate(text, facts, task) if generates else check_answer(text, row)
+            for cell in ("all", facts["modality"], task, *([paradigm] if generates else [])):
+                outcomes[cell].append(outcome)
+    return {cell: fractions(found) for cell, found in outcomes.items()}
+
+
+def check_candidate(text, facts, task):
+    """Is the candidate's answer right? None if the reply is malformed."""
+    candidate, _ = parse_candidate(text)
+    return None if candidate is None else candidate["answer"] == clinic.truth(facts, task)[0]
+
+
+def check_answer(text, row):
+    return is_match(parse_response(text, row["options"]).prediction, row["answer"])
+
+
+def fractions(outcomes):
+    """Fractions: the outcomes that are not None (well-formed replies), and of those the right ones."""
+    formed = [outcome for outcome in outcomes if outcome is not None]
+    n = len(outcomes)
+    return {"n": n, "well_formed": len(formed) / n, "right": sum(formed) / max(1, len(formed))}
 
 
 def parse_args():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = cli.Parser(description=__doc__)
     p.add_argument("--role", required=True, choices=ROLES, help="which of the three models")
     p.add_argument("--out", required=True, help="folder to save the model in")
     p.add_argument("--seed", type=int, default=0, help="of the weights and of all images")
-    p.add_argument("--start", help="a model to go on from, phase 2 alone")
-    p.add_argument(
-        "--freeze-tower",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep policy's and backbone's towers as phase 1 left them",
+    p.add_argument("--start", help="a model to start from; only phase 2 is done")
+    cli.add_switch(
+        p, "--freeze-tower", "phase 2 keeps the tower of policy and backbone as it is", default=True
     )
     p.add_argument(
-        "--steps", type=int, nargs=2, metavar="N", help="steps of the two phases, if not the role's own"
+        "--steps", type=int, nargs=2, metavar="N", help="steps of the phases, if not the role's own"
     )
     return p.parse_args()
 
@@ -301,30 +296,25 @@ def main(args):
     from medgr2 import loading
 
     torch.manual_seed(args.seed)
-    role = ROLES[args.role]
+    role, seed = ROLES[args.role], f"{args.role}{args.seed}"
     tower_steps, steps = args.steps or role["steps"]
     processor = build_processor()
-    vlm_ = (
-        loading.load(args.start)
-        if args.start
-        else loading.wrap(build_model(processor, *role["layers"]), processor)
-    )
-    if not args.start:
-        pretrain_tower(vlm_, tower_steps, f"{args.role}{args.seed}")
-    # at this learning rate phase 2 would unlearn most of what phase 1 taught the tower
+    if args.start:
+        vlm_ = loading.load(args.start)
+    else:
+        vlm_ = loading.wrap(build_model(processor, *role["layers"]), processor)
+        pretrain_tower(vlm_, tower_steps, seed)
+    # At this learning rate the tower would unlearn in phase 2 most of what it learned in phase 1.
     if role.get("freeze_tower") and args.freeze_tower:
         loading.freeze_vision(vlm_)
-    pretrain_language(
-        vlm_, args.role, steps, role["reports"], f"{args.role}{args.seed}", 1e-3 if args.start else 2e-3
-    )
-    # committed in 16 bits; loaded in 32
+    pretrain_language(vlm_, args.role, steps, role["reports"], seed, 1e-3 if args.start else 2e-3)
+    # Committed in 16 bits, loaded in 32.
     vlm_.model.half()
     loading.save(vlm_, args.out)
-    found = marks(loading.load(args.out), args.role)
+    found = measure(loading.load(args.out), args.role)
+    result = {"role": args.role, "seed": args.seed, "steps": [tower_steps, steps], "marks": found}
     with open(os.path.join(args.out, "marks.json"), "w") as f:
-        json.dump(
-            {"role": args.role, "seed": args.seed, "steps": [tower_steps, steps], "marks": found}, f, indent=1
-        )
+        json.dump(result, f, indent=1)
     for cell, m in found.items():
         print(f"{cell:28} n {m['n']:4}  well-formed {m['well_formed']:.2f}  right {m['right']:.3f}")
 

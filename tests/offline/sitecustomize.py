@@ -1,4 +1,7 @@
-"""With this folder on PYTHONPATH a Python process reaches no network: each try is refused, and told in the file that OFFLINE_LOG names."""
+"""With this folder on PYTHONPATH a Python process reaches no network.
+
+Each attempt is refused and logged in the file that OFFLINE_LOG names.
+"""
 
 import os
 import socket
@@ -14,16 +17,16 @@ CALLS = (
 )
 
 
-def tell(line):
+def log(line):
     with open(os.environ["OFFLINE_LOG"], "a") as file:
         file.write(line + "\n")
 
 
 def refuse(event, args):
     if event in CALLS and getattr(args[0], "family", None) != socket.AF_UNIX:
-        tell(f"{event} {args!r}")
+        log(f"{event} {args!r}")
         raise OSError(f"offline: {event} {args!r}")
 
 
 sys.addaudithook(refuse)
-tell("guards " + next((word for word in sys.orig_argv[1:] if word != "-m"), ""))
+log("guards " + next((word for word in sys.orig_argv[1:] if word != "-m"), ""))

@@ -1,0 +1,99 @@
+"""What several test files share: paths, small records and images, and a server of chat completions."""
+
+import json
+import pathlib
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+from hypothesis import settings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA} is missing")
+few = settings(max_examples=100, deadline=None)
+OPTIONS = ["X-ray", "MRI", "CT"]
+KEY = "sk-very-secret-123"
+
+
+def put_image(path, colour=(10, 20, 30), size=(4, 3), **options):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return str(path)
+
+
+def put_json(path, rows, lines=False):
+    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows), encoding="utf-8")
+    return str(path)
+
+
+def question(image="/data/a.png", **fields):
+    return {
+        "id": "q1",
+        "image": image,
+        "question": "Which modality?",
+        "options": list(OPTIONS),
+        "answer": "CT",
+        "rationale": "Bone is bright.",
+        "source": "expert",
+    } | fields
+
+
+def omni(**change):
+    row = {
+        "dataset": "Chest",
+        "question_id": "Chest_0",
+        "question_type": "Modality Recognition",
+        "question": "Which?",
+        "gt_answer": "CT.",
+        "image_path": "Images/a.png",
+        "option_A": "MRI",
+        "option_B": "CT.",
+        "modality_type": "CT(Computed Tomography)",
+    } | change
+    return {key: value for key, value in row.items() if value is not ...}
+
+
+class ChatHandler(BaseHTTPRequestHandler):
+    """Answers each request with what `server.script(body)` returns; see the fixture `serve`."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append((self.path, dict(self.headers), body))
+            self.server.busy += 1
+            self.server.busiest = max(self.server.busiest, self.server.busy)
+        try:
+            first, second = self.server.script(body)
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+        # Hang up.
+        if first is None:
+            return self.connection.close()
+        status, content = (
+            (200, completion(body, first, second)) if isinstance(first, str) else (first, second)
+        )
+        is_raw = isinstance(content, bytes)
+        payload = content if is_raw else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if is_raw else "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+def completion(body, text, finish_reason):
+    """The response of a chat completion."""
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body["model"],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+    }

@@ -1,0 +1,239 @@
+"""prompts.py: every parser accepts what its prompt asks for, and never guesses."""
+
+import copy
+import json
+
+import pytest
+from helpers import DATA, OPTIONS, few, needs_data, question
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medgr2.prompts import (
+    PARADIGMS,
+    format_candidate,
+    format_response,
+    generator_prompt,
+    is_match,
+    match_option,
+    normalise,
+    parse_candidate,
+    parse_response,
+    policy_prompt,
+    reference_response,
+)
+
+plain = st.text(st.characters(exclude_characters="<>|", exclude_categories=["Cs"]), max_size=40)
+filled = plain.filter(normalise)
+one_line = filled.map(lambda text: " ".join(text.split())).filter(normalise)
+some_options = st.lists(one_line, min_size=2, max_size=6, unique_by=normalise)
+
+
+@few
+@given(plain, filled)
+def test_an_open_response_is_parsed_as_it_was_formatted(rationale, answer):
+    parsed = parse_response(format_response(rationale, answer))
+    assert parsed == (answer.strip(), None, rationale.strip(), True)
+
+
+@few
+@given(plain, some_options, st.data())
+def test_each_option_is_parsed_as_it_was_formatted(rationale, options, data):
+    answer = data.draw(st.sampled_from(options))
+    parsed = parse_response(format_response(rationale, answer), options)
+    assert parsed == (answer, None, rationale.strip(), True)
+
+
+@few
+@given(one_line.map("Zq {}".format), plain, some_options, st.data())
+def test_a_candidate_is_parsed_as_it_was_formatted(question, rationale, options, data):
+    record = {
+        "question": question,
+        "options": options,
+        "rationale": rationale,
+        "answer": data.draw(st.sampled_from(options)),
+    }
+    expected = record | {"rationale": rationale.strip()}
+    if normalise(rationale) != "reasoning":
+        assert parse_candidate(format_candidate(record)) == (expected, None)
+    del record["options"], expected["options"]
+    assert parse_candidate(format_candidate(record)) == (expected, None)
+
+
+def test_each_parser_accepts_the_reply_that_its_prompt_shows():
+    shown = policy_prompt(question()).splitlines()[-1].removeprefix("Reply as ")
+    assert parse_response(shown) == ("answer", None, "reasoning", True)
+    assert "Options: A) X-ray B) MRI C) CT" in policy_prompt(question())
+    for paradigm in PARADIGMS:
+        shown = generator_prompt(paradigm, "Lesion Grading").splitlines()[-1].removeprefix("Reply as ")
+        filled_in = shown.replace("option | option | option", "a mole | a scar").replace(
+            "the right option", "a scar"
+        )
+        filled_in = filled_in.replace(">question<", ">What is shown?<").replace(">reasoning<", ">Pale.<")
+        assert parse_candidate(filled_in)[0] == {
+            "question": "What is shown?",
+            "options": ["a mole", "a scar"],
+            "rationale": "Pale.",
+            "answer": "a scar",
+        }
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "CT",
+        "ct",
+        " CT. ",
+        "C",
+        "c",
+        "(C)",
+        "C)",
+        "C.",
+        "C:",
+        "C) CT",
+        "(c) ct.",
+        "C. CT",
+        "**CT**",
+        '"CT"',
+        "C) **CT**",
+        "ＣＴ",
+    ],
+)
+def test_the_answer_may_be_the_text_the_letter_or_both(answer):
+    assert parse_response(f"<think>t</think> <answer>{answer}</answer>", OPTIONS) == ("CT", None, "t", True)
+
+
+@pytest.mark.parametrize(
+    "answer", ["A) CT", "(C) MRI", "D", "D) CT", "CT or MRI", "PET", "CT scan", "C CT", "é"]
+)
+def test_a_contradiction_or_a_text_that_is_no_option_is_no_answer(answer):
+    parsed = parse_response(f"<think>t</think><answer>{answer}</answer>", OPTIONS)
+    assert parsed == (None, "answer not among the options", "t", False)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "no answer"),
+        ("CT", "no answer"),
+        ("<answer>CT", "no answer"),
+        ("<think>CT</think>", "no answer"),
+        ("<answer>CT</answer><answer>MRI</answer>", "several answers"),
+        ("<answer>CT</answer><answer>CT</answer>", "several answers"),
+        ("<answer>CT<answer>MRI</answer>", "several answers"),
+        ("<answer> </answer>", "empty answer"),
+        ("<answer>...</answer>", "empty answer"),
+    ],
+)
+def test_a_response_without_a_prediction_has_a_reason(text, reason):
+    for options in (OPTIONS, None):
+        assert parse_response(text, options)[:2] == (None, reason)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<answer>CT</answer>",
+        "Sure! <think>t</think><answer>CT</answer>",
+        "<think>t</think><answer>CT</answer> Bye",
+        "<think>a<think>b</think><answer>CT</answer>",
+        "<think>a</think>b</think><answer>CT</answer>",
+        "<think>t</think>so<answer>CT</answer>",
+        "<think><question></think><answer>CT</answer>",
+        "<answer>CT</answer><think>t</think>",
+    ],
+)
+def test_an_answer_in_another_form_counts_but_is_not_well_formed(text):
+    parsed = parse_response(text, OPTIONS)
+    assert parsed.prediction == "CT" and not parsed.well_formed and parsed.rationale is None
+
+
+def test_an_option_that_contains_another_is_not_confused_with_it():
+    options = ["CT", "CT angiography", "No CT"]
+    for option in options:
+        assert match_option(option.upper() + ".", options) == (option, None)
+    assert match_option("a CT", options)[0] is None
+
+
+def test_an_option_that_is_a_letter_is_matched_as_text_before_it_is_matched_as_a_letter():
+    options = ["B", "A", "E"]
+    assert match_option("A", options) == ("A", None)
+    # There is no fifth option, but an option with this text.
+    assert match_option("E", options) == ("E", None)
+    # There is no option with this text, so it is the letter.
+    assert match_option("C", options) == ("E", None)
+    assert match_option("A) B", options) == ("B", None)
+    assert match_option("A) A", options)[0] is None
+
+
+def test_two_options_of_one_text_are_not_guessed_between():
+    assert match_option("ct", ["CT", "CT.", "MRI"]) == (None, "several options match")
+
+
+def test_is_match_ignores_case_and_punctuation_and_none_matches_nothing():
+    assert is_match("  microscopy. ", "Microscopy")
+    assert not is_match("CT", "MRI")
+    assert not is_match(None, "None")
+
+
+def reply(
+    question="What is shown?", options="a mole | a scar", rest="<think>Pale.</think><answer>a scar</answer>"
+):
+    return f"<question>{question}</question><options>{options}</options>{rest}"
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("Here you are.", "malformed"),
+        (reply(rest=""), "malformed"),
+        (reply(rest="<answer>a scar</answer>"), "malformed"),
+        (reply(rest="<think>a</think><answer>a mole</answer><answer>a scar</answer>"), "malformed"),
+        (reply(rest="<think>a</think><answer>a scar</answer> Good luck!"), "malformed"),
+        (reply() + reply(), "malformed"),
+        (reply("<question>What is shown?"), "malformed"),
+        (reply("What</question> is shown?"), "malformed"),
+        (reply("What? <options>a | b</options>"), "malformed"),
+        (reply(options="a | b</options><options>c"), "malformed"),
+        (reply(" ?"), "empty question"),
+        (reply(options=""), "too few or empty options"),
+        (reply(options="a scar"), "too few or empty options"),
+        (reply(options="a scar | "), "too few or empty options"),
+        (reply(options="a scar | A scar."), "repeated options"),
+        (reply(rest="<think>a</think><answer>a wart</answer>"), "answer not among the options"),
+        (reply(rest="<think>a</think><answer>B) a mole</answer>"), "answer not among the options"),
+        (reply(rest="<think>a</think><answer> </answer>"), "empty answer"),
+        (reply("Write one exam question about this image."), "prompt echo"),
+        (reply("Say what is uncertain, check it against the image"), "prompt echo"),
+        (reply(rest="<think>Reasoning.</think><answer>a scar</answer>"), "prompt echo"),
+    ],
+)
+def test_a_bad_candidate_is_rejected_with_its_reason(text, reason):
+    assert parse_candidate(text) == (None, reason)
+    # Without the change the same reply is accepted.
+    assert parse_candidate(reply())[0]["answer"] == "a scar"
+
+
+def test_a_report_is_its_own_response():
+    assert reference_response({"report": "No mass."}) == "No mass."
+    assert reference_response(question()) == "<think>Bone is bright.</think><answer>CT</answer>"
+
+
+def test_no_function_changes_its_arguments():
+    record, report = question(), {"id": "r", "image": "/data/a.png", "report": "No mass."}
+    before = copy.deepcopy((record, report))
+    policy_prompt(record)
+    format_candidate(record)
+    reference_response(record)
+    reference_response(report)
+    match_option("C", record["options"])
+    parse_response("<answer>C</answer>", record["options"])
+    assert (record, report) == before
+
+
+@needs_data
+def test_the_papers_own_predictions_match_as_often_as_the_paper_says():
+    """The headline 87.45 is 6,865 of 7,850 (the authors left out one row): is_match counts as they did."""
+    path = DATA / "medgr_square" / "checkpoint_30.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    right = sum(is_match(line["model_answer"], line["gt_answer"]) for line in lines)
+    assert (len(lines), right) == (7851, 6865)
