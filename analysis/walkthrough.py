@@ -26,12 +26,12 @@ TEMPLATE = os.path.join(ROOT, "analysis", "walkthrough_template.md")
 # What the page quotes: file, function, how the first quoted line begins, number of lines.
 SOURCES = {
     "prompt": ("medgr2/prompts.py", "generator_prompt", "return (", 5),
-    "draft": ("generate.py", "drafts_of", '"id":', 5),
+    "draft": ("generate.py", "build_drafts", '"id":', 5),
     "parse": ("medgr2/prompts.py", "parse_candidate", 'candidate = {"question"', 2),
     "score": ("reward.py", "RewardModel.__call__", "out = ", 3),
-    "select": ("reward.py", "choose", "best = ", 1),
-    "levels": ("medgr2/levels.py", "build_levels", "for make in", 2),
-    "reference": ("medgr2/prompts.py", "reference_response", "return (", 3),
+    "select": ("reward.py", "select_candidates", "# The best first", 2),
+    "levels": ("medgr2/levels.py", "build_levels", "for make in", 3),
+    "reference": ("medgr2/prompts.py", "reference_response", 'if "report"', 3),
     "reward": ("grpo.py", "score_groups", "R, least =", 2),
     "advantage": ("grpo.py", "compute_advantages", "std = ", 2),
     "match": ("medgr2/prompts.py", "is_match", "return ", 1),

@@ -5,10 +5,10 @@
     python benchmarks/seeds.py --collect --runs runs/toy --out FILE    reads any finished runs of two cycles
     python benchmarks/seeds.py --readme         writes the tables from the committed result files
 
-Writes benchmarks/results/toy_cycle.json: every accuracy by stage and seed, paired differences with bootstrap
-intervals over the images of all seeds together, reward-model quality, seconds, command, commit, versions and
-hardware. The last three are those that the runs wrote down. Seconds are those of cycle.sh; with --collect they
-are those from the start of the first stage to the end of the last.
+Writes benchmarks/results/toy_cycle.json: every accuracy by stage and seed, paired differences with
+bootstrap intervals over the images of all seeds together, reward-model quality, seconds, command, commit,
+versions and hardware. The last three are those that the runs wrote down. Seconds are those of cycle.sh;
+with --collect they are those from the start of the first stage to the end of the last.
 """
 
 import datetime

@@ -1,4 +1,4 @@
-"""analysis/walkthrough.py: its numbers are those of the run's files, its code is that of the named functions."""
+"""analysis/walkthrough.py: its numbers are those of the run, its code is that of the functions it names."""
 
 import json
 import re
