@@ -187,7 +187,7 @@ QWEN_SIZES = {
 
 
 def save_qwen_processor(row, folder):
-    """An image processor, and the toy's tokenizer with more tokens that no text has. Returns the tokenizer."""
+    """An image processor, and the toy's tokenizer with tokens that no text has. Returns the latter."""
     import transformers
 
     policy = os.path.join(ROOT, "toy", "policy")

@@ -1,6 +1,6 @@
 """Runs the default cycle over several seeds, collects its results, and writes their tables.
 
-    python benchmarks/seeds.py --seeds 0 1 2    runs OUT=runs/seed$S SEED=$S bash cycle.sh for each seed in turn
+    python benchmarks/seeds.py --seeds 0 1 2    runs OUT=runs/seed$S SEED=$S bash cycle.sh for each seed
     python benchmarks/seeds.py --collect        reads those finished runs again
     python benchmarks/seeds.py --collect --runs runs/toy --out FILE    reads any finished runs of two cycles
     python benchmarks/seeds.py --readme         writes the tables from the committed result files
