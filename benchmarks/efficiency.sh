@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The paper's Figure 2 on the toy: SFT on k generated records, chosen at random or by reward, and GRPO after the latter.
+# The paper's Figure 2 on the toy: SFT on k generated records, chosen at random or by reward, and GRPO after SFT
+# by reward.
 #
-#   bash benchmarks/efficiency.sh                        into runs/efficiency; again: goes on where it was stopped
+#   bash benchmarks/efficiency.sh                        into runs/efficiency; the same command resumes
 #   SEEDS=0 SIZES=8 OUT=runs/e CLINIC_FLAGS="--sizes 12 6 16 8 8" REWARD_FLAGS="--resamples 1 --steps 50" \
 #   GRPO_FLAGS="--steps 1 --prompts 2 --group 4 --watch-items 8" bash benchmarks/efficiency.sh     the smallest
 #
-# Both choices of k are those of `reward.py score --top-k`: as many of each task and modality. GRPO practises on the same k records
-# alone. Ends with OUT/curve: metrics.json, efficiency.svg, efficiency.png.
+# Both choices of k records are those of `reward.py score --top-k`, as many of each task and modality. GRPO trains
+# only on the same k records. Ends with OUT/curve: metrics.json, efficiency.svg, efficiency.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/efficiency}

@@ -1,5 +1,5 @@
-# Sourced by transfer.sh and efficiency.sh, from the repository's root, once OUT and the settings named in $@ have their values.
-# A stage's folder is final once it exists: a second call goes on where the first was stopped, or does nothing.
+# Sourced by transfer.sh and efficiency.sh, from the repository's root, once OUT and the settings named in $@ are
+# set. A stage's folder is final once it exists: a second call resumes the first, or does nothing.
 . ./setup.sh requirements.txt
 
 settings=$(for v in "$@"; do echo "$v=${!v}"; done)

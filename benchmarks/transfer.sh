@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The paper's Figure 4 on the toy: SFT on K expert records of one modality (then of one task) each, evaluated on all.
+# The paper's Figure 4 on the toy: SFT on K expert records of one modality (or task) each, evaluated on all.
 #
-#   bash benchmarks/transfer.sh                          into runs/transfer; again: goes on where it was stopped
+#   bash benchmarks/transfer.sh                          into runs/transfer; the same command resumes
 #   K=4 OUT=runs/t CLINIC_FLAGS="--sizes 64 1 1 1 40" bash benchmarks/transfer.sh    the smallest
 #
-# Ends with OUT/by_modality and OUT/by_task: metrics.json, transfer.svg, transfer.png. Rows `base` (no training) and `all` (K records
-# of any kind) stand beside the others.
+# Ends with OUT/by_modality and OUT/by_task: metrics.json, transfer.svg, transfer.png. There are two more rows:
+# `base` (no training) and `all` (K records of any kind).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/transfer}
@@ -17,7 +17,8 @@ CLINIC_FLAGS=${CLINIC_FLAGS:---sizes 800 1 1 1 800}
 SFT_FLAGS=${SFT_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:-}
 . benchmarks/stages.sh SEED POLICY K BY CLINIC_FLAGS SFT_FLAGS EVAL_FLAGS
 
-tune_on() {  # tune_on FOLDER [--where FIELD=VALUE]: K records of them → FOLDER/data.jsonl, FOLDER/sft, FOLDER/eval
+# tune_on FOLDER [--where FIELD=VALUE]: K such records into FOLDER/data.jsonl, then FOLDER/sft and FOLDER/eval.
+tune_on() {
   local folder=$1; shift
   mkdir -p "$folder"
   [ -e "$folder/data.jsonl" ] || "$PYTHON" benchmarks/subset.py "$OUT/data/expert.jsonl" "$@" --k "$K" --seed "$SEED" --out "$folder/data.jsonl"

@@ -1,4 +1,4 @@
-"""The rules of DESIGN that a program can check: who may import whom, how long a function is, what --help costs."""
+"""The rules of DESIGN that a program can check: imports, the length of functions, what --help costs."""
 
 import ast
 import os
@@ -12,11 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ["generate", "reward", "sft", "grpo", "eval"]
 # Modules with a command line of their own.
-TOOLS = ["medgr2.records", "medgr2.leakage"] + [
-    f"analysis.{name}"
-    for name in ("compare", "transfer", "efficiency", "reliability", "summarize", "provenance", "report")
-]
-TOOLS += ["analysis.walkthrough"]
+ANALYSES = "compare transfer efficiency reliability summarize provenance report walkthrough".split()
+TOOLS = ["medgr2.records", "medgr2.leakage", *(f"analysis.{name}" for name in ANALYSES)]
 FILES = sorted(p for folder in (".", "medgr2", "analysis", "toy") for p in ROOT.glob(f"{folder}/*.py"))
 
 
