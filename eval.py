@@ -1,37 +1,36 @@
-"""Stage 5: what a policy answers to a test file, and how far the figures can be trusted.
+"""Stage 5: what a policy answers to a test file, how accurate that is, and how far to trust the figures.
 
     accuracy = Σ_i 1[prediction_i = answer_i] / number of questions
 
-Every question of the row is in that denominator: an answer that cannot be read is a wrong answer. Answers are greedy. The
-second table marks the same answers by every scorer in use (scorers.py), over the same denominator and over each one's own.
+Every question is in the denominator: an answer that cannot be parsed is wrong. Answers are greedy. A second
+table scores the same answers with every scorer in use (medgr2/scorers.py), over the same denominator and over
+the scorer's own.
 
-Reads   question records (JSONL) and a model; or third-party predictions
-Writes  OUT/predictions.jsonl, in the order of --data: the record and `response`, `prediction` (None where it cannot be
-        read, with a `reason`), `correct`, `image_hash`; OUT/metrics.json, which holds what is printed
+Reads   question records (JSONL) and a model; or a third-party file of predictions
+Writes  OUT/predictions.jsonl, in the order of --data: the record with `response`, `prediction` (None if it
+        cannot be parsed, and then a `reason`), `correct` and `image_hash`
+        OUT/metrics.json, which holds what is printed; docs/metrics.md explains every name
 
-Intervals are 95% percentile bootstraps over images, told apart by content: questions on one image are not independent,
-and to resample questions would make the interval too narrow. Where all answers of a row are right, or all wrong, its
-width is zero and says nothing; a row of one image has no interval. `balanced` is the mean accuracy of the right answers'
-classes, `f1` their mean F1.
+Intervals are 95% percentile bootstraps over images, and images are told apart by content: questions about one
+image are not independent, so resampling questions would make the interval too narrow. If all answers of a
+group are right, or all wrong, the interval has no width and says nothing. A group of one image has none.
 
-Beside every accuracy stand those of two answerers that never look at the image. `majority` gives the most frequent
-answer of the question's task (Antol et al. 2015, VQA: the prior per question type), `position` always the option at
-that position where most right ones are. Both are taken from the whole test file and then marked by row, as the model is:
-they know its answers' frequencies, which the model does not, so they are what a blind answerer reaches at best with one
-constant. The majority answer is not looked for among a question's own options: where answers are rare, to be offered at
-all gives the right one away. `blind` (--blind) is the model itself, asked the same about a grey image of the same size.
+Two baselines never see the image. `majority` gives the most frequent answer of the question's task (the prior
+per question type of Antol et al. 2015, VQA), `position` the option at the position where most right options
+are. Both know how frequent the answers of the whole test file are, which the model does not: no constant
+answer does better. `majority` does not choose among the question's own options: if an answer is rare, being
+offered at all gives it away. `blind` (--blind) is the model itself on a grey image of the same size.
 
-With --scores each option is a continuation of image, question and empty reasoning (read once for all options): `prefix`
-takes the one with the highest mean token log-probability (OmniMedVQA's prefix score); `auroc` and `ece` take the options'
-probabilities, of all options of all questions, and of the most probable one. With --samples K: `vote` and `pass@k`.
+--scores makes each option a continuation of image, question and empty reasoning. `prefix` takes the option
+with the highest mean token log-probability (OmniMedVQA's prefix score). `auroc` is over the probabilities of
+all options of all questions, `ece` over those of the most probable options. --samples adds `vote`, `pass@k`.
 
-Departs from the paper: the authors leave answers outside the options out of the denominator; here they are wrong.
+Departs from the paper: the authors leave answers outside the options out of the denominator.
 
-    python eval.py --model runs/toy/cycle1/grpo --data runs/toy/data/test.jsonl --out runs/toy/cycle1/eval_grpo
-    python eval.py --predictions theirs.jsonl --fields prediction=model_answer answer=gt_answer --out runs/theirs
+    python eval.py --model runs/toy/cycle1/grpo --data runs/toy/data/test.jsonl --out runs/toy/answers
+    python eval.py --predictions theirs.jsonl --fields prediction=said answer=gt_answer --out runs/theirs
 """
 
-import argparse
 import os
 from collections import Counter
 
@@ -40,15 +39,17 @@ import numpy as np
 from medgr2 import cli, measures, records, runs, scorers
 from medgr2.errors import RunError, require
 from medgr2.images import hash_image, open_image
-from medgr2.measures import by_group, interval
 from medgr2.prompts import format_response, is_match, normalise, parse_response, policy_prompt
 
-# the fields that this stage writes
+# Fields that this stage adds to a record.
 ADDED = ("response", "prediction", "reason", "correct", "image_hash")
-# and those that it writes where it is asked to
-ASKED = ("blind", "option_logps", "option_tokens", "samples")
-GREY = (128, 128, 128)
-# flags on which no file depends
+# Fields that it adds with --blind, --scores and --samples.
+OPTIONAL = ("blind", "option_logps", "option_tokens", "samples")
+# The image of --blind: mid-grey.
+BLANK_COLOUR = (128, 128, 128)
+# The k of pass@k, as far as there are samples.
+PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Flags that change no file.
 FREE = ("markdown",)
 
 
@@ -56,180 +57,161 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("--model", help="folder or hub name of the model to evaluate")
     p.add_argument("--data", help="question records to answer")
-    p.add_argument("--batch", type=cli.number(int, 1), default=64, help="questions at a time")
-    p.add_argument(
-        "--max-new-tokens",
-        type=cli.number(int, 1),
-        default=128,
-        help="longest response; one that is cut has no answer",
-    )
-    p.add_argument(
-        "--scores",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also the options' log-probabilities",
-    )
-    p.add_argument(
-        "--blind", action=argparse.BooleanOptionalAction, default=False, help="also ask without the image"
-    )
-    p.add_argument(
-        "--samples",
-        type=cli.number(int, 0),
-        default=0,
-        metavar="K",
-        help="also draw K responses a question: majority vote, pass@k",
-    )
-    p.add_argument("--temperature", type=cli.number(float, 1e-3), default=1.0, help="of --samples")
-    p.add_argument(
-        "--predictions",
-        metavar="FILE",
-        help="instead of a model: anybody's predictions (JSON or JSONL) to score",
-    )
-    p.add_argument(
-        "--fields",
-        nargs="+",
-        default=[],
-        metavar="OURS=THEIRS",
-        help="names of its fields, as prediction=model_answer",
-    )
-    p.add_argument(
-        "--markdown", action=argparse.BooleanOptionalAction, default=False, help="print tables in Markdown"
-    )
+    p.add_argument("--batch", type=cli.number(int, 1), default=64, help="questions per batch")
+    p.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, help="longest response")
+    cli.add_switch(p, "--scores", "also compute the log-probability of each option")
+    cli.add_switch(p, "--blind", "also ask without the image")
+    p.add_argument("--samples", type=cli.number(int, 0), default=0, help="responses to draw per question")
+    p.add_argument("--temperature", type=cli.number(float, 1e-3), default=1.0, help="of these responses")
+    p.add_argument("--predictions", help="third-party file of predictions to score, without a model")
+    p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="their names of fields")
+    cli.add_switch(p, "--markdown", "print tables in Markdown")
     cli.add_run_arguments(p)
     return p.parse_args()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Answers. The only part that needs a model: the rest takes the rows of predictions.jsonl.
+# Answers. Only this part needs a model: the rest takes the rows of predictions.jsonl.
 
 
 def predict(model, batches, max_new_tokens, scores=False, blind=False, samples=0, temperature=1.0, seed=0):
-    """Load the model, then yield for each batch of records their predictions: the records, with ADDED, and what is asked for."""
+    """Load the model, then yield the rows of predictions.jsonl for each batch of records.
+
+    A row has the fields in ADDED; `scores`, `blind` and `samples` add those in OPTIONAL.
+    """
     from medgr2 import loading, vlm
 
     vlm_ = loading.load(model, dtype=loading.best_dtype())
     for batch in batches:
-        images, texts = [open_image(r["image"]) for r in batch], [policy_prompt(r) for r in batch]
+        images = [open_image(record["image"]) for record in batch]
+        texts = [policy_prompt(record) for record in batch]
         prompts = vlm.encode_prompts(vlm_, images, texts)
-        rows = [mark(r, *reply) for r, reply in zip(batch, respond(vlm_, prompts, max_new_tokens))]
+        replies = respond(vlm_, prompts, max_new_tokens)
+        rows = [with_prediction(record, *reply) for record, reply in zip(batch, replies)]
         if blind:
-            prompts_ = vlm.encode_prompts(vlm_, [blank(image) for image in images], texts)
-            rows = [
-                r | {"blind": read(r, text)}
-                for r, (text, _) in zip(rows, respond(vlm_, prompts_, max_new_tokens))
-            ]
+            blank_prompts = vlm.encode_prompts(vlm_, [blank_like(image) for image in images], texts)
+            replies = respond(vlm_, blank_prompts, max_new_tokens)
+            rows = [row | {"blind": parse_prediction(row, text)} for row, (text, _) in zip(rows, replies)]
         if samples:
-            seeds = [runs.seed_of(seed, "sample", r["id"], k) for r in batch for k in range(samples)]
-            drawn = [text for text, _ in respond(vlm_, prompts, max_new_tokens, seeds, temperature, samples)]
-            rows = [
-                r | {"samples": [read(r, text) for text in drawn[i * samples : (i + 1) * samples]]}
-                for i, r in enumerate(rows)
-            ]
-        yield score_options(vlm_, images, rows) if scores else rows
+            drawn = draw_predictions(vlm_, prompts, batch, max_new_tokens, temperature, samples, seed)
+            rows = [row | {"samples": predictions} for row, predictions in zip(rows, drawn)]
+        yield with_option_scores(vlm_, images, rows) if scores else rows
 
 
 def respond(vlm_, prompts, max_new_tokens, seeds=None, temperature=0, group=1):
-    """[(response, whether it did not end by itself)] to each prompt, `group` of them; greedy ones need no seeds."""
+    """[(response, truncated)]: `group` responses to each prompt in turn. Greedy responses need no seeds."""
     from medgr2 import vlm
 
     ids, mask, truncated = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature, group)  # (N, C)
     return list(zip(vlm.decode(vlm_, ids, mask), truncated.tolist()))
 
 
-def blank(image):
-    """What a blind answerer sees: an image of the same size, hence as many tokens, that shows nothing."""
+def blank_like(image):
+    """An image that shows nothing, of the same size and so of as many tokens."""
     from PIL import Image
 
-    return Image.new("RGB", image.size, GREY)
+    return Image.new("RGB", image.size, BLANK_COLOUR)
 
 
-def read(record, response):
-    """The prediction in a response, None where there is none."""
+def parse_prediction(record, response):
+    """The prediction in a response to the record's question; None if there is none."""
     return parse_response(response, record.get("options")).prediction
 
 
-def mark(record, response, cut=False):
-    """The record with its response, read and marked. `cut`: the response did not end by itself."""
+def with_prediction(record, response, truncated=False):
+    """The record with the fields in ADDED. `truncated`: the response was cut at --max-new-tokens."""
     parsed = parse_response(response, record.get("options"))
-    reason = "cut at --max-new-tokens" if cut and parsed.prediction is None else parsed.reason
     return record | {
         "response": response,
         "prediction": parsed.prediction,
-        "reason": reason,
+        "reason": "cut at --max-new-tokens" if truncated and parsed.prediction is None else parsed.reason,
         "correct": is_correct(record, parsed.prediction),
         "image_hash": hash_image(record["image"]),
     }
 
 
-def score_options(vlm_, images, rows):
-    """The rows with `option_logps` and `option_tokens`, one an option; None in open questions."""
+def draw_predictions(vlm_, prompts, batch, max_new_tokens, temperature, samples, seed):
+    """`samples` predictions per record, None for those that cannot be parsed: a list per record."""
+    seeds = [runs.seed_of(seed, "sample", record["id"], k) for record in batch for k in range(samples)]
+    replies = respond(vlm_, prompts, max_new_tokens, seeds, temperature, group=samples)
+    predictions = []
+    for i, record in enumerate(batch):
+        own = replies[i * samples : (i + 1) * samples]
+        predictions.append([parse_prediction(record, text) for text, _ in own])
+    return predictions
+
+
+def with_option_scores(vlm_, images, rows):
+    """The rows with `option_logps` and `option_tokens`, one of each per option; None for open questions."""
     rows = [row | {"option_logps": None, "option_tokens": None} for row in rows]
-    # equally many make a group
+    # Questions with equally many options are one group of equally many continuations.
     for n in {len(row["options"]) for row in rows if "options" in row}:
         index = [i for i, row in enumerate(rows) if len(row.get("options", ())) == n]
-        logps, tokens = option_scores(vlm_, [images[i] for i in index], [rows[i] for i in index])
-        for i, own, counts in zip(index, logps, tokens):
-            rows[i] |= {"option_logps": own, "option_tokens": counts}
+        logps, tokens = compute_option_logps(vlm_, [images[i] for i in index], [rows[i] for i in index])
+        for i, own_logps, own_tokens in zip(index, logps, tokens):
+            rows[i] |= {"option_logps": own_logps, "option_tokens": own_tokens}
     return rows
 
 
-def option_scores(vlm_, images, asked):
-    """(Σ log π, tokens) of each option of B questions with n options each, [[n] · B] both; image and question are read once.
+def compute_option_logps(vlm_, images, questions):
+    """Σ log π (nats) and number of tokens of each option of B questions with n options each: two lists (B,
+    n).
 
-    The option stands where the prompt wants it, behind empty reasoning, and ends with its closing tag: without that, `CT` would
-    be as probable as all that begins with `CT`. Only the option and the tag count.
+    An option follows the prompt and empty reasoning, where a response would have it, and ends with its
+    closing tag: without the tag, `CT` would be as probable as all that begins with `CT`. Only the option and
+    the tag count. Image and question are encoded once for all options.
     """
     import torch
 
     from medgr2 import vlm
 
     head, tail = format_response("", "\n").split("\n")
-    n = len(asked[0]["options"])
-    ids, mask = vlm.encode_continuations(
-        vlm_, [option + tail for r in asked for option in r["options"]], end=False
-    )  # (B·n, C)
-    before = vlm.encode_continuations(vlm_, [head], end=False)[0].expand(len(ids), -1)  # (B·n, H)
-    ids, scored = torch.cat([before, ids], 1), torch.cat([torch.zeros_like(before), mask], 1)  # (B·n, H+C)
+    n = len(questions[0]["options"])
+    options = [option + tail for question in questions for option in question["options"]]
+    option_ids, option_mask = vlm.encode_continuations(vlm_, options, end=False)  # (B·n, C)
+    head_ids = vlm.encode_continuations(vlm_, [head], end=False)[0].expand(len(options), -1)  # (B·n, H)
+    ids = torch.cat([head_ids, option_ids], 1)  # (B·n, H+C)
+    mask = torch.cat([torch.ones_like(head_ids), option_mask], 1)  # (B·n, H+C)
+    scored = torch.cat([torch.zeros_like(head_ids), option_mask], 1)  # (B·n, H+C)
     with torch.no_grad():
-        prompts = vlm.encode_prompts(vlm_, images, [policy_prompt(r) for r in asked])
-        states = vlm.hidden_states(vlm_, prompts, ids, torch.cat([torch.ones_like(before), mask], 1))
-        logps, _ = vlm.token_logps(
-            vlm_, prompts, ids, scored, states=states
-        )  # (B·n, H+C), zero where not scored
+        prompts = vlm.encode_prompts(vlm_, images, [policy_prompt(question) for question in questions])
+        states = vlm.hidden_states(vlm_, prompts, ids, mask)
+        # Zero for the tokens that are not scored.
+        logps, _ = vlm.token_logps(vlm_, prompts, ids, scored, states=states)  # (B·n, H+C)
     return logps.double().sum(1).view(-1, n).tolist(), scored.sum(1).view(-1, n).tolist()
 
 
 def is_correct(record, prediction):
-    """Letter or text, ours: the option that `parse_response` read is the right one; open answers match exactly."""
+    """Is this prediction, an option or a text, the right answer? Case and outer punctuation do not count."""
     return is_match(prediction, record["answer"])
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Answerers that never look: rows → one bool a row.
+# Baselines that never see the image: rows → one bool per row.
 
 
 def majority_baseline(rows):
-    """Is the most frequent answer of its task in `rows` the right one? The first met of equally frequent ones."""
+    """Is the answer the most frequent one of its task in `rows`? The first met of equally frequent ones."""
     counts = {}
     for row in rows:
         counts.setdefault(row.get("task"), Counter())[normalise(row["answer"])] += 1
-    common = {task: counter.most_common(1)[0][0] for task, counter in counts.items()}
-    return [normalise(row["answer"]) == common[row.get("task")] for row in rows]
+    most_frequent = {task: counter.most_common(1)[0][0] for task, counter in counts.items()}
+    return [normalise(row["answer"]) == most_frequent[row.get("task")] for row in rows]
 
 
 def position_baseline(rows):
-    """Is the right option where most are in `rows`? An open question has no position and counts as wrong."""
+    """Is the right option at the most frequent position in `rows`? An open question counts as wrong."""
     positions = [row["options"].index(row["answer"]) if "options" in row else None for row in rows]
-    common = Counter(p for p in positions if p is not None).most_common(1)
-    return [bool(common) and p == common[0][0] for p in positions]
+    most_frequent = measures.majority(positions)
+    return [position is not None and position == most_frequent for position in positions]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Tables: rows → numbers.
+# Rows of predictions.jsonl → numbers.
 
 
-def marks(rows):
-    """{column: one number a question}: what `metrics` takes the means of. A question that a column cannot mark is wrong in it."""
+def score_columns(rows):
+    """{column: (n,) floats}: their means are the metrics. What a column cannot score is wrong in it."""
     columns = {
         "accuracy": [is_correct(row, row["prediction"]) for row in rows],
         "majority": majority_baseline(rows),
@@ -239,174 +221,128 @@ def marks(rows):
         columns["blind"] = [is_correct(row, row["blind"]) for row in rows]
     columns["unparsed"] = [row["prediction"] is None for row in rows]
     if all("option_logps" in row for row in rows):
-        means = [row["option_logps"] and np.divide(row["option_logps"], row["option_tokens"]) for row in rows]
-        columns["prefix"] = [
-            m is not None and row["options"][m.argmax()] == row["answer"] for m, row in zip(means, rows)
-        ]
+        columns["prefix"] = [is_prefix_correct(row) for row in rows]
     if all("samples" in row for row in rows):
         columns["vote"] = [is_correct(row, measures.majority(row["samples"])) for row in rows]
-        k = min(len(row["samples"]) for row in rows)
-        for k in sorted({1, k} | {2**i for i in range(1, 10) if 2**i < k}):
-            columns[f"pass@{k}"] = [
-                measures.pass_at(k, sum(is_correct(row, s) for s in row["samples"]), len(row["samples"]))
-                for row in rows
-            ]
-    return {name: np.array(values, float) for name, values in columns.items()}  # (n,) each
+        counts = [(count_correct_samples(row), len(row["samples"])) for row in rows]
+        most = min(samples for _, samples in counts)
+        for k in [*(k for k in PASS_AT if k < most), most]:
+            columns[f"pass@{k}"] = [measures.pass_at(k, correct, samples) for correct, samples in counts]
+    return {name: np.array(values, float) for name, values in columns.items()}
+
+
+def is_prefix_correct(row):
+    """Has the right option the highest mean token log-probability? An open question counts as wrong."""
+    if not row["option_logps"]:
+        return False
+    means = np.divide(row["option_logps"], row["option_tokens"])
+    return row["options"][means.argmax()] == row["answer"]
+
+
+def count_correct_samples(row):
+    return sum(is_correct(row, prediction) for prediction in row["samples"])
 
 
 def calibrate(rows):
-    """{"auroc", "ece", "bins"} of the options' probabilities in `rows`; {} where they have none."""
-    scored = [
-        (measures.probabilities(row["option_logps"]), row["options"].index(row["answer"]))
-        for row in rows
-        if row.get("option_logps")
-    ]
-    if not scored:
+    """{"auroc", "ece", "bins"} of the probabilities of the options in `rows`; {} if they have none."""
+    probabilities, right = [], []
+    for row in rows:
+        if row.get("option_logps"):
+            probabilities.append(measures.probabilities(row["option_logps"]))  # (options,)
+            right.append(np.array([option == row["answer"] for option in row["options"]]))  # (options,)
+    if not probabilities:
         return {}
-    # one bool an option
-    right = np.concatenate([np.arange(len(p)) == i for p, i in scored])
-    ece, bins = measures.calibration(
-        np.array([p.max() for p, _ in scored]), np.array([p.argmax() == i for p, i in scored])
-    )
-    return {"auroc": measures.auroc(np.concatenate([p for p, _ in scored]), right), "ece": ece, "bins": bins}
+    confidence = np.array([p.max() for p in probabilities])
+    top_is_right = np.array([r[p.argmax()] for p, r in zip(probabilities, right)])
+    ece, bins = measures.calibration(confidence, top_is_right)
+    auroc = measures.auroc(np.concatenate(probabilities), np.concatenate(right))
+    return {"auroc": auroc, "ece": ece, "bins": bins}
 
 
-def metrics(rows, seed):
-    """The table of one run: accuracy, its interval, the baselines and the unparsed share, in all and by group."""
-    images, columns = np.array([row["image_hash"] for row in rows]), marks(rows)
+def compute_metrics(rows, seed):
+    """Accuracy with its interval, the baselines and the other columns, for all questions and by group."""
+    columns = score_columns(rows)
+    images = np.array([row["image_hash"] for row in rows])
     answers = np.array([normalise(row["answer"]) for row in rows])
-    said = [row["prediction"] and normalise(row["prediction"]) for row in rows]
+    predictions = [row["prediction"] and normalise(row["prediction"]) for row in rows]
 
-    def measure(i):
-        low, high = interval(columns["accuracy"][i], images[i], seed)
-        means = {name: float(values[i].mean()) for name, values in columns.items()}
+    def measure(index):
+        low, high = measures.interval(columns["accuracy"][index], images[index], seed)
+        means = {name: float(values[index].mean()) for name, values in columns.items()}
         return {
-            "questions": len(i),
-            "images": len(set(images[i])),
+            "questions": len(index),
+            "images": len(set(images[index])),
             "accuracy": means.pop("accuracy"),
             "low": low,
             "high": high,
-            "balanced": measures.balanced_accuracy(answers[i], columns["accuracy"][i]),
-            "f1": measures.macro_f1(answers[i], [said[j] for j in i]),
+            "balanced": measures.balanced_accuracy(answers[index], columns["accuracy"][index]),
+            "f1": measures.macro_f1(answers[index], [predictions[i] for i in index]),
             **means,
-            **calibrate([rows[j] for j in i]),
+            **calibrate([rows[i] for i in index]),
         }
 
-    return by_group(rows, measure)
-
-
-def scorer_table(result, markdown=False):
-    """What `scorers.scores` returned by group, as text: every scorer over all questions; then by modality or data set, accuracy alone."""
-    parts = []
-    if "closed" in result:
-        figures_ = {name: found for name, found in result["closed"].items() if name != "questions"}
-        parts.append(
-            cli.format_table(
-                [[name, *found.values()] for name, found in figures_.items()],
-                [f"{result['closed']['questions']} closed questions", *next(iter(figures_.values()))],
-                markdown,
-            )
-        )
-        for field in [f for f in ("modality", "dataset") if f in result]:
-            parts.append(
-                cli.format_table(
-                    [
-                        [name, g["closed"]["questions"], *(g["closed"][s]["accuracy"] for s in figures_)]
-                        for name, g in result[field].items()
-                        if "closed" in g
-                    ],
-                    [field, "questions", *figures_],
-                    markdown,
-                )
-            )
-    if "open" in result:
-        parts.append(
-            cli.format_table(
-                [list(result["open"].values())], ["open questions", *list(result["open"])[1:]], markdown
-            )
-        )
-    return "\n\n".join(parts)
+    return measures.by_group(rows, measure)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Files.
+# Files and the command.
 
 
 def read_questions(path, root=None):
-    """The question records of a test file. Raises RecordError where one has been answered before, or has no image."""
+    """The records of a test file. Raises RecordError if one has no image file, or has predictions already."""
     rows = list(records.read_records(path, records.QUESTION, root))
     for row in rows:
-        require(
-            os.path.isfile(row["image"]),
-            f"{path}: record {row['id']}: no such image {row['image']}: correct `image`",
-        )
-        field = next((f for f in ADDED + ASKED if f in row), None)
-        require(
-            not field,
-            f"{path}: record {row['id']} has a `{field}` already: give the file without predictions",
-        )
+        where = f"{path}: record {row['id']}"
+        require(os.path.isfile(row["image"]), f"{where}: no such image {row['image']}: correct `image`")
+        for field in ADDED + OPTIONAL:
+            require(field not in row, f"{where} has a `{field}` already: give the file without predictions")
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What one call does.
+def parse_fields(pairs):
+    """{our field: theirs} of OURS=THEIRS. Raises RunError for a pair of another form."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise RunError(f"--fields {pair}: give OURS=THEIRS, as prediction=model_answer")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
-def summarise(run, rows, args):
-    """Print and keep the tables of one run's predictions, and its reliability diagram where options have scores."""
-    result, read_ = metrics(rows, args.seed), [scorers.readings(row) for row in rows]
-    print(measures.format_groups(result, args.markdown))
-    result["scorers"] = by_group(rows, lambda i: scorers.scores([rows[j] for j in i], [read_[j] for j in i]))
-    print(f"\n{scorer_table(result['scorers'], args.markdown)}\n")
-    result["reasons"] = dict(
-        Counter(row["reason"] for row in rows if row["prediction"] is None).most_common()
-    )
+def score_run(run, rows, seed, markdown):
+    """Print the tables of one run's predictions, write them to metrics.json and finish the run."""
+    result = compute_metrics(rows, seed)
+    print(measures.format_groups(result, markdown))
+    result["scorers"] = scorers.score_by_group(rows)
+    print(f"\n{scorers.format_scores(result['scorers'], markdown)}\n")
+    reasons = Counter(row["reason"] for row in rows if row["prediction"] is None)
+    result["reasons"] = dict(reasons.most_common())
     for reason, count in result["reasons"].items():
         print(f"unparsed, counted as wrong: {reason} ({count})")
-    run.finish(
-        result,
-        f"accuracy {result['accuracy']:.3f} on {result['questions']} questions, {result['images']} images",
-    )
-
-
-def evaluate(args):
-    rows = read_questions(args.data, args.image_root)
-    run = runs.start(args, [args.model, args.data], free=FREE)
-    first, last = run.state.get("step", 0), -(-len(rows) // args.batch)
-    # never cut anew: same bytes
-    batches = (rows[i * args.batch : (i + 1) * args.batch] for i in range(first, last))
-    answered = predict(
-        args.model,
-        batches,
-        args.max_new_tokens,
-        args.scores,
-        args.blind,
-        args.samples,
-        args.temperature,
-        args.seed,
-    )
-    for step, done in zip(run.progress(range(first, last), "eval"), answered):
-        run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in done])
-        run.commit(step=step + 1)
-    summarise(run, list(records.read_records(run.path("predictions.jsonl"), root=records.ANYWHERE)), args)
-
-
-def score_file(args):
-    wrong = [f for f in args.fields if not all(f.partition("="))]
-    if wrong:
-        raise RunError(f"--fields {wrong[0]}: give OURS=THEIRS, as prediction=model_answer")
-    rows, unsure = scorers.read_predictions(args.predictions, dict(f.split("=", 1) for f in args.fields))
-    run = runs.start(args, [args.predictions], free=FREE)
-    run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in rows])
-    if unsure:
-        print(f"{unsure} rows: options that hold ` or ` may have been cut there")
-    summarise(run, rows, args)
+    counts = f"{result['questions']} questions, {result['images']} images"
+    run.finish(result, f"accuracy {result['accuracy']:.3f} on {counts}")
 
 
 def main(args):
     if bool(args.model) == bool(args.predictions) or bool(args.model) != bool(args.data):
         raise RunError("give --model and --data, or --predictions")
-    (evaluate if args.model else score_file)(args)
+    if args.predictions:
+        rows, unsure = scorers.read_predictions(args.predictions, parse_fields(args.fields))
+        run = runs.start(args, [args.predictions], free=FREE)
+        run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in rows])
+        if unsure:
+            print(f"{unsure} rows: options that hold ` or ` may have been cut there")
+    else:
+        questions = read_questions(args.data, args.image_root)
+        run = runs.start(args, [args.model, args.data], free=FREE)
+        # A resumed run starts at the next batch of the same division, so that it writes the same bytes.
+        first, last = run.state.get("step", 0), -(-len(questions) // args.batch)
+        batches = (questions[i * args.batch : (i + 1) * args.batch] for i in range(first, last))
+        options = (args.scores, args.blind, args.samples, args.temperature, args.seed)
+        answered = predict(args.model, batches, args.max_new_tokens, *options)
+        for step, done in zip(run.progress(range(first, last), "eval"), answered):
+            run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in done])
+            run.commit(step=step + 1)
+        rows = list(records.read_records(run.path("predictions.jsonl"), root=records.ANYWHERE))
+    score_run(run, rows, args.seed, args.markdown)
 
 
 if __name__ == "__main__":

@@ -350,7 +350,7 @@ def main(args):
         raise RunError(f"--prompts {args.prompts}: {processes} need at least one each")
     if args.test:
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
-        leakage.refuse(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
+        leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
     inputs = [args.model, args.reward, *args.data, args.val, args.test]
     run = runs.start(args, inputs, accelerator.is_main_process)
     examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]

@@ -156,7 +156,7 @@ def main(args):
     accelerator = Accelerator(mixed_precision="bf16" if loading.best_dtype() == torch.bfloat16 else "no")
     if args.test:
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
-        leakage.refuse(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
+        leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
     run = runs.start(args, [args.model, *args.data, args.val, args.test], accelerator.is_main_process)
     weights = args.weights or [1.0] * len(args.data)
     if len(weights) != len(args.data):

@@ -1,34 +1,37 @@
-"""The paper's figures, and the reliability diagram, from the numbers that eval.py computes. Each is written as SVG and PNG."""
+"""The paper's figures and the reliability diagram, drawn from computed numbers; each as SVG and PNG."""
 
 CORRECTED, INTRODUCED, GREY = "#1f77b4", "#d1603d", "#888888"
+# Of the lines of a plot; the first is for levels.
 LINES = ("#777777", "#1f77b4", "#d1603d", "#3a923a", "#8c5fb0")
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "medgr2",
+    "svg.fonttype": "none",
+}
 
 
 def draw(path, columns, width, height, fill):
-    """Make a row of axes, let `fill(figure, [axes])` draw into them, and write `path`.svg and `path`.png: (width, height) inches."""
+    """Write `path`.svg and .png, width x height inches: a row of axes, drawn by `fill(figure, axes)`."""
     from matplotlib import rc_context
 
-    # not pyplot: no display, no state
+    # pyplot would need a display and keep state.
     from matplotlib.figure import Figure
 
-    with rc_context(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "svg.hashsalt": "medgr2",
-            "svg.fonttype": "none",
-        }
-    ):
+    with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         fill(figure, list(figure.subplots(1, columns, squeeze=False)[0]))
-        # the same numbers, the same bytes
+        # Without a date, the same numbers give the same bytes.
         figure.savefig(f"{path}.svg", metadata={"Date": None})
         figure.savefig(f"{path}.png", dpi=150)
 
 
 def reliability(path, bins, ece):
-    """How often what is said with a probability is right; the area of a point is its number of questions."""
+    """How often answers of some probability are right. The area of a point is its number of questions.
+
+    `bins`: of measures.calibration.
+    """
     total = sum(b["n"] for b in bins)
 
     def fill(figure, axes):
@@ -58,24 +61,27 @@ def reliability(path, bins, ece):
 
 
 def changes(path, pairs):
-    """The paper's Figure 5: errors corrected (up) and introduced (down) by modality. `pairs`: comparisons, {"from", "to", ...}, of the same items."""
+    """The paper's Figure 5: errors corrected (up) and introduced (down) by modality, axes per pair of runs.
+
+    `pairs`: comparisons on the same items, as analysis.compare writes them.
+    """
     names = list(pairs[0].get("modality", ["all"]))
-    cells = [list(result.get("modality", {"all": result}).values()) for result in pairs]
-    most = [max(c[field] for row in cells for c in row) for field in ("introduced", "corrected")]
-    room = 0.12 * max(1, *most)
+    groups = [list(pair.get("modality", {"all": pair}).values()) for pair in pairs]
+    most_introduced, most_corrected = (
+        max(group[field] for row in groups for group in row) for field in ("introduced", "corrected")
+    )
+    margin = 0.12 * max(1, most_introduced, most_corrected)
 
     def fill(figure, axes):
-        for ax, result, row in zip(axes, pairs, cells):
+        for ax, pair, row in zip(axes, pairs, groups):
             for field, sign, color in (("corrected", 1, CORRECTED), ("introduced", -1, INTRODUCED)):
-                bars = ax.bar(
-                    names,
-                    [sign * c[field] for c in row],
-                    color=color,
-                    label=f"errors {field} ({result[field]})",
-                )
-                ax.bar_label(bars, [c[field] or "" for c in row], padding=2, fontsize=8)
+                heights = [sign * group[field] for group in row]
+                bars = ax.bar(names, heights, color=color, label=f"errors {field} ({pair[field]})")
+                ax.bar_label(bars, [group[field] or "" for group in row], padding=2, fontsize=8)
             ax.axhline(0, color="black", lw=0.8)
-            ax.set(ylim=(-most[0] - room, most[1] + 3.3 * room), title=f"{result['from']} → {result['to']}")
+            # The legend needs the space above.
+            limits = (-most_introduced - margin, most_corrected + 3.3 * margin)
+            ax.set(ylim=limits, title=f"{pair['from']} → {pair['to']}")
             ax.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
             ax.yaxis.set_major_formatter(lambda y, _: f"{abs(y):g}")
             ax.legend(frameon=False, loc="upper right", ncols=2)
@@ -85,57 +91,47 @@ def changes(path, pairs):
 
 
 def transfer(path, result):
-    """The paper's Figure 4: accuracy of runs trained on one modality or task (rows) on each (columns); then by its own run's."""
+    """The paper's Figure 4: accuracy of runs trained on one modality or task each (rows) on each (columns).
+
+    Beside it, the same relative to the column's own run. `result`: of analysis.transfer.
+    """
+    columns, rows = result["columns"], result["rows"]
 
     def fill(figure, axes):
-        for ax, field, title in zip(
-            axes, ("accuracy", "relative"), ("accuracy", "relative to the run of the column")
-        ):
+        titles = {"accuracy": "accuracy", "relative": "relative to the run of the column"}
+        for ax, (field, title) in zip(axes, titles.items()):
             values = [[float("nan") if v is None else v for v in row] for row in result[field]]
-            flat = [v for row in values for v in row if v == v]
-            # colours end at 0 and 2
-            spread = min(1, max([0.01, *(abs(v - 1) for v in flat)])) if field == "relative" else None
-            limits = (
-                {"vmin": 1 - spread, "vmax": 1 + spread, "cmap": "RdBu"}
-                if spread
-                else {"vmin": 0, "vmax": 1, "cmap": "Blues"}
-            )
-            image = ax.imshow(values, aspect="auto", **limits)
-            for y, row in enumerate(values):
+            if field == "relative":
+                # The colours are symmetric around 1 and end at 0 and 2 at most.
+                differences = [abs(v - 1) for row in result[field] for v in row if v is not None]
+                middle, spread, colours = 1, min(1, max([0.01, *differences])), "RdBu"
+                limits = (1 - spread, 1 + spread)
+            else:
+                middle, spread, colours, limits = 0, 1, "Blues", (0, 1)
+            image = ax.imshow(values, aspect="auto", vmin=limits[0], vmax=limits[1], cmap=colours)
+            for y, row in enumerate(result[field]):
                 for x, v in enumerate(row):
-                    dark = abs(v - 1) > 0.6 * spread if spread else v > 0.6
-                    own = result["rows"][y] == result["columns"][x]
-                    ax.text(
-                        x,
-                        y,
-                        "" if v != v else f"{v:.2f}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="white" if dark else "black",
-                        weight="bold" if own else "normal",
-                    )
-            ax.set_xticks(
-                range(len(result["columns"])),
-                result["columns"],
-                rotation=40,
-                ha="right",
-                rotation_mode="anchor",
-            )
-            ax.set_yticks(range(len(result["rows"])), result["rows"])
+                    if v is not None:
+                        text = {"ha": "center", "va": "center", "fontsize": 8}
+                        text["color"] = "white" if abs(v - middle) > 0.6 * spread else "black"
+                        text["weight"] = "bold" if rows[y] == columns[x] else "normal"
+                        ax.text(x, y, f"{v:.2f}", **text)
+            tilted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+            ax.set_xticks(range(len(columns)), columns, **tilted)
+            ax.set_yticks(range(len(rows)), rows)
             ax.set(title=title, xlabel=f"evaluated on {result['by']}")
             ax.spines[:].set_visible(False)
             figure.colorbar(image, ax=ax, shrink=0.8)
         axes[0].set_ylabel(f"trained on {result['by']}")
 
-    width = 0.62 * len(result["columns"]) + 2.6
-    draw(path, 2, 2 * width, 0.36 * len(result["rows"]) + 2.0, fill)
+    draw(path, 2, 2 * (0.62 * len(columns) + 2.6), 0.36 * len(rows) + 2.0, fill)
 
 
-def efficiency(path, curves, level):
-    """The paper's Figure 2: accuracy over the number of training records, a line a method, the band from worst to best seed.
+def efficiency(path, curves, levels):
+    """The paper's Figure 2: accuracy over the number of training records, a line per method.
 
-    `curves`: {method: [{"k", "mean", "low", "high", "seeds": [accuracy]}]}; `level`: {method: such a point} without training data.
+    The band is from the worst to the best seed. `curves`: {method: [{"k", "mean", "low", "high", "seeds"}]};
+    `levels`: {method: such a point} of methods without training data.
     """
 
     def fill(figure, axes):
@@ -146,7 +142,7 @@ def efficiency(path, curves, level):
                 k, [p["low"] for p in points], [p["high"] for p in points], color=color, alpha=0.18, lw=0
             )
             ax.plot(k, [p["mean"] for p in points], color=color, marker="o", ms=4, label=method)
-        for method, point in level.items():
+        for method, point in levels.items():
             ax.axhline(point["mean"], color=LINES[0], lw=1, ls="--", label=method)
         ticks = sorted({p["k"] for points in curves.values() for p in points})
         ax.set_xscale("log")

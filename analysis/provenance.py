@@ -1,10 +1,12 @@
-"""Where a sample and a number come from: what args.json says of every run in a cycle's folder, followed and checked.
+"""Where a sample and a number come from: the args.json of every run in a cycle's folder, followed and
+checked.
 
-    trace    one generated sample: its image and parent, who generated it, what it was scored by, whether it was accepted,
-             and which runs learned from a file that holds it, directly or by a model that did
-    verify   the SHA-256 of every input of every run, computed again: what has changed or is gone since it was read
+    trace    one generated sample: its image and parent, the generator, the score, whether it was accepted,
+             and the runs that learned from a file that holds it, directly or through a model that did
+    verify   the SHA-256 of every input of every run, computed again: what has changed or is gone since then
 
-Reads   a folder with runs in it, such as the OUT of cycle.sh; a folder that was moved or copied as a whole is followed there
+Reads   a folder with runs in it, such as the OUT of cycle.sh; if it was moved or copied as a whole, inputs
+        are found in the new place
 
     python -m analysis.provenance trace unlabelled00000-c1-stepwise-0 --in runs/toy
     python -m analysis.provenance verify runs/toy
@@ -19,53 +21,48 @@ from medgr2 import cli, records, runs
 from medgr2.errors import RunError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# files of samples, beside those that hold all
-FATES = ("accepted", "random", "rejected")
+# The files of samples in a run's folder, in the order in which a sample passes through them.
+SAMPLE_FILES = ("candidates", "scored", "accepted", "random", "rejected")
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
-    t = commands.add_parser("trace", help="follow a sample back to its image and on to the runs that used it")
-    t.add_argument("id", help="id of a generated record")
-    t.add_argument(
-        "--in",
-        dest="run",
-        required=True,
-        metavar="RUN",
-        help="folder with the runs, such as the OUT of cycle.sh",
-    )
-    v = commands.add_parser(
-        "verify", help="recompute the hashes of all inputs; status 1 where one has changed"
-    )
-    v.add_argument("run", help="folder with the runs, such as the OUT of cycle.sh")
+    c = commands.add_parser("trace", help="follow a sample back to its image and on to the runs that used it")
+    c.add_argument("id", help="id of a generated record")
+    c.add_argument("--in", dest="run", required=True, help="folder of the runs, as the OUT of cycle.sh")
+    c = commands.add_parser("verify", help="recompute the hashes of all inputs; status 1 if one has changed")
+    c.add_argument("run", help="folder of the runs, as the OUT of cycle.sh")
     return p.parse_args()
 
 
 def find_runs(top):
-    """{folder: its args.json} of all finished runs below `top`, in the order in which they began. Raises RunError."""
+    """{folder: its args.json} of all finished runs below `top`, by start time. Raises RunError for none."""
     found = {}
     for folder, _, files in os.walk(top):
-        if "args.json" not in files or folder.endswith(".part"):
-            continue
-        path = os.path.join(folder, "args.json")
-        try:
-            with open(path, encoding="utf-8") as f:
-                meta = json.load(f)
-            meta["script"], meta["started"], meta["args"]["out"], meta["inputs"].items()
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            raise RunError(f"{path}: not what a run writes; remove it, or give another folder") from None
-        found[folder] = meta
+        if "args.json" in files and not folder.endswith(".part"):
+            found[folder] = read_meta(os.path.join(folder, "args.json"))
     if not found:
         raise RunError(f"{top}: no runs in it (no args.json); give the OUT of cycle.sh")
     return dict(sorted(found.items(), key=lambda item: (item[1]["started"], item[0])))
 
 
-def where(path, folder, meta):
-    """Where an input of the run in `folder` is now, or None: as seen from its output folder, from here, or from the scripts."""
-    # holds when all was moved together
-    beside = os.path.relpath(os.path.abspath(path), os.path.abspath(meta["args"]["out"]))
-    places = (os.path.join(folder, beside), path, os.path.join(ROOT, path))
+def read_meta(path):
+    """The args.json of a run. Raises RunError if it lacks what is needed here."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        meta["script"], meta["started"], meta["args"]["out"], meta["inputs"].items()
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise RunError(f"{path}: not what a run writes; remove it, or give another folder") from None
+    return meta
+
+
+def locate(path, folder, meta):
+    """Where an input of the run in `folder` is now, or None."""
+    # As seen from the run's output, which holds if all was moved together; from here; from the scripts.
+    from_output = os.path.relpath(os.path.abspath(path), os.path.abspath(meta["args"]["out"]))
+    places = (os.path.join(folder, from_output), path, os.path.join(ROOT, path))
     return next((os.path.realpath(place) for place in places if os.path.exists(place)), None)
 
 
@@ -73,89 +70,85 @@ def where(path, folder, meta):
 # trace
 
 
-def holding(found, sample):
-    """[(folder, file, record)]: every record file of a run that holds the sample's id, candidates before scored."""
+def find_records(found, sample):
+    """[(folder, file, record)]: the records with this id in the sample files of all runs."""
     hits = []
     for folder in found:
-        for name in ("candidates", "scored", *FATES):
+        for name in SAMPLE_FILES:
             path = os.path.join(folder, f"{name}.jsonl")
             if os.path.isfile(path) and os.path.getsize(path):
-                hits += [
-                    (folder, path, r)
-                    for r in records.read_records(path, root=records.ANYWHERE)
-                    if r["id"] == sample
-                ]
+                for record in records.read_records(path, root=records.ANYWHERE):
+                    if record["id"] == sample:
+                        hits.append((folder, path, record))
     return hits
 
 
-def users(found, sources):
+def find_readers(found, sources):
     """[(folder, source)]: the runs that read one of `sources` (files or folders)."""
-    real = {os.path.realpath(source) for source in sources}
-    return [
-        (folder, place)
-        for folder, meta in found.items()
-        for place in (where(p, folder, meta) for p in meta["inputs"])
-        if place in real
-    ]
+    wanted = {os.path.realpath(source) for source in sources}
+    readers = []
+    for folder, meta in found.items():
+        for path in meta["inputs"]:
+            place = locate(path, folder, meta)
+            if place in wanted:
+                readers.append((folder, place))
+    return readers
 
 
-def descendants(found, folders):
-    """The runs that read the output of `folders`, or of one that did, in their order."""
+def find_descendants(found, folders):
+    """The runs that read the output of `folders`, or of a run that did, by start time."""
     new, reached = list(folders), []
     while new:
-        new = [f for f, _ in users(found, new) if f not in reached and f not in folders]
+        new = [f for f, _ in find_readers(found, new) if f not in reached and f not in folders]
         reached += dict.fromkeys(new)
     return [folder for folder in found if folder in reached]
 
 
-def rollouts(folder, sample):
-    """How many responses to the sample a GRPO run learned from; None where it keeps no rollouts."""
+def count_rollouts(folder, sample):
+    """How many responses to the sample a GRPO run learned from; None if the run keeps no rollouts."""
     path = os.path.join(folder, "rollouts.jsonl")
-    return (
-        sum(r.get("record") == sample for r in records.read_records(path, root=records.ANYWHERE))
-        if os.path.isfile(path)
-        else None
-    )
+    if not os.path.isfile(path):
+        return None
+    return sum(row.get("record") == sample for row in records.read_records(path, root=records.ANYWHERE))
 
 
-def is_scoring(folder):
-    return os.path.exists(os.path.join(folder, "scored.jsonl"))
-
-
-def chapter(folder, path, record, meta, top):
-    """What one of a run's files says of the sample: (what, text)."""
+def describe_hit(folder, path, record, meta, top):
+    """(what, text): what one file of a run says of the sample."""
     name, short = os.path.basename(path).removesuffix(".jsonl"), os.path.relpath(path, top)
     model = meta["args"].get("model") or meta["args"].get("endpoint_model")
     if name == "scored":
         return "scored", f"{record['reward']['overall']} by {model}; {short}"
     if name == "candidates":
-        how = ", ".join(
-            f"{field} {record[field]}" for field in ("paradigm", "seed", "cycle") if field in record
-        )
-        return "generated", f"by {record.get('generator', model)}, {how}; {short}"
+        details = [f"{field} {record[field]}" for field in ("paradigm", "seed", "cycle") if field in record]
+        return "generated", f"by {record.get('generator', model)}, {', '.join(details)}; {short}"
     return name, short + (f" ({record['reason']})" if "reason" in record else "")
 
 
 def trace(sample, top):
-    """The lines that tell a sample's story: [(what, text)]. Raises RunError where no run holds it."""
+    """[(what, text)]: lines on a sample's origin and use. Raises RunError if no run has it."""
     found = find_runs(top)
-    hits = holding(found, sample)
+    hits = find_records(found, sample)
     if not hits:
         raise RunError(f"{sample}: in no run of {top}; give the id of a record in a candidates.jsonl there")
+
+    def run_name(folder):
+        return f"{os.path.relpath(folder, top)} ({found[folder]['script']})"
+
     record = hits[0][2]
-    story = [("sample", sample), ("image", f"{record.get('image')} (record {record.get('parent')})")]
-    story += [chapter(folder, path, r, found[folder], top) for folder, path, r in hits]
-    if "scored" in dict(story) and "accepted" not in dict(story):
-        story.append(("accepted", "no"))
-    name = lambda folder: f"{os.path.relpath(folder, top)} ({found[folder]['script']})"  # noqa: E731
-    readers = [(f, place) for f, place in users(found, [path for _, path, _ in hits]) if not is_scoring(f)]
-    for folder, place in readers:
-        count = rollouts(folder, sample)
-        practised = "" if count is None else f", {count} rollouts on it"
-        story.append(
-            ("read by", f"{name(folder)}, from {os.path.relpath(place, os.path.realpath(top))}{practised}")
-        )
-    return story + [("then by", name(f)) for f in descendants(found, [f for f, _ in readers])]
+    lines = [("sample", sample), ("image", f"{record.get('image')} (record {record.get('parent')})")]
+    lines += [describe_hit(folder, path, hit, found[folder], top) for folder, path, hit in hits]
+    if "scored" in dict(lines) and "accepted" not in dict(lines):
+        lines.append(("accepted", "no"))
+    # Scoring reads the sample too, but does not learn from it.
+    readers = find_readers(found, [path for _, path, _ in hits])
+    learners = [(f, p) for f, p in readers if not os.path.exists(os.path.join(f, "scored.jsonl"))]
+    for folder, place in learners:
+        text = f"{run_name(folder)}, from {os.path.relpath(place, os.path.realpath(top))}"
+        rollouts = count_rollouts(folder, sample)
+        lines.append(("read by", text if rollouts is None else f"{text}, {rollouts} rollouts on it"))
+    for folder in find_descendants(found, [folder for folder, _ in learners]):
+        lines.append(("then by", run_name(folder)))
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -163,32 +156,29 @@ def trace(sample, top):
 
 
 def verify(top):
-    """(changes, counts): [(run, input, what)] that do not hold any more, and how many inputs were looked at, by outcome."""
-    digest, changes = functools.lru_cache(None)(runs.sha256), []
-    counts = {"same": 0, "changed": 0, "gone": 0, "never on this disk": 0}
+    """([(run, input, what happened)] of the inputs that no longer hold, {outcome: number of inputs})."""
+    digest = functools.lru_cache(None)(runs.sha256)
+    changes, counts = [], {"same": 0, "changed": 0, "gone": 0, "never on this disk": 0}
     for folder, meta in find_runs(top).items():
         for path, then in meta["inputs"].items():
-            place = where(path, folder, meta)
-            outcome = (
-                "never on this disk"
-                if then is None
-                else "gone"
-                if place is None
-                else "same"
-                if digest(place) == then
-                else "changed"
-            )
+            place = locate(path, folder, meta)
+            # Where no file was read, as for a model of the hub, there is no hash.
+            if then is None:
+                outcome = "never on this disk"
+            elif place is None:
+                outcome = "gone"
+            else:
+                outcome = "same" if digest(place) == then else "changed"
             counts[outcome] += 1
             if outcome in ("changed", "gone"):
-                now = f": {then[:12]} then, {digest(place)[:12]} now" if place else ""
-                changes.append((os.path.relpath(folder, top), path, outcome + now))
+                hashes = f": {then[:12]} then, {digest(place)[:12]} now" if place else ""
+                changes.append((os.path.relpath(folder, top), path, outcome + hashes))
     return changes, counts
 
 
 def main(args):
     if args.command == "trace":
-        story = trace(args.id, args.run)
-        print("\n".join(f"{what:<10} {text}" for what, text in story))
+        print("\n".join(f"{what:<10} {text}" for what, text in trace(args.id, args.run)))
         return
     changes, counts = verify(args.run)
     if changes:

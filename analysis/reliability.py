@@ -1,4 +1,4 @@
-"""The reliability diagram of a run that scored the options: how often what is said with a probability is right.
+"""The reliability diagram of a run that scored the options: how often answers of some probability are right.
 
 Reads   metrics.json of `eval.py --scores`
 Writes  OUT.svg and OUT.png
@@ -28,9 +28,8 @@ def main(args):
             result = json.load(file)
         bins, ece = result["bins"], result["ece"]
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise RunError(
-            f"{path}: no bins of option probabilities ({error}); give a run of eval.py --scores"
-        ) from None
+        problem = f"{path}: no bins of option probabilities ({error})"
+        raise RunError(f"{problem}; give a run of eval.py --scores") from None
     figures.reliability(args.out, bins, ece)
     print(f"{args.out}.svg, {args.out}.png: ECE {ece:.3f}")
 

@@ -1,6 +1,6 @@
-"""What finished runs came to, side by side: fields of their metrics.json files as a table.
+"""Finished runs side by side: fields of their metrics.json files as a table.
 
-python -m analysis.summarize base=runs/toy/eval_base/metrics.json grpo=runs/toy/cycle1/eval_grpo/metrics.json --fields accuracy low high
+python -m analysis.summarize base=runs/a/metrics.json grpo=runs/b/metrics.json --fields accuracy low high
 """
 
 import json
@@ -10,9 +10,9 @@ from medgr2.errors import RunError
 
 
 def summarize(rows, fields):
-    """A table of fields of JSON files; `rows`: LABEL=FILE, several with one label where a row draws on several files.
+    """A table of fields of JSON files. `rows`: LABEL=FILE; files with the same label share a row.
 
-    Raises RunError where a file cannot be read. A field that a row's files lack is left empty.
+    A field that no file of a row has is left empty. Raises RunError if a file cannot be read.
     """
     found = {}
     for row in rows:
@@ -22,16 +22,13 @@ def summarize(rows, fields):
                 found[label] = found.get(label, {}) | json.load(f)
         except (OSError, ValueError, TypeError) as e:
             raise RunError(f"{row}: {e}; give LABEL=FILE, with the metrics.json of a finished run") from None
-    return cli.format_table(
-        [[label, *(values.get(field) for field in fields)] for label, values in found.items()], ["", *fields]
-    )
+    lines = [[label, *(values.get(field) for field in fields)] for label, values in found.items()]
+    return cli.format_table(lines, ["", *fields])
 
 
 def parse_args():
-    p = cli.Parser(description="What finished runs came to, side by side.")
-    p.add_argument(
-        "rows", nargs="+", metavar="LABEL=FILE", help="a row and a JSON file that its fields are read from"
-    )
+    p = cli.Parser(description=__doc__)
+    p.add_argument("rows", nargs="+", metavar="LABEL=FILE", help="label of a row, and a metrics.json for it")
     p.add_argument("--fields", nargs="+", required=True, help="columns: fields of the files")
     return p.parse_args()
 

@@ -1,6 +1,6 @@
 """Transfer: the accuracy of runs trained on one modality or task each, on all of them (the paper's Figure 4).
 
-Reads   predictions.jsonl of several runs on the same items, each named as what it was trained on
+Reads   predictions.jsonl of several runs on the same items, each named after what it was trained on
 Writes  OUT/metrics.json (the matrix), OUT/transfer.svg and .png
 
     python -m analysis.transfer CT=runs/transfer/eval_CT MRI=runs/transfer/eval_MRI --out runs/transfer/matrix
@@ -9,78 +9,68 @@ Writes  OUT/metrics.json (the matrix), OUT/transfer.svg and .png
 import numpy as np
 
 from analysis import figures
-from analysis.compare import FREE, add_arguments, named_paths, read_pair
+from analysis.run_files import FREE, add_output_arguments, named_runs, read_pair
 from medgr2 import cli, runs
 from medgr2.errors import RunError
 from medgr2.prompts import is_match
 
 
-def matrix(named, by):
-    """Accuracy of each run (rows) on each modality or task (columns): {"rows", "columns", "questions", "accuracy", "relative", ...}.
+def transfer_matrix(named, by):
+    """The accuracy of each run (rows) on each modality or task (columns), as metrics.json has it.
 
-    `relative` divides a column by the accuracy of the run that is named as it: what is left of training on the thing itself.
-    `named`: {run: its predictions}, all on the same items.
+    `named`: {run: its predictions}, all on the same items. `by`: "modality" or "task". `relative` divides an
+    accuracy by that of the column's own run, the one named after it; None if there is none, or it has none
+    right.
     """
-    groups = [row.get(by, "(none)") for row in next(iter(named.values()))]
-    columns = sorted(set(groups))
-    right = {name: [is_match(r["prediction"], r["answer"]) for r in rows] for name, rows in named.items()}
-    accuracy = {
-        name: [float(np.mean([r for r, g in zip(marks, groups) if g == c])) for c in columns]
-        for name, marks in right.items()
-    }
-    own = [accuracy[c][i] if c in accuracy else None for i, c in enumerate(columns)]
-    pairs = [
-        (name == c, value) for name in named if name in columns for c, value in zip(columns, accuracy[name])
-    ]
+    groups = np.array([row.get(by, "(none)") for row in next(iter(named.values()))])  # (n,)
+    columns = sorted(set(groups.tolist()))
+    accuracy = {}
+    for name, rows in named.items():
+        correct = np.array([is_match(row["prediction"], row["answer"]) for row in rows])  # (n,)
+        accuracy[name] = [float(np.mean(correct[groups == column])) for column in columns]
+    own = [accuracy[column][i] if column in accuracy else None for i, column in enumerate(columns)]
+    relative = [[v / best if best else None for v, best in zip(row, own)] for row in accuracy.values()]
+    on, off = [], []
+    for name in [name for name in named if name in columns]:
+        for column, value in zip(columns, accuracy[name]):
+            (on if name == column else off).append(value)
     return {
         "by": by,
         "rows": list(named),
         "columns": columns,
-        "questions": [groups.count(c) for c in columns],
+        "questions": [int((groups == column).sum()) for column in columns],
         "accuracy": list(accuracy.values()),
-        "relative": [[v / o if o else None for v, o in zip(row, own)] for row in accuracy.values()],
-        **{
-            f"{label}_diagonal": float(np.mean(v)) if (v := [x for d, x in pairs if d == on]) else None
-            for label, on in (("on", True), ("off", False))
-        },
+        "relative": relative,
+        "on_diagonal": float(np.mean(on)) if on else None,
+        "off_diagonal": float(np.mean(off)) if off else None,
     }
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
-    p.add_argument(
-        "runs",
-        nargs="+",
-        metavar="[NAME=]RUN",
-        help="a run trained on each modality or task NAME: its folder or predictions.jsonl",
-    )
-    p.add_argument(
-        "--by", choices=("modality", "task"), default="modality", help="what each run was trained on one of"
-    )
-    add_arguments(p)
+    p.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="a run for each modality or task NAME")
+    p.add_argument("--by", choices=("modality", "task"), default="modality", help="what NAME is")
+    add_output_arguments(p)
     return p.parse_args()
 
 
 def main(args):
-    named = named_paths(args.runs)
+    named = named_runs(args.runs)
     rows = {name: read_pair(named[0][1], path)[1] for name, path in named}
-    result = matrix(rows, args.by)
+    result = transfer_matrix(rows, args.by)
     if len(rows) < len(named) or not set(rows) & set(result["columns"]):
-        raise RunError(
-            f"{', '.join(name for name, _ in named)}: name each run once, NAME=RUN, as the {args.by} that it was "
-            f"trained on ({', '.join(result['columns'])})"
-        )
+        names, columns = ", ".join(name for name, _ in named), ", ".join(result["columns"])
+        what = f"as the {args.by} that it was trained on ({columns})"
+        raise RunError(f"{names}: name each run once, NAME=RUN, {what}")
     run = runs.start(args, [path for _, path in named], free=FREE)
+    headers = [f"trained on {args.by}", *result["columns"]]
     for field, title in (("accuracy", "accuracy"), ("relative", "relative to the column's own run")):
         lines = [[name, *values] for name, values in zip(result["rows"], result[field])]
-        print(
-            f"{title}\n{cli.format_table(lines, [f'trained on {args.by}', *result['columns']], args.markdown)}\n"
-        )
+        print(f"{title}\n{cli.format_table(lines, headers, args.markdown)}\n")
     figures.transfer(run.path("transfer"), result)
-    where = [(label, result[f"{label}_diagonal"]) for label in ("on", "off")]
-    run.finish(
-        result, ", ".join(f"{label} the diagonal {value:.3f}" for label, value in where if value is not None)
-    )
+    means = [(label, result[f"{label}_diagonal"]) for label in ("on", "off")]
+    shown = [f"{label} the diagonal {mean:.3f}" for label, mean in means if mean is not None]
+    run.finish(result, ", ".join(shown))
 
 
 if __name__ == "__main__":

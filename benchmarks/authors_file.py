@@ -17,7 +17,7 @@ sys.path.insert(0, ROOT)
 import readme
 
 import eval as evaluation
-from medgr2 import cli, measures, runs, scorers
+from medgr2 import cli, runs, scorers
 from medgr2.errors import RunError
 
 RESULT = os.path.join(ROOT, "benchmarks", "results", "scorers_checkpoint_30.json")
@@ -26,9 +26,8 @@ FIELDS = {"id": "question_id", "prediction": "model_answer", "answer": "gt_answe
 
 def collect(path):
     rows, unsure = scorers.read_predictions(path, FIELDS)
-    read = [scorers.readings(row) for row in rows]
-    found = measures.by_group(rows, lambda i: scorers.scores([rows[j] for j in i], [read[j] for j in i]))
-    overall = {k: v for k, v in evaluation.metrics(rows, 0).items() if not isinstance(v, dict)}
+    found = scorers.score_by_group(rows)
+    overall = {k: v for k, v in evaluation.compute_metrics(rows, 0).items() if not isinstance(v, dict)}
     return {
         "command": f"python benchmarks/authors_file.py {os.path.basename(path)}",
         "sha256": runs.sha256(path),

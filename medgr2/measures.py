@@ -1,6 +1,7 @@
-"""Marks in, numbers out: intervals, tests, agreement and calibration. Arrays (n,) hold one value a question.
+"""Intervals, tests, agreement and calibration: numbers from answers that are right or wrong.
 
-The groups are fields of a record; nothing else here knows what a record is, or a model.
+An array (n,) holds one value per question. The groups are fields of a record; nothing else here knows what a
+record or a model is.
 """
 
 import math
@@ -10,34 +11,39 @@ import numpy as np
 
 from medgr2 import cli
 
+# Fields by which results are grouped. The last two only if they have several values.
 GROUPS = ("modality", "task", "dataset", "source")
+ALWAYS_GROUPED = ("modality", "task")
 RESAMPLES = 2000
 
 
 # ---------------------------------------------------------------------------------------------------------
-# How far a figure can be trusted.
+# Intervals and tests.
 
 
 def interval(values, images, seed, resamples=RESAMPLES):
-    """95% interval of the mean of `values` (n,), by drawing images (n,) with replacement, each with all its questions.
+    """95% bootstrap interval (low, high) of the mean of `values` (n,); (None, None) for a single image.
 
-    Returns (low, high); (None, None) where there is one image alone. For two runs, `values` is their difference by
-    question: both are then drawn together, which makes it the paired interval.
+    Images are drawn with replacement, each with all its questions; `images` (n,) names the image of each.
+    For two runs, give their difference per question: both are then drawn together (a paired interval).
     """
     index = np.unique(images, return_inverse=True)[1]  # (n,) number of the image
-    sums, counts = np.bincount(index, values), np.bincount(index)  # (I,)
+    sums, counts = np.bincount(index, values), np.bincount(index)  # (I,) per image
     if len(sums) < 2:
         return None, None
     rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(resamples))
-    low, high = np.percentile([sums[d].sum() / counts[d].sum() for d in draws], [2.5, 97.5])
+    means = []
+    for _ in range(resamples):
+        drawn = rng.integers(len(sums), size=len(sums))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def mcnemar(corrected, introduced):
-    """Exact two-sided p that corrected and introduced errors are equally likely (McNemar 1947, by the binomial); 1 where none.
+    """Exact two-sided p that corrected and introduced errors are equally likely (McNemar 1947); 1 for none.
 
-    It takes questions as independent; where several share an image, read the interval beside it.
+    The test takes questions as independent. If several share an image, read the interval beside it.
     """
     n = corrected + introduced
     tail = sum(math.comb(n, i) for i in range(min(corrected, introduced) + 1))
@@ -48,70 +54,69 @@ def mcnemar(corrected, introduced):
 # Classes: the answers of a task are not equally frequent.
 
 
-def balanced_accuracy(answers, right):
-    """Mean over the right answers' classes of the share that was right: `answers` (n,) are normalised, `right` (n,) bools."""
+def balanced_accuracy(answers, correct):
+    """Mean over the classes of right answers of the accuracy in each. (n,) normalised texts, (n,) bools."""
     index = np.unique(answers, return_inverse=True)[1]
-    return float(np.mean(np.bincount(index, right) / np.bincount(index)))
+    return float(np.mean(np.bincount(index, correct) / np.bincount(index)))
 
 
 def macro_f1(answers, predictions):
-    """Mean F1 over the right answers' classes; a prediction of None is of no class. Both (n,), normalised."""
-    gold, said, both = (
-        Counter(answers),
-        Counter(predictions),
-        Counter(a for a, p in zip(answers, predictions) if a == p),
-    )
-    return sum(2 * both[c] / (gold[c] + said[c]) for c in gold) / len(gold)
+    """Mean F1 over the classes of right answers; None has no class. Both (n,), normalised texts."""
+    correct = Counter(answer for answer, prediction in zip(answers, predictions) if answer == prediction)
+    answered, predicted = Counter(answers), Counter(predictions)
+    return sum(2 * correct[c] / (answered[c] + predicted[c]) for c in answered) / len(answered)
 
 
 def ranks(x):
-    """Ranks from 1, ties sharing their mean rank."""
+    """Ranks from 1 of x (n,); ties share their mean rank."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def auroc(scores, right):
-    """P(a right one scores above a wrong one), ties one half; None if either is missing."""
+    """P(a right item scores above a wrong one), ties count half; None if one of the kinds is missing."""
     right = np.asarray(right, bool)
     n, m = right.sum(), (~right).sum()
     return float((ranks(scores)[right].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Probabilities of options, and several samples of one question.
+# Probabilities of options, and several samples per question.
 
 
 def probabilities(logps):
-    """The options' log-probabilities as shares of their sum: softmax, (options,)."""
-    shares = np.exp(np.array(logps) - max(logps))
-    return shares / shares.sum()
+    """Softmax of the log-probabilities (nats) of a question's options: (options,)."""
+    odds = np.exp(np.array(logps) - max(logps))
+    return odds / odds.sum()
 
 
-def calibration(confidence, right, bins=10):
-    """(ECE, bins): is what is said with 80% right in 80%? (Guo et al. 2017, with bins of equal width)
+def calibration(confidence, correct, bins=10):
+    """(ECE, bins): are 80% of the answers with a probability of 80% right? (Guo et al. 2017, equal widths)
 
-    ECE = Σ_b n_b/n |accuracy_b - confidence_b|. Each bin that is not empty: {"n", "confidence", "accuracy"}.
+    ECE = Σ_b n_b/n |accuracy_b - confidence_b|. `confidence` (n,) in [0, 1], `correct` (n,) bools. Each bin
+    that is not empty: {"n", "confidence", "accuracy"}.
     """
     index = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)  # (n,)
-    found = [
-        {
-            "n": int((index == b).sum()),
-            "confidence": float(np.mean(confidence[index == b])),
-            "accuracy": float(np.mean(right[index == b])),
-        }
-        for b in np.unique(index)
-    ]
+    found = []
+    for b in np.unique(index):
+        own = index == b
+        means = {"confidence": float(np.mean(confidence[own])), "accuracy": float(np.mean(correct[own]))}
+        found.append({"n": int(own.sum()), **means})
     return sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in found) / len(index), found
 
 
-def pass_at(k, right, samples):
-    """P(at least one of k drawn without replacement is right), `right` of `samples` being so (Chen et al. 2021, unbiased)."""
-    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+def pass_at(k, correct, samples):
+    """P(at least one of k samples drawn without replacement is right), if `correct` of `samples` are.
+
+    Unbiased (Chen et al. 2021).
+    """
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority(predictions):
-    """The most frequent prediction that is one, the first met of equally frequent ones; None where there is none."""
-    return next((p for p, _ in Counter(p for p in predictions if p is not None).most_common(1)), None)
+def majority(values):
+    """The most frequent value but None, the first met of equally frequent ones; None if there is none."""
+    counts = Counter(value for value in values if value is not None)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -119,26 +124,27 @@ def majority(predictions):
 
 
 def by_group(rows, measure):
-    """`measure` of all rows' indices, and beside it {"modality": {name: ...}, "task": {name: ...}, ...}, where known.
+    """`measure` of all rows, and of each group: {..., "modality": {name: {...}}, "task": {name: {...}}, ...}.
 
-    Data set and source make rows of their own only where there are several.
+    `measure` takes row indices (n,) and returns a dict. Rows that lack a known field are the group `(none)`.
     """
     result = measure(np.arange(len(rows)))
     for field in GROUPS:
         names = np.array([row.get(field, "(none)") for row in rows])
-        if any(field in row for row in rows) and (field in GROUPS[:2] or len(set(names)) > 1):
+        is_known = any(field in row for row in rows)
+        if is_known and (field in ALWAYS_GROUPED or len(set(names)) > 1):
             result[field] = {str(name): measure(np.flatnonzero(names == name)) for name in np.unique(names)}
     return result
 
 
 def format_groups(result, markdown=False):
-    """What `by_group` returned, as aligned text: a line for all, and for each member of each group."""
-    lines = [("all", result)] + [
-        (f"{field}: {name}", group) for field in GROUPS for name, group in result.get(field, {}).items()
-    ]
+    """What `by_group` returned as aligned text: a line for all rows, and one for each group."""
+    groups = [("all", result)]
+    for field in GROUPS:
+        groups += [(f"{field}: {name}", group) for name, group in result.get(field, {}).items()]
     columns = [name for name, value in result.items() if not isinstance(value, (dict, list))]
-    # a p of 0.000 says nothing
-    cells = [[f"{group[c]:.2g}" if c == "p" else group.get(c) for c in columns] for _, group in lines]
-    return cli.format_table(
-        [[label, *row] for (label, _), row in zip(lines, cells)], ["", *columns], markdown
-    )
+    lines = []
+    for label, group in groups:
+        # Two significant digits for p: 0.000 would say nothing.
+        lines.append([label, *(f"{group[c]:.2g}" if c == "p" else group.get(c) for c in columns)])
+    return cli.format_table(lines, ["", *columns], markdown)

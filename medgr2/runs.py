@@ -51,7 +51,8 @@ def sha256(path):
     if not os.path.exists(path):
         return None
     files = [path]
-    if os.path.isdir(path):
+    # A FIFO is hashed as an empty folder: to open it could wait forever. Its reader will refuse it.
+    if not os.path.isfile(path):
         files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     digest = hashlib.sha256()
     for file in files:

@@ -1,8 +1,9 @@
-"""How a text is read as an answer: every scorer in use, so that one file of predictions is marked by all of them.
+"""Every scorer in use, so that all of them can score one file; third-party files of predictions.
 
-In this field one model's accuracy on one file differs by many points from scorer to scorer, so a figure says nothing until
-its scorer and its denominator are named. A scorer of closed questions takes the text of an answer and the options and returns
-the option that it reads there, or None. A scorer of open questions takes two texts and returns a number in [0, 1].
+In this field the accuracy of one model on one file differs by many points from scorer to scorer: a figure
+says nothing until its scorer and its denominator are named. A scorer of closed questions takes the text of an
+answer and the options, and returns the option that it finds there, or None. A scorer of open questions takes
+two texts and returns a number in [0, 1].
 """
 
 import difflib
@@ -11,69 +12,78 @@ import re
 import string
 from collections import Counter
 
-from medgr2 import formats
+from medgr2 import cli, formats, measures
 from medgr2.errors import RecordError, require
 from medgr2.prompts import is_match, match_option, normalise, parse_response
 
 # ---------------------------------------------------------------------------------------------------------
-# Closed questions: (text, options) → the option that was read, or None.
+# Closed questions: (text, options) → one of the options, or None.
+
+# Of an answer, the words among which VLMEvalKit accepts a letter.
+LAST_WORDS = 4
 
 
 def strict(text, options):
-    """The option whose text this is, but for case, spacing and the punctuation around it. Ours, without letters."""
+    """The option with this text, up to case, spacing and outer punctuation. Ours, without letters."""
     return next((o for o in options if normalise(o) == normalise(text)), None)
 
 
 def letter_or_text(text, options):
-    """The option named by its text, its letter or both; a letter beside another option's text is none. Ours: `accuracy`."""
+    """The option named by its text, its letter or both, if they agree. Ours: this is `accuracy`."""
     return match_option(text, options)[0]
 
 
 def most_similar(text, options):
-    """The option most like the text by difflib's ratio, the first of equals; none only where nothing is alike at all.
+    """The option most similar to the text by difflib's ratio, the first of equals; None if none has a letter
+    in common.
 
-    OmniMedVQA's question-answering score (Hu et al., CVPR 2024; OpenGVLab/Multi-Modality-Arena, MedicalEval). It never says
-    that it cannot read an answer, and it minds the case: of MRI, CT and Ultrasound, `ct` is most like Ultrasound.
+    OmniMedVQA's question-answering score (Hu et al., CVPR 2024; OpenGVLab/Multi-Modality-Arena, MedicalEval).
+    It accepts any answer, and case matters: of MRI, CT and Ultrasound, `ct` is most similar to Ultrasound.
     """
     ratios = [difflib.SequenceMatcher(None, o, text).ratio() for o in options]
     return options[ratios.index(max(ratios))] if max(ratios) > 0 else None
 
 
 def med_r1(text, options):
-    """The option whose letter, or whose text of one word, is the one word in <answer>; case matters, more words are none.
+    """The option whose letter or text is the text, if that is one word. Case matters.
 
-    Med-R1 (Lai et al. 2025; Yuxiang-Lai117/Med-R1), which asks for letters and matches `<answer> word </answer>` alone.
+    Med-R1 (Lai et al. 2025; Yuxiang-Lai117/Med-R1), which asks for letters and matches only `<answer> word
+    </answer>`.
     """
     word = re.fullmatch(r"\s*(\w+)\s*", text)
     names = dict(zip(formats.LETTERS, options)) | {o: o for o in options}
     return names.get(word[1]) if word else None
 
 
-def bare(text):
-    """Lower case without ASCII punctuation, as the authors normalise."""
+def strip_punctuation(text):
+    """Lower case without ASCII punctuation, as the authors of MedGR2 normalise."""
     return text.lower().translate(str.maketrans("", "", string.punctuation)).strip()
 
 
 def medgr_square(text, options):
-    """The option with the same text in lower case and without punctuation: the authors' (HelmarZhi/MedGR-Square).
+    """The option with the same text, up to case and punctuation: the authors' scorer
+    (HelmarZhi/MedGR-Square).
 
-    An answer outside the options may leave the denominator: see `left_out`.
+    An answer outside the options may leave the denominator: see `count_left_out`.
     """
-    return next((o for o in options if bare(o) == bare(text)), None)
+    return next((o for o in options if strip_punctuation(o) == strip_punctuation(text)), None)
 
 
 def unique_mention(text, options):
-    """The one option that is mentioned: its capital letter among the last four words, else its text anywhere within.
+    """The one option that is mentioned: by its capital letter among the last four words, else by its text
+    anywhere.
 
-    VLMEvalKit's `can_infer` (Duan et al. 2024; open-compass/VLMEvalKit), without the judge that it falls back to. An option
-    within another one, as `CT` in `CT scan`, makes two mentions; a text over twice as long as all options is not searched.
+    VLMEvalKit's `can_infer` (Duan et al. 2024; open-compass/VLMEvalKit), without the language model that it
+    falls back on. An option inside another one, as `CT` in `CT scan`, makes two mentions. A text over twice
+    as long as all options together is not searched.
     """
-    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
-    letters = [letter for letter, _ in zip(formats.LETTERS, options) if letter in words]
-    if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
+    tokens = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    letters = [letter for letter, _ in zip(formats.LETTERS, options) if letter in tokens]
+    if len(letters) == 1 and tokens.index(letters[0]) >= len(tokens) - LAST_WORDS:
         return options[formats.LETTERS.index(letters[0])]
-    named = [o for o in options if o.lower() in text.lower()]
-    return named[0] if len(named) == 1 and len(text) <= 2 * sum(map(len, options)) else None
+    mentioned = [o for o in options if o.lower() in text.lower()]
+    is_short = len(text) <= 2 * sum(map(len, options))
+    return mentioned[0] if len(mentioned) == 1 and is_short else None
 
 
 CLOSED = {
@@ -86,11 +96,11 @@ CLOSED = {
 }
 
 
-def left_out(unread, questions, share=0.0):
-    """How many answers outside the options the authors' scorer leaves out of its denominator, of `unread` ones.
+def count_left_out(unread, questions, share=0.0):
+    """How many of `unread` answers outside the options the authors' scorer leaves out of its denominator.
 
-    It leaves them out until `share` of all questions is reached, and looks at that only after each: with the published
-    share of 0 the first one is left out and all others count as wrong. That is how 6,865 of 7,850 become their 87.45.
+    It leaves them out until `share` of all questions is reached, which it checks only after each. So with the
+    published share of 0 the first one is left out and all others count as wrong: 6,865 of 7,850 are 87.45%.
     """
     return min(unread, max(1, int(share * questions)))
 
@@ -99,95 +109,137 @@ def left_out(unread, questions, share=0.0):
 # Open questions: (text, answer) → [0, 1].
 
 
-def words(text):
-    """The words of a normalised text, each with its number of occurrences."""
+def count_words(text):
+    """{word: occurrences} of the normalised text."""
     return Counter(re.findall(r"\w+", normalise(text)))
 
 
-def exact(text, answer):
-    """1 where the texts are the same but for case, spacing and the punctuation around them."""
+def exact_match(text, answer):
+    """1 if the texts are the same up to case, spacing and outer punctuation."""
     return float(is_match(text, answer))
 
 
 def token_recall(text, answer):
-    """Share of the answer's words that the text has: the figure of LLaVA-Med for VQA-RAD's open questions (Li et al. 2023).
+    """Share of the answer's words that the text has: LLaVA-Med's figure for open questions (Li et al. 2023).
 
-    It only grows with the length of the text; read it beside F1.
+    It can only grow with the length of the text: read it beside F1.
     """
-    return (words(text) & words(answer)).total() / max(1, words(answer).total())
+    shared = count_words(text) & count_words(answer)
+    return shared.total() / max(1, count_words(answer).total())
 
 
 def token_f1(text, answer):
-    """Harmonic mean of the recall and precision of words (Rajpurkar et al. 2016, SQuAD)."""
-    return 2 * (words(text) & words(answer)).total() / max(1, words(text).total() + words(answer).total())
+    """Harmonic mean of the recall and the precision of words (SQuAD, Rajpurkar et al. 2016)."""
+    shared = count_words(text) & count_words(answer)
+    return 2 * shared.total() / max(1, count_words(text).total() + count_words(answer).total())
 
 
-OPEN = {"exact match": exact, "token F1": token_f1, "token recall": token_recall}
+OPEN = {"exact match": exact_match, "token F1": token_f1, "token recall": token_recall}
 
 
 # ---------------------------------------------------------------------------------------------------------
-# A file of predictions.
+# Rows of predictions.jsonl, scored by every scorer.
 
 
-def said(row):
-    """The text that is scored: what stands in <answer>, where it stands once; else the whole response; else the prediction."""
-    text = row.get("response") or ""
-    answer, closed, _ = text.partition("<answer>")[2].partition("</answer>")
-    return answer.strip() if closed and text.count("<answer>") == 1 else text or row["prediction"] or ""
+def answer_text(row):
+    """The text that is scored: what is in the one <answer>, else the response, else the prediction."""
+    response = row.get("response") or ""
+    answer, closed, _ = response.partition("<answer>")[2].partition("</answer>")
+    if closed and response.count("<answer>") == 1:
+        return answer.strip()
+    return response or row["prediction"] or ""
 
 
-def readings(row):
-    """{scorer: the option that it reads}, None for an open question. Ours is `prediction`, read where the row was made."""
+def apply_scorers(row):
+    """{scorer: the option that it finds, or None} for a closed question, None for an open one.
+
+    *letter or text* is the row's `prediction`: it was parsed when the row was made.
+    """
     if "options" not in row:
         return None
-    return {
-        name: row["prediction"] if scorer is letter_or_text else scorer(said(row), row["options"])
-        for name, scorer in CLOSED.items()
-    }
+    found = {name: scorer(answer_text(row), row["options"]) for name, scorer in CLOSED.items()}
+    return found | {"letter or text": row["prediction"]}
 
 
-def scores(rows, read):
-    """{"closed": {"questions", scorer: figures}, "open": {"questions", scorer: mean}}, each where there are such questions.
+def summarize_scores(rows, found):
+    """{"closed": {"questions", scorer: figures}, "open": {"questions", scorer: mean}}, each if there are such
+    rows.
 
-    `read`: of each row its `readings`, None for an open one. Figures of a scorer: `accuracy` over all closed questions, `unread`
-    answers (wrong there), accuracy `of_read` alone, and `published`, over all but the `left_out` answers: the scorer's own
-    denominator, which is another one for MedGR-Square alone.
+    `found`: what `apply_scorers` returned for each row.
     """
-    result, closed, free = (
-        {},
-        [(o, r["answer"]) for o, r in zip(read, rows) if o],
-        [r for o, r in zip(read, rows) if not o],
-    )
-    n = len(closed)
+    closed = [(row["answer"], options) for row, options in zip(rows, found) if options is not None]
+    free = [row for row, options in zip(rows, found) if options is None]
+    result = {}
     if closed:
-        result["closed"] = {"questions": n}
-    for name in CLOSED if closed else ():
-        right = sum(is_match(o[name], answer) for o, answer in closed)
-        unread = sum(o[name] is None for o, _ in closed)
-        out = left_out(unread, n) if name == "MedGR-Square" else 0
-        result["closed"][name] = {
-            "accuracy": right / n,
-            "right": right,
-            "unread": unread,
-            "of_read": right / (n - unread) if n > unread else None,
-            "published": right / (n - out) if n > out else None,
-            "left_out": out,
-        }
+        result["closed"] = {"questions": len(closed)}
+        for name in CLOSED:
+            result["closed"][name] = summarize_closed(name, [(a, options[name]) for a, options in closed])
     if free:
-        result["open"] = {"questions": len(free)} | {
-            name: sum(scorer(said(r), r["answer"]) for r in free) / len(free) for name, scorer in OPEN.items()
-        }
+        result["open"] = {"questions": len(free)}
+        for name, scorer in OPEN.items():
+            result["open"][name] = sum(scorer(answer_text(row), row["answer"]) for row in free) / len(free)
     return result
 
 
+def summarize_closed(name, pairs):
+    """The figures of one scorer; `pairs`: [(right answer, option found or None)].
+
+    accuracy    share of right answers among all questions; `right` is their number
+    unread      answers in which the scorer finds no option: wrong in `accuracy`
+    of_read     accuracy without the unread ones
+    published   accuracy over the scorer's own denominator, which is another one only for MedGR-Square
+    left_out    unread answers that this denominator leaves out
+    """
+    n = len(pairs)
+    right = sum(is_match(option, answer) for answer, option in pairs)
+    unread = sum(option is None for _, option in pairs)
+    left_out = count_left_out(unread, n) if name == "MedGR-Square" else 0
+    return {
+        "accuracy": right / n,
+        "right": right,
+        "unread": unread,
+        "of_read": right / (n - unread) if n > unread else None,
+        "published": right / (n - left_out) if n > left_out else None,
+        "left_out": left_out,
+    }
+
+
+def score_by_group(rows):
+    """`summarize_scores` of all rows, and of each group of them (measures.by_group)."""
+    found = [apply_scorers(row) for row in rows]
+    return measures.by_group(rows, lambda i: summarize_scores([rows[j] for j in i], [found[j] for j in i]))
+
+
+def format_scores(result, markdown=False):
+    """What `score_by_group` returned as text: every scorer in all, and by modality and data set."""
+    tables = []
+    if "closed" in result:
+        names = list(CLOSED)
+        lines = [[name, *result["closed"][name].values()] for name in names]
+        headers = [f"{result['closed']['questions']} closed questions", *result["closed"][names[0]]]
+        tables.append((lines, headers))
+        for field in [field for field in ("modality", "dataset") if field in result]:
+            groups = {name: g["closed"] for name, g in result[field].items() if "closed" in g}
+            lines = []
+            for group, closed in groups.items():
+                lines.append([group, closed["questions"], *(closed[name]["accuracy"] for name in names)])
+            tables.append((lines, [field, "questions", *names]))
+    if "open" in result:
+        tables.append(([list(result["open"].values())], ["open questions", *OPEN]))
+    return "\n\n".join(cli.format_table(lines, headers, markdown) for lines, headers in tables)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# Anybody's predictions as ours.
+# Third-party files of predictions.
 
 CHOICES = re.compile(
     r"(.*)Please choose one of the following:\s*(.*)\.\s*You must pick only one answer\.?\s*", re.DOTALL
 )
+# What separates the options in OmniMedVQA's questions, and how many there are at most.
+SEPARATOR, MOST_OPTIONS = " or ", 4
 
-DATASETS = {
+# The data sets of OmniMedVQA that have one modality.
+DATASET_MODALITIES = {
     "ALL Challenge": "Microscopy",
     "Chest CT Scan": "CT",
     "CoronaHack": "X-Ray",
@@ -197,99 +249,130 @@ DATASETS = {
     "ISBI2016": "Dermoscopy",
     "Knee Osteoarthritis": "X-Ray",
     "MHSMA": "Microscopy",
-    # data sets of OmniMedVQA that have one modality
     "Retinal OCT-C8": "OCT",
     "Yangxi": "Fundus Photography",
 }
 
 
 def split_choices(question, *known):
-    """OmniMedVQA's question and options in one text → (question, options, sure); options is None where there are none.
+    """OmniMedVQA's question with its options in one text → (question, options, sure); options None if it has
+    none.
 
-    They are separated by ` or `, which an option may itself hold: pieces that together are one of the texts in `known` (the
-    answer, the prediction) are joined again. Not `sure` where more than OmniMedVQA's four are left. An option that is there
-    twice, as in some of its rows, is one.
+    An option may itself hold the separator: pieces that together are one of the texts in `known` (the answer,
+    the prediction) are joined again. `sure` is False if more than four pieces are left. An option that is
+    repeated, as in some rows, is kept once.
     """
     form = CHOICES.fullmatch(question)
     if not form:
         return question, None, True
-    pieces = form[2].split(" or ")
-    for text in [t for t in known if " or " in t]:
-        n = len(text.split(" or "))
-        for i in range(len(pieces) - n + 1):
-            if normalise(" or ".join(pieces[i : i + n])) == normalise(text):
-                pieces[i : i + n] = [" or ".join(pieces[i : i + n])]
-    return form[1].strip(), list(dict.fromkeys(pieces)), len(pieces) <= 4
+    pieces = form[2].split(SEPARATOR)
+    for text in known:
+        if SEPARATOR in text:
+            pieces = join_pieces(pieces, text)
+    return form[1].strip(), list(dict.fromkeys(pieces)), len(pieces) <= MOST_OPTIONS
 
 
-def options_of(row, question, *known):
-    """(question, options or None, sure) of anybody's row: `options` as a list or {letter: text}, `option_A`..., or in the question."""
+def join_pieces(pieces, text):
+    """The pieces of a text split at SEPARATOR, with those that together are `text` as one."""
+    pieces, n = list(pieces), len(text.split(SEPARATOR))
+    for i in range(len(pieces) - n + 1):
+        joined = SEPARATOR.join(pieces[i : i + n])
+        if normalise(joined) == normalise(text):
+            pieces[i : i + n] = [joined]
+    return pieces
+
+
+def find_options(row, question, *known):
+    """(question, options or None, sure) of a third-party row.
+
+    The options are in `options` (a list, or {letter: text}), in `option_A`, `option_B`, ..., or in the
+    question.
+    """
     options = row.get("options") or [row.get(f"option_{letter}") for letter in formats.LETTERS]
-    options = [
-        formats.clean(o)
-        for o in (options.values() if isinstance(options, dict) else options)
-        if formats.clean(o)
-    ]
+    values = options.values() if isinstance(options, dict) else options
+    options = [text for text in map(formats.clean, values) if text]
     return (question, options, True) if options else split_choices(question, *known)
 
 
-def adopt(row, number, fields):
-    """Anybody's row of predictions as a row of ours: (row, whether its options are sure). `fields`: {our name: theirs}.
-
-    `response` is their text as it stands, `prediction` what *letter or text* reads in it. Raises RecordError (reason).
-    """
+def rename_fields(row, fields):
+    """The row with our names for its fields. Raises RecordError(reason) if it lacks one of them."""
     for theirs in fields.values():
         require(theirs in row, f"no field `{theirs}`: correct --fields")
     row = row | {ours: row[theirs] for ours, theirs in fields.items()}
     for field in ("prediction", "answer"):
         require(field in row, f"no field `{field}`: say which one it is, --fields {field}=THEIRS")
-    answer, text = formats.clean(row["answer"]), formats.clean(row.get("response") or row["prediction"])
-    question, options, sure = options_of(row, formats.clean(row.get("question")), answer, text)
-    name = formats.clean(row.get("id")) or f"row{number}"
-    ours = {"id": name, "question": question, "answer": answer, "response": text, "reason": None}
-    if options:
-        # of two equal options, the first
-        right = strict(answer, options) or letter_or_text(answer, options)
-        require(
-            right, f"the right answer `{answer}` is not one of the options: correct `answer` or `options`"
-        )
-        ours |= {"options": options, "answer": right}
-    tagged = parse_response(text, options) if "<answer>" in text else None
-    prediction, reason = (
-        tagged[:2] if tagged else match_option(text, options) if options else (text or None, None)
-    )
-    dataset = formats.clean(row.get("dataset")) or (
-        name.rsplit("_", 1)[0] if re.fullmatch(r".+_\d+", name) else ""
-    )
+    return row
+
+
+def find_groups(row, name):
+    """What is known of the fields by which results are grouped, of a third-party row with the id `name`."""
+    # OmniMedVQA's ids are DATASET_NUMBER.
+    numbered = re.fullmatch(r"(.+)_\d+", name)
+    dataset = formats.clean(row.get("dataset")) or (numbered[1] if numbered else "")
     modality = formats.clean(row.get("modality") or row.get("modality_type"))
-    known = {
-        "modality": formats.canonical_name(modality) or DATASETS.get(dataset),
+    groups = {
+        "modality": formats.canonical_name(modality) or DATASET_MODALITIES.get(dataset),
         "task": formats.clean(row.get("task") or row.get("question_type")),
         "dataset": dataset,
         "source": row.get("source"),
     }
-    image = formats.clean(row.get("image"))
-    return ours | {k: v for k, v in known.items() if v} | ({"image": image} if image else {}) | {
-        "prediction": prediction,
-        "reason": reason if prediction is None else None,
-        "correct": is_match(prediction, ours["answer"]),
-        "image_hash": formats.clean(row.get("image_hash")) or image or name,
-    }, sure
+    return {field: value for field, value in groups.items() if value}
+
+
+def parse_answer(text, options):
+    """(prediction, reason) of a third-party text, by *letter or text*; one with tags is parsed."""
+    if "<answer>" in text:
+        parsed = parse_response(text, options)
+        return parsed.prediction, parsed.reason
+    return match_option(text, options) if options else (text or None, None)
+
+
+def convert_row(row, number, fields):
+    """A third-party row as a row of predictions.jsonl: (row, whether its options are sure). `fields`: {ours:
+    theirs}.
+
+    `response` is their text unchanged; `prediction` is what *letter or text* finds in it. Raises
+    RecordError(reason).
+    """
+    row = rename_fields(row, fields)
+    answer, text = formats.clean(row["answer"]), formats.clean(row.get("response") or row["prediction"])
+    question, options, sure = find_options(row, formats.clean(row.get("question")), answer, text)
+    if options:
+        # Of two equal options, the first.
+        right = strict(answer, options) or letter_or_text(answer, options)
+        problem = f"the right answer `{answer}` is not one of the options"
+        require(right, f"{problem}: correct `answer` or `options`")
+        answer = right
+    name, image = formats.clean(row.get("id")) or f"row{number}", formats.clean(row.get("image"))
+    prediction, reason = parse_answer(text, options)
+    converted = {"id": name, "question": question, "answer": answer, "response": text}
+    converted["reason"] = reason if prediction is None else None
+    if options:
+        converted["options"] = options
+    converted |= find_groups(row, name)
+    if image:
+        converted["image"] = image
+    image_hash = formats.clean(row.get("image_hash")) or image or name
+    scored = {"prediction": prediction, "correct": is_match(prediction, answer), "image_hash": image_hash}
+    return converted | scored, sure
 
 
 def read_predictions(path, fields):
-    """(rows, how many have options that may be cut at ` or `) of anybody's JSON or JSONL file. Raises RecordError."""
+    """(rows, number of rows whose options may be cut at ` or `) of a third-party JSON or JSONL file.
+
+    `image` is an absolute path, as in all records in memory. Raises RecordError, with the row's number.
+    """
     rows, unsure = [], 0
     for number, row in enumerate(formats.load_rows(path), 1):
         try:
-            require(isinstance(row, dict), "not an object: give one JSON object a row")
-            ours, sure = adopt(row, number, fields)
-            # like every record in memory
-            if "image" in ours:
-                ours["image"] = os.path.abspath(os.path.join(os.path.dirname(path), ours["image"]))
+            require(isinstance(row, dict), "not an object: give one JSON object per row")
+            converted, sure = convert_row(row, number, fields)
         except RecordError as error:
             raise RecordError(f"{path}: row {number}: {error}") from None
-        rows.append(ours)
+        if "image" in converted:
+            image = os.path.join(os.path.dirname(path), converted["image"])
+            converted["image"] = os.path.abspath(image)
+        rows.append(converted)
         unsure += not sure
     require(rows, f"{path}: no rows: give a file of predictions")
     return rows, unsure

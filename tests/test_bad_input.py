@@ -1,6 +1,6 @@
-"""What strangers' files do to every reader and stage: one line that names place and remedy and status 2, or they are read right.
+"""Bad input to every reader and stage: it is read right, or one line says what is wrong and what to do.
 
-python tests/test_bad_input.py      writes docs/bad_input.md anew, from the table below and what the scripts say
+python tests/test_bad_input.py    writes docs/bad_input.md from the cases below and what the scripts say
 """
 
 import json
@@ -32,40 +32,51 @@ from medgr2 import cli, leakage, loading, records
 from medgr2.images import open_image
 
 DOC = ROOT / "docs" / "bad_input.md"
+# The first word of a command: a stage's script, or a module for `python -m`.
 SCRIPTS = {
     "generate.py": generate,
     "reward.py": reward,
     "sft.py": sft,
     "grpo.py": grpo,
     "eval.py": evaluation,
-    "records.py": records,
-    "leakage.py": leakage,
-    "report.py": report,
+    "medgr2.records": records,
+    "medgr2.leakage": leakage,
+    "analysis.report": report,
 }
-CHECK = "records.py check {d}/r.jsonl"
-# every command that reads records; {t}: the toy's models
+SUBCOMMANDS = ("check", "split", "import", "train", "score")
+CHECK = "medgr2.records check {d}/r.jsonl"
+IMPORT = "medgr2.records import {d}/r.jsonl --out {o}"
+REPORT = "analysis.report --metrics {d}/r.jsonl --out {o}"
+# Every command that reads records. {d} is the folder of a case, {o} its output, {t} the folder of the toy.
 READERS = {
-    "records.py check": CHECK,
-    "records.py split": "records.py split {d}/r.jsonl --out {o}",
+    "medgr2.records check": CHECK,
+    "medgr2.records split": "medgr2.records split {d}/r.jsonl --out {o}",
     "generate.py": "generate.py --images {d}/r.jsonl --model {t}/generator --out {o}",
-    "reward.py train": "reward.py train --model {t}/policy --data {d}/r.jsonl --holdout 0.5 --steps 1 --out {o}",
+    "reward.py train": "reward.py train --model {t}/policy --data {d}/r.jsonl --holdout 0.5 --steps 1"
+    " --out {o}",
     "reward.py score": "reward.py score --model {d}/rm --data {d}/r.jsonl --keep 0.5 --out {o}",
     "sft.py": "sft.py --model {t}/policy --data {d}/r.jsonl --epochs 1 --out {o}",
-    "grpo.py": "grpo.py --model {t}/policy --reward {d}/rm --data {d}/r.jsonl --steps 1 --prompts 2 --group 2 --kl 0 --out {o}",
+    "grpo.py": "grpo.py --model {t}/policy --reward {d}/rm --data {d}/r.jsonl --steps 1 --prompts 2 --group 2"
+    " --kl 0 --out {o}",
     "eval.py": "eval.py --model {t}/policy --data {d}/r.jsonl --max-new-tokens 4 --out {o}",
-    "leakage.py": "leakage.py --train {d}/r.jsonl --test {d}/r.jsonl --out {o}",
+    "medgr2.leakage": "medgr2.leakage --train {d}/r.jsonl --test {d}/r.jsonl --out {o}",
 }
+
+
+def always(folder):
+    return True
 
 
 class Case(NamedTuple):
     kind: str
     name: str
-    # a part of the line; what begins with "read" is no mistake
+    # A part of the error message; "read" if the input is accepted.
     says: str
-    make: Callable  # (folder) → None
+    # make(folder) writes the files.
+    make: Callable
     command: str = CHECK
-    # of what was read
-    holds: Callable = lambda folder: True
+    # holds(folder): was an accepted input read right?
+    holds: Callable = always
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -89,7 +100,7 @@ def jsonl(*rows):
 
 
 def file(data):
-    """A record file with these bytes; beside it the good image a.png."""
+    """A record file of these bytes, and the good image a.png beside it."""
 
     def make(folder):
         Image.new("RGB", (8, 8), (200, 0, 0)).save(folder / "a.png")
@@ -99,7 +110,7 @@ def file(data):
 
 
 def third(line):
-    """The line is the third of a file: behind a good one and a blank one."""
+    """The line is the third of a file, after a good one and a blank one."""
     return file(jsonl(question(id="q0"), b"", line))
 
 
@@ -120,7 +131,7 @@ def read_as(*ids):
 
 
 def special(make_file):
-    """A record file that is none: `make_file(path)`."""
+    """In place of the record file, what `make_file(path)` makes."""
     return lambda folder: make_file(folder / "r.jsonl")
 
 
@@ -130,7 +141,7 @@ FILES = [
     Case("text file", "a FIFO", "not a regular file", special(os.mkfifo)),
     Case("text file", "a device", "not a regular file", special(lambda path: path.symlink_to("/dev/zero"))),
     Case("text file", "empty", "no records", file(b"")),
-    Case("text file", "blank lines alone", "no records", file(b"\n \r\n\t\n")),
+    Case("text file", "only blank lines", "no records", file(b"\n \r\n\t\n")),
     text("broken UTF-8", "r.jsonl:3: not UTF-8 (byte 8)", b'{"id": "\xff"}'),
     Case("text file", "UTF-16", "r.jsonl:1: not UTF-8", file(json.dumps(question()).encode("utf-16"))),
     Case(
@@ -197,43 +208,15 @@ FILES = [
     *(
         Case("text file", f"a FIFO, {name}", "not a regular file", special(os.mkfifo), command)
         for name, command in READERS.items()
-        if name in ("records.py split", "generate.py", "sft.py", "eval.py")
+        if name in ("medgr2.records split", "generate.py", "sft.py", "eval.py")
     ),
+    Case("text file", "import: a FIFO", "not a regular file", special(os.mkfifo), IMPORT),
     Case(
-        "text file",
-        "import: a FIFO",
-        "not a regular file",
-        special(os.mkfifo),
-        "records.py import {d}/r.jsonl --out {o}",
+        "text file", "import: unknown format", "format not recognised", file(b'[{"text": "hello"}]'), IMPORT
     ),
-    Case(
-        "text file",
-        "import: of no format",
-        "format not recognised",
-        file(b'[{"text": "hello"}]'),
-        "records.py import {d}/r.jsonl --out {o}",
-    ),
-    Case(
-        "text file",
-        "import: broken UTF-8",
-        "not readable",
-        file(b'["\xff"]'),
-        "records.py import {d}/r.jsonl --out {o}",
-    ),
-    Case(
-        "text file",
-        "report: a FIFO",
-        "not a regular file",
-        special(os.mkfifo),
-        "report.py --metrics {d}/r.jsonl --out {o}",
-    ),
-    Case(
-        "text file",
-        "report: nested 100,000 deep",
-        "r.jsonl",
-        file(b"[" * 100_000),
-        "report.py --metrics {d}/r.jsonl --out {o}",
-    ),
+    Case("text file", "import: broken UTF-8", "not readable", file(b'["\xff"]'), IMPORT),
+    Case("text file", "report: a FIFO", "not a regular file", special(os.mkfifo), REPORT),
+    Case("text file", "report: nested 100,000 deep", "r.jsonl", file(b"[" * 100_000), REPORT),
 ]
 
 RECORDS = [
@@ -259,7 +242,7 @@ RECORDS = [
     record("a reward without overall", "`reward` is not", reward={"relevant": 1}),
     record("a number as reward", "`reward` is not of type dict", reward=5),
     record("a word as a reward's head", "`reward` is not", reward={"overall": 1, "relevant": "high"}),
-    record("fields that nobody knows", "read", extra={"ü": [1, None]}),
+    record("unknown fields", "read", extra={"ü": [1, None]}),
     options("answer outside the options", "`answer` is not one of `options`", ["CT", "MRI"], "PET"),
     options("answer in another case", "`answer` is not one of `options`", ["CT", "MRI"], "ct"),
     options("none", "not 2 to 26", []),
@@ -317,7 +300,7 @@ def png(width, height, *more):
 
 
 def picture(make_image):
-    """Two records, with a good image and with i.png, which `make_image(path)` makes."""
+    """Two records: one with a good image, one with i.png, which `make_image(path)` makes."""
 
     def make(folder):
         file(jsonl(question(id="q0"), question(image="i.png", answer="MRI")))(folder)
@@ -348,16 +331,14 @@ def image(name, says, make_image, command=CHECK):
 
 
 def good(name, make_image, *pixels):
-    """`pixels`: the image's, row by row; within 12 of them, for JPEG."""
+    """An image that is read right. `pixels`: its colours row by row; JPEG may be off by 12."""
 
     def holds(folder):
         opened = open_image(str(folder / "i.png"))
         found = [opened.getpixel((x, y)) for y in range(opened.height) for x in range(opened.width)]
-        return (
-            opened.mode == "RGB"
-            and len(found) == len(pixels)
-            and all(abs(a - b) <= 12 for f, p in zip(found, pixels) for a, b in zip(f, p))
-        )
+        if opened.mode != "RGB" or len(found) != len(pixels):
+            return False
+        return all(abs(a - b) <= 12 for f, p in zip(found, pixels) for a, b in zip(f, p))
 
     return Case("image", name, "read", picture(make_image), CHECK, holds)
 
@@ -369,7 +350,7 @@ def palette(path):
     made.save(path, transparency=0)
 
 
-def deep(path):
+def grey_16_bits(path):
     made = Image.new("I;16", (3, 1))
     for x, value in enumerate((1000, 1510, 2020)):
         made.putpixel((x, 0), value)
@@ -413,10 +394,10 @@ IMAGES = [
         data(png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20))))),
     ),
     image("a file of 300 MiB", "more than 256 MiB", huge_file),
-    image("a strip, 1 x 300", "a strip", data(png(1, 300))),
+    image("1 x 300", "too narrow", data(png(1, 300))),
     good("1 x 1", data(png(1, 1)), (0, 0, 0)),
     good("CMYK", lambda path: Image.new("CMYK", (1, 1), (0, 255, 255, 0)).save(path, "JPEG"), (255, 0, 0)),
-    good("16 bits", deep, (0,) * 3, (128,) * 3, (255,) * 3),
+    good("16 bits", grey_16_bits, (0,) * 3, (128,) * 3, (255,) * 3),
     good("palette with alpha", palette, (255, 255, 255), (0, 0, 200)),
     good(
         "animated",
@@ -434,7 +415,7 @@ IMAGES = [
     *(
         image(f"truncated PNG, {name}", "not a readable image", cut(format="PNG"), command)
         for name, command in READERS.items()
-        if command != CHECK and name != "records.py split"
+        if command != CHECK and name != "medgr2.records split"
     ),
     image("missing, eval.py", "no such image", lambda path: None, READERS["eval.py"]),
     image("missing, generate.py", "no image", lambda path: None, READERS["generate.py"]),
@@ -442,28 +423,27 @@ IMAGES = [
 
 
 def place(name, says, path, make_more=lambda folder: None, flags="", command=CHECK):
-    """{d}/own/r.jsonl names `path`; a.png stands in its own folder {d}/own, outside in {d} and in {d}/own-not, and b.png in {d} alone."""
+    """A record file own/r.jsonl that names the image `path`.
+
+    There is an a.png in own/, in own-not/ and in the folder of both, and b.png only in the last.
+    """
 
     def make(folder):
+        rows = jsonl(question(image=path.format(d=folder)), question(id="q2", image="a.png", answer="MRI"))
         for inner in ("own", "own-not", "."):
             (folder / inner).mkdir(exist_ok=True)
-            file(
-                jsonl(question(image=path.format(d=folder)), question(id="q2", image="a.png", answer="MRI"))
-            )(folder / inner)
+            file(rows)(folder / inner)
         Image.new("RGB", (8, 8)).save(folder / "b.png")
         make_more(folder)
 
     command = command.replace("{d}/r.jsonl", "{d}/own/r.jsonl") + flags
-    holds = lambda folder: (
-        command.startswith("records.py import")
-        or open_image(
-            next(
-                records.read_records(  # noqa: E731
-                    folder / "own" / "r.jsonl", root=folder
-                )
-            )["image"]
-        )
-    )
+
+    def holds(folder):
+        if command.startswith("medgr2.records import"):
+            return True
+        first = next(records.read_records(folder / "own" / "r.jsonl", root=folder))
+        return open_image(first["image"])
+
     return Case("image path", name, says, make, command, holds)
 
 
@@ -472,23 +452,17 @@ def link(to, name="i"):
 
 
 def import_of(name, says, path, flags=""):
-    rows = [
-        {
-            "conversations": [
-                {"from": "human", "value": "<image>What?"},
-                {"from": "gpt", "value": "A cyst."},
-            ],
-            "image": path,
-        }
-    ]
-    return place(
-        f"import: {name}",
-        says,
-        "a.png",
-        lambda folder: (folder / "own" / "r.jsonl").write_text(json.dumps(rows)),
-        flags,
-        "records.py import {d}/r.jsonl --out {o}/r.jsonl",
-    )
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cyst."}]
+
+    def make_more(folder):
+        (folder / "own" / "r.jsonl").write_text(json.dumps([{"conversations": turns, "image": path}]))
+
+    return place(f"import: {name}", says, "a.png", make_more, flags, IMPORT + "/r.jsonl")
+
+
+def scored_outside(folder):
+    row = question(image="../a.png", reward={"overall": 1})
+    (folder / "own" / "r.jsonl").write_bytes(jsonl(row))
 
 
 PLACES = [
@@ -516,16 +490,14 @@ PLACES = [
             flags=" --image-root {d}",
             command=READERS[name],
         )
-        for name in ("generate.py", "reward.py score", "sft.py", "eval.py", "leakage.py")
+        for name in ("generate.py", "reward.py score", "sft.py", "eval.py", "medgr2.leakage")
     ),
     place(
-        ".., report.py",
+        ".., analysis.report",
         "a.png is not under",
         "../a.png",
-        command="report.py --scored {d}/r.jsonl --out {o}/report.html",
-        make_more=lambda folder: (folder / "own" / "r.jsonl").write_bytes(
-            jsonl(question(image="../a.png", reward={"overall": 1}))
-        ),
+        scored_outside,
+        command="analysis.report --scored {d}/r.jsonl --out {o}/report.html",
     ),
     import_of("..", "outside of the folder of images", "../a.png"),
     import_of("allowed by --image-root", "read", "../a.png", " --image-root {d}"),
@@ -534,11 +506,11 @@ PLACES = [
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Models. {d}/model is a copy of the toy's policy, spoilt; {d}/rm a reward model.
+# Models. {d}/model is a broken copy of the toy's policy, {d}/rm a reward model.
 
 
 class Payload:
-    """Unpickled, it would make a file."""
+    """Unpickling it would make a file."""
 
     def __reduce__(self):
         return open, (str(Path(tempfile.gettempdir()) / "unpickled"), "w")
@@ -551,18 +523,18 @@ def put_reward_model(folder):
 
 
 def change(name, **fields):
-    """Change fields of a JSON file of the model; a dict's within it."""
+    """Change fields of a JSON file of the model; a dict is merged into the field's own."""
 
-    def spoil(model):
+    def damage(model):
         values = json.loads((model / name).read_text())
         for key, value in fields.items():
             values[key] = values[key] | value if isinstance(value, dict) and key in values else value
         (model / name).write_text(json.dumps(values))
 
-    return spoil
+    return damage
 
 
-def pickle_alone(model):
+def only_pickled(model):
     (model / "model.safetensors").unlink()
     torch.save({"weight": Payload()}, model / "pytorch_model.bin")
 
@@ -591,26 +563,26 @@ def half(name):
     return lambda model: os.truncate(model / name, (model / name).stat().st_size // 2)
 
 
-def model(name, says, spoil, stage="eval.py"):
+def model(name, says, damage, stage="eval.py"):
     def make(folder):
         file(jsonl(question(id="q0"), question(answer="MRI", image="b.png")))(folder)
         Image.new("RGB", (8, 8), (0, 200, 0)).save(folder / "b.png")
         shutil.copytree(ROOT / "toy" / "policy", folder / "model")
-        spoil(folder / "model")
+        damage(folder / "model")
 
     command = re.sub(r"{t}/\w+", "{d}/model", READERS[stage])
     return Case("model", f"{name}, {stage}", says, make, command)
 
 
-def reward_model(name, says, spoil, stage="reward.py score"):
+def reward_model(name, says, damage, stage="reward.py score"):
     def make(folder):
         file(jsonl(question(id="q0")))(folder)
-        # every case may have it; this one spoils its own
+        # The link is to one that all cases share; this case needs its own.
         if (folder / "rm").is_symlink():
             whole = (folder / "rm").resolve()
             (folder / "rm").unlink()
             shutil.copytree(whole, folder / "rm")
-        spoil(folder / "rm")
+        damage(folder / "rm")
 
     return Case("model", f"{name}, {stage}", says, make, READERS[stage])
 
@@ -623,9 +595,9 @@ MODELS = [
     model("a file", "no config.json", lambda path: (shutil.rmtree(path), path.write_text("weights"))),
     model("no weights", "cannot load it", no_file("model.safetensors")),
     model("no weights", "cannot load it", no_file("model.safetensors"), "sft.py"),
-    model("pickled weights alone", "in safetensors", pickle_alone),
-    model("pickled weights alone", "in safetensors", pickle_alone, "sft.py"),
-    model("pickled weights alone", "in safetensors", pickle_alone, "generate.py"),
+    model("only pickled weights", "in safetensors", only_pickled),
+    model("only pickled weights", "in safetensors", only_pickled, "sft.py"),
+    model("only pickled weights", "in safetensors", only_pickled, "generate.py"),
     model("half its weights", "cannot load it", half("model.safetensors")),
     model("broken config.json", "cannot load it", half("config.json")),
     model("no tokenizer", "cannot load it", no_file("tokenizer.json")),
@@ -670,13 +642,17 @@ CASES = {f"{case.kind}: {case.name}": case for case in FILES + RECORDS + IMAGES 
 
 
 def call(command, folder):
-    """Run a command in this process, as from the command line → exit status. A FIFO must not block: it has two minutes."""
+    """Run a command in this process as from the command line. Returns its exit status.
+
+    It has two minutes: opening a FIFO must not block.
+    """
     words = [w.format(d=folder, o=folder / "out", t=ROOT / "toy") for w in shlex.split(command)]
-    before, sys.argv = sys.argv, words
+    script = SCRIPTS[words[0]]
+    before, sys.argv = sys.argv, [script_name(words[0]), *words[1:]]
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it blocks"))
     signal.alarm(120)
     try:
-        cli.run_main(SCRIPTS[words[0]].main, SCRIPTS[words[0]].parse_args())
+        cli.run_main(script.main, script.parse_args())
     except SystemExit as leaving:
         return leaving.code
     finally:
@@ -685,28 +661,27 @@ def call(command, folder):
     return 0
 
 
+def script_name(word):
+    """What `python -m` puts into sys.argv[0] for a module, without its folder."""
+    return word if word.endswith(".py") else word.split(".")[-1] + ".py"
+
+
 def message(error, folder):
-    """The line as it stands in docs/bad_input.md: without the machine's paths and the libraries' own words."""
+    """The line as docs/bad_input.md shows it: without the machine's paths and the libraries' own words."""
     line = error.strip().replace(f"{folder}/", "").replace(str(folder), ".").replace(f"{ROOT}/", "")
     line = re.sub(r"maximum recursion.*?;", "...;", line)
     line = re.sub(r"(not JSON|not a readable image|not readable) \(.*\)", r"\1 (...)", line)
-    return re.sub(
-        r"(image-text-to-text model|does not fit the model): .*; give",
-        r"\1: ...; give",
-        re.sub(r"(train makes one\)): .*", r"\1: ...", line),
-    ).replace("|", "\\|")
+    line = re.sub(r"(train makes one\)): .*", r"\1: ...", line)
+    line = re.sub(r"(image-text-to-text model|does not fit the model): .*; give", r"\1: ...; give", line)
+    return line.replace("|", "\\|")
 
 
 def row(name, said):
+    """The line of a case in docs/bad_input.md."""
     case = CASES[name]
-    words = [
-        w
-        for w in case.command.split()[:2]
-        if w.endswith(".py") or w in ("check", "split", "import", "train", "score")
-    ]
-    return (
-        f"| {case.kind} | {case.name.removesuffix(', ' + ' '.join(words))} | `{' '.join(words)}` | {said} |"
-    )
+    words = case.command.split()[:2]
+    command = " ".join(words[: 2 if words[1] in SUBCOMMANDS else 1])
+    return f"| {case.kind} | {case.name.removesuffix(', ' + command)} | `{command}` | {said} |"
 
 
 @pytest.fixture(scope="module")
@@ -722,32 +697,35 @@ def documented():
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_refused_in_one_line_or_read_right(name, tmp_path, capsys, reward_folder, documented):
-    case, planted = CASES[name], Path(tempfile.gettempdir()) / "unpickled"
+    case, unpickled = CASES[name], Path(tempfile.gettempdir()) / "unpickled"
     (tmp_path / "rm").symlink_to(reward_folder)
     case.make(tmp_path)
     status = call(case.command, tmp_path)
     error = capsys.readouterr().err
     if case.says == "read":
+        said = "read"
         assert status == 0 and not error and case.holds(tmp_path)
-        assert row(name, "read") in documented, "python tests/test_bad_input.py writes docs/bad_input.md anew"
-        return
-    assert status == 2 and case.says in error and error.count("\n") == 1 and len(error) < 1200, error
-    assert not (tmp_path / "out").exists() and not planted.exists()
-    assert row(name, message(error, tmp_path)) in documented, (
-        "python tests/test_bad_input.py writes docs/bad_input.md anew"
-    )
+    else:
+        said = message(error, tmp_path)
+        assert status == 2 and case.says in error and error.count("\n") == 1 and len(error) < 1200, error
+        assert not (tmp_path / "out").exists() and not unpickled.exists()
+    assert row(name, said) in documented, "python tests/test_bad_input.py writes docs/bad_input.md anew"
 
 
-def test_the_document_has_these_cases_and_no_others(documented):
+def test_the_document_has_exactly_these_cases(documented):
     assert len(CASES) >= 60 and sum(line.startswith("| ") for line in documented) == len(CASES) + 1
 
 
 HEAD = """# What bad input does
 
-Each row was run; `python tests/test_bad_input.py` writes this file anew and `tests/test_bad_input.py` holds it. A row that says *read*
-is no mistake, and its content is checked; every other leaves with exit status 2, this one line on stderr and no output folder. `...` stands
-for a library's own words. Where an image is unreadable, `generate.py` and `reward.py score` can set its items aside instead:
-`--on-error skip`, and `--max-rejected` says how many are too many.
+Each row below was run. `python tests/test_bad_input.py` writes this file, and a test checks that it is up to
+date. Most rows are mistakes: the command exits with status 2, prints this one line on stderr and leaves no
+output folder. A row that says *read* is no mistake: the input is accepted, and the test checks what was read.
+`...` stands for the words of a library.
+
+A module such as `medgr2.records` is run with `python -m`. If an image is unreadable, `generate.py` and
+`reward.py score` can set its items aside instead of stopping: `--on-error skip`, with `--max-rejected` as the
+largest fraction of them.
 
 | what | case | command | says |
 |---|---|---|---|

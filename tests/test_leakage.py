@@ -1,4 +1,4 @@
-"""What a test file shares with its training files: each kind found alone, nothing found where nothing is shared."""
+"""What a test file shares with its training files: each kind is found, and nothing else."""
 
 import io
 import json
@@ -63,12 +63,8 @@ def test_another_format_with_the_same_pixels_is_found_and_is_not_the_same_file(t
 
 def test_the_same_bytes_of_pixels_in_another_shape_are_another_image(tmp_path):
     flat = Image.new("L", (40, 90), 7)
-    assert (
-        found(
-            side(tmp_path, "train", [(flat, "")]), side(tmp_path, "test", [(Image.new("L", (90, 40), 7), "")])
-        )
-        == []
-    )
+    train = side(tmp_path, "train", [(flat, "")])
+    assert found(train, side(tmp_path, "test", [(flat.resize((90, 40)), "")])) == []
 
 
 @pytest.mark.parametrize("altered", ["half the size", "compressed", "brighter"])
@@ -129,13 +125,13 @@ def test_the_difference_hash_is_the_sign_of_the_steps_between_cell_means():
         (pixels.reshape(8, 9, 9, 8).mean((1, 3)).T, pixels.reshape(9, 8, 8, 9).mean((1, 3)))
     ):  # (9, 8)
         steps = (cells[1:] - cells[:-1]).T if axis == 0 else cells[1:] - cells[:-1]  # (8, 8)
-        # cells are rounded to grey levels
+        # Cells are rounded to grey levels.
         clear = abs(steps - leakage.NOISE) > 2
         assert clear.sum() > 50 and (bits[axis][clear] == (steps > leakage.NOISE)[clear]).all()
 
 
 def test_steps_of_two_grey_levels_are_noise_and_steps_of_three_are_not():
-    # the cells across, black and white in turn
+    # A chessboard of the cells across.
     checks = np.add.outer(np.arange(72) // 9, np.arange(72) // 8) % 2
     bits = [
         np.unpackbits(
@@ -150,7 +146,7 @@ def test_the_closest_hash_is_that_of_counting_bits_one_by_one():
     rng = np.random.default_rng(0)
     train = rng.integers(0, 2**64, (9, 2), np.uint64)
     test = np.concatenate([rng.integers(0, 2**64, (6, 2), np.uint64), train[4:5], ~train[4:5]])
-    # ties: the first
+    # All twice: of ties, the first.
     train = np.concatenate([train, train])
     index, distance = leakage.closest(test, train, chunk=3)
     wide = [[(int(a) << 64) | int(b) for a, b in hashes] for hashes in (test, train)]
@@ -158,51 +154,35 @@ def test_the_closest_hash_is_that_of_counting_bits_one_by_one():
     assert list(zip(distance.tolist(), index.tolist())) == expected and expected[6] == (0, 4)
 
 
-def test_training_is_refused_with_the_count_the_first_pairs_and_the_list(tmp_path):
+def test_training_is_refused_with_a_count_the_first_pairs_and_a_list(tmp_path):
     train = side(tmp_path, "train", [(scan(i), "Which organ?") for i in range(5)])
     test = side(tmp_path, "test", [(scan(i), "Which organ?") for i in range(1, 6)])
     with pytest.raises(RunError) as error:
-        leakage.refuse([train], test, False, tmp_path / "out" / "leaks.jsonl")
+        leakage.refuse_leakage([train], test, False, tmp_path / "out" / "leaks.jsonl")
     message = str(error.value)
-    assert (
-        "4 of its records" in message and "test0 = train1 (same file)" in message and "test3" not in message
-    )
-    assert (
-        "\n" not in message
-        and str(tmp_path / "out" / "leaks.jsonl") in message
-        and "--allow-leakage" in message
-    )
+    assert "4 of its records" in message and "test0 = train1 (same file)" in message
+    assert "test3" not in message and "\n" not in message
+    assert str(tmp_path / "out" / "leaks.jsonl") in message and "--allow-leakage" in message
     lines = [json.loads(line) for line in open(tmp_path / "out" / "leaks.jsonl")]
     assert len(lines) == 8 and {line["kind"] for line in lines} == {"same file", "same question, same image"}
-    assert all(
-        (tmp_path / "out" / line[field]).resolve().exists()
-        for line in lines
-        for field in ("image", "train_image")
-    )
+    for line in lines:
+        assert (tmp_path / "out" / line["image"]).resolve().exists()
+        assert (tmp_path / "out" / line["train_image"]).resolve().exists()
 
 
-def test_allowed_leakage_is_said_and_counted_and_other_processes_are_silent(tmp_path, capsys):
+def test_allowed_leakage_is_printed_and_counted_and_other_processes_are_silent(tmp_path, capsys):
     train, test = (side(tmp_path, name, [(scan(1), "Which organ?")]) for name in ("train", "test"))
-    assert (
-        leakage.refuse([train], test, True, tmp_path / "quiet.jsonl", main=False) == 1
-        and not capsys.readouterr().out
-    )
-    assert not (tmp_path / "quiet.jsonl").exists()
-    assert (
-        leakage.refuse([train], test, True, tmp_path / "leaks.jsonl") == 1
-        and "1 of its records" in capsys.readouterr().out
-    )
+    assert leakage.refuse_leakage([train], test, True, tmp_path / "quiet.jsonl", main=False) == 1
+    assert not capsys.readouterr().out and not (tmp_path / "quiet.jsonl").exists()
+    assert leakage.refuse_leakage([train], test, True, tmp_path / "leaks.jsonl") == 1
+    assert "1 of its records" in capsys.readouterr().out
 
 
-def test_questions_alone_and_near_duplicates_refuse_nothing(tmp_path):
-    train, test = (
-        side(tmp_path, "train", [(scan(1), "Which organ?")]),
-        side(tmp_path, "test", [(scan(1).resize((48, 40)), "Which organ?")]),
-    )
-    assert (
-        leakage.refuse([train], test, False, tmp_path / "leaks.jsonl") == 0
-        and not (tmp_path / "leaks.jsonl").exists()
-    )
+def test_shared_questions_and_near_duplicates_refuse_nothing(tmp_path):
+    train = side(tmp_path, "train", [(scan(1), "Which organ?")])
+    test = side(tmp_path, "test", [(scan(1).resize((48, 40)), "Which organ?")])
+    assert leakage.refuse_leakage([train], test, False, tmp_path / "leaks.jsonl") == 0
+    assert not (tmp_path / "leaks.jsonl").exists()
 
 
 def audit(*flags):
@@ -230,19 +210,15 @@ def test_the_command_prints_the_table_that_it_writes(tmp_path):
         for line in done.stdout.splitlines()
         if line[-1].isdigit()
     }
-    assert cells["same file"] == ["1", "0.333", "2", "0.500"] and cells["same question, same image"] == [
-        "1",
-        "0.333",
-        "1",
-        "0.250",
-    ]
+    assert cells["same file"] == ["1", "0.333", "2", "0.500"]
+    assert cells["same question, same image"] == ["1", "0.333", "1", "0.250"]
     assert cells["near-duplicate, 4 of 128 bits at most"] == ["1", "0.333", "1", "0.250"]
     written = json.load(open(tmp_path / "out" / "metrics.json"))
     assert json.load(open(tmp_path / "out" / "args.json"))["inputs"] == {
         p: hash_image(p) for p in (train, test)
     }
     assert written["found"]["same file"]["records"] == 2 and (written["records"], written["images"]) == (4, 3)
-    # B? was asked of another image
+    # The last is B?, which was asked of another image.
     assert len(open(tmp_path / "out" / "leaks.jsonl").readlines()) == 2 + 1 + 1 + 1
 
 
@@ -255,14 +231,16 @@ def test_a_mistake_is_one_line(tmp_path):
         ["--test", tmp_path / "no.jsonl"],
     ):
         done = audit("--train", train, "--out", tmp_path / "out", *flags)
-        assert (
-            done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
-        ), done.stderr
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
 def vqa_rad():
-    """VQA-RAD's records, and the ids of the official test split: its file stands behind that of train, and the numbers begin anew."""
+    """VQA-RAD's records, and the ids of the official test split.
+
+    The rows of the test split follow those of train, and their numbers begin again.
+    """
     if not RAD.exists():
         pytest.skip(f"no {RAD}")
     numbers = [row["qid"] for row in json.loads(RAD.read_text())]
@@ -279,16 +257,12 @@ def test_every_test_image_of_the_official_split_of_vqa_rad_is_in_train(vqa_rad, 
     findings, totals = leakage.audit(
         [tmp_path / "train.jsonl"], [tmp_path / "test.jsonl"], 4, rows[0]["image"].rpartition("/")[0]
     )
-    result = leakage.summary(findings, totals)
-    assert result["same file"]["records_share"] == result["same file"]["images_share"] == 1 and totals[
-        "records"
-    ] == len(official)
-    assert (
-        0
-        < result["same question, same image"]["records"]
-        < result["same question, other image"]["records"]
-        < len(official)
+    result = leakage.summarize_findings(findings, totals)
+    assert result["same file"]["records_share"] == result["same file"]["images_share"] == 1
+    same_image, other_image = (
+        result[f"same question, {image} image"]["records"] for image in ("same", "other")
     )
+    assert 0 < same_image < other_image < totals["records"] == len(official)
 
 
 def test_on_real_scans_the_default_distance_finds_most_altered_copies_and_no_two_different_scans(vqa_rad):

@@ -1,4 +1,4 @@
-"""scorers.py: every scorer on real odd answers, the authors' figure on the authors' file, anybody's rows as ours."""
+"""scorers.py: every scorer on odd answers, the authors' figure on their file, third-party rows as ours."""
 
 import difflib
 import json
@@ -10,42 +10,37 @@ import pytest
 from medgr2 import scorers
 from medgr2.errors import RecordError
 
-AUTHORS = (
-    pathlib.Path(__file__).resolve().parent.parent.parent
-    / "shared"
-    / "data"
-    / "medgr_square"
-    / "checkpoint_30.jsonl"
-)
+SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared"
+AUTHORS = SHARED / "data" / "medgr_square" / "checkpoint_30.jsonl"
 MODALITIES = ["MRI", "CT", "Ultrasound"]
-# an option that contains another
+# An option that contains another.
 NESTED = ["CT", "CT scan", "X-ray"]
 WITH_OR = ["Left or right lung", "Liver", "Left", "Spleen or kidney"]
 NUMBERS = ["2", "12", "21"]
 NAMES = ("strict", "letter or text", "most similar", "Med-R1", "MedGR-Square", "unique mention")
 
-# each row: what the model said, the options, and what each scorer reads, in the order of NAMES
+# Rows: the answer, the options, and the option that each scorer finds, in the order of NAMES.
 ODD = [
     ("B", MODALITIES, [None, "CT", None, "CT", None, "CT"]),
     ("b", MODALITIES, [None, "CT", None, None, None, None]),
     ("(B)", MODALITIES, [None, "CT", None, None, None, "CT"]),
     ("B) CT", MODALITIES, [None, "CT", "CT", None, None, "CT"]),
-    # the letter of one option, the text of another
+    # The letter of one option, the text of another.
     ("C) CT", MODALITIES, [None, None, "CT", None, None, "Ultrasound"]),
     ("CT.", MODALITIES, ["CT", "CT", "CT", None, "CT", "CT"]),
-    # difflib minds the case, and finds a t
+    # For difflib case matters, and Ultrasound has a t.
     ("ct", MODALITIES, ["CT", "CT", "Ultrasound", None, "CT", "CT"]),
     ("CT", MODALITIES, ["CT"] * 6),
     ("**CT**", MODALITIES, ["CT", "CT", "CT", None, "CT", "CT"]),
     ("The answer is CT", MODALITIES, [None, None, "CT", None, None, "CT"]),
-    # two named: difflib takes the longer
+    # Two are named: difflib takes the longer.
     ("CT or MRI", MODALITIES, [None, None, "MRI", None, None, None]),
-    # none named: difflib always has one
+    # None is named: difflib still takes one.
     ("PET", MODALITIES, [None, None, "CT", None, None, None]),
     ("", MODALITIES, [None] * 6),
     ("CT scan", NESTED, ["CT scan", "CT scan", "CT scan", None, "CT scan", None]),
     ("CT", NESTED, ["CT"] * 6),
-    # the authors drop the hyphen
+    # The authors drop the hyphen.
     ("xray", NESTED, [None, None, "X-ray", None, "X-ray", None]),
     (
         "left or right lung",
@@ -54,7 +49,7 @@ ODD = [
     ),
     ("Spleen or kidney", WITH_OR, ["Spleen or kidney"] * 3 + [None] + ["Spleen or kidney"] * 2),
     ("left", WITH_OR, ["Left", "Left", "Left", None, "Left", "Left"]),
-    # `2` is in `12`
+    # `2` is in `12`.
     ("12", NUMBERS, ["12", "12", "12", "12", "12", None]),
     ("2.", NUMBERS, ["2", "2", "2", None, "2", "2"]),
     ("A", NUMBERS, [None, "2", None, "2", None, "2"]),
@@ -65,7 +60,7 @@ ODD = [
 @pytest.mark.parametrize(
     "text, options, wanted", ODD, ids=[f"{text or 'empty'} of {options[0]}" for text, options, _ in ODD]
 )
-def test_odd_answers_are_read_as_the_scorers_source_reads_them(name, text, options, wanted):
+def test_a_scorer_finds_in_an_odd_answer_what_its_source_finds(name, text, options, wanted):
     before = list(options)
     assert scorers.CLOSED[name](text, options) == wanted[NAMES.index(name)]
     assert options == before
@@ -81,7 +76,7 @@ def test_most_similar_is_the_option_with_the_highest_ratio_and_the_first_of_equa
 
 
 def test_a_letter_is_a_mention_only_among_the_last_four_words():
-    # five words from the end
+    # B is the fifth word from the end.
     assert scorers.unique_mention("It is option B as far as seen", MODALITIES) is None
     assert scorers.unique_mention("It is option B as I see", MODALITIES) == "CT"
     assert scorers.unique_mention("A or B", MODALITIES) is None
@@ -122,14 +117,17 @@ def row(prediction, answer="CT", options=MODALITIES, **fields):
     return {"prediction": prediction, "answer": answer} | ({"options": options} if options else {}) | fields
 
 
-def test_the_text_that_is_scored_is_what_stands_in_the_answer_tag_and_else_the_whole():
-    assert scorers.said(row("CT", response="<think>MRI?</think><answer> B) CT </answer>")) == "B) CT"
-    assert scorers.said(row(None, response="It is CT")) == "It is CT"
-    assert scorers.said(row(None, response="<answer>CT</answer><answer>MRI</answer>")).count("<answer>") == 2
-    assert scorers.said(row("CT")) == "CT" and scorers.said(row(None)) == ""
+def test_the_text_that_is_scored_is_that_of_the_one_answer_tag_or_else_the_whole_response():
+    assert scorers.answer_text(row("CT", response="<think>MRI?</think><answer> B) CT </answer>")) == "B) CT"
+    assert scorers.answer_text(row(None, response="It is CT")) == "It is CT"
+    assert (
+        scorers.answer_text(row(None, response="<answer>CT</answer><answer>MRI</answer>")).count("<answer>")
+        == 2
+    )
+    assert scorers.answer_text(row("CT")) == "CT" and scorers.answer_text(row(None)) == ""
 
 
-def test_every_scorer_has_the_same_denominator_and_says_how_many_it_could_not_read():
+def test_every_scorer_has_the_same_denominator_and_counts_what_it_could_not_read():
     rows = [
         row("CT", response="CT"),
         row("CT", response="B"),
@@ -138,34 +136,31 @@ def test_every_scorer_has_the_same_denominator_and_says_how_many_it_could_not_re
         row("lung", "left lung", None),
         row("left lung", "left lung", None),
     ]
-    found = scorers.scores(rows, [scorers.readings(r) for r in rows])
-    pick = {
-        name: (f["accuracy"], f["unread"], f["of_read"])
-        for name, f in found["closed"].items()
-        if name != "questions"
-    }
+    found = scorers.summarize_scores(rows, [scorers.apply_scorers(r) for r in rows])
     assert found["closed"]["questions"] == 4 and found["open"]["questions"] == 2
-    assert pick["strict"] == (1 / 4, 2, 1 / 2) and pick["letter or text"] == (2 / 4, 1, 2 / 3)
-    assert pick["most similar"] == (2 / 4, 1, 2 / 3) and pick["Med-R1"] == (2 / 4, 1, 2 / 3)
-    assert pick["MedGR-Square"] == (1 / 4, 2, 1 / 2) and pick["unique mention"] == (3 / 4, 0, 3 / 4)
-    assert (found["closed"]["MedGR-Square"]["left_out"], found["closed"]["MedGR-Square"]["published"]) == (
-        1,
-        1 / 3,
-    )
+
+    def figures(name):
+        return [found["closed"][name][field] for field in ("accuracy", "unread", "of_read")]
+
+    assert figures("strict") == [1 / 4, 2, 1 / 2] and figures("letter or text") == [2 / 4, 1, 2 / 3]
+    assert figures("most similar") == [2 / 4, 1, 2 / 3] and figures("Med-R1") == [2 / 4, 1, 2 / 3]
+    assert figures("MedGR-Square") == [1 / 4, 2, 1 / 2] and figures("unique mention") == [3 / 4, 0, 3 / 4]
+    authors = found["closed"]["MedGR-Square"]
+    assert (authors["left_out"], authors["published"]) == (1, 1 / 3)
     assert found["open"]["exact match"] == 0.5 and found["open"]["token recall"] == 0.75
-    assert "open" not in scorers.scores(rows[:4], [scorers.readings(r) for r in rows[:4]])
+    assert "open" not in scorers.summarize_scores(rows[:4], [scorers.apply_scorers(r) for r in rows[:4]])
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 1])
 @pytest.mark.parametrize("unread", [0, 1, 2, 19, 100])
 def test_left_out_is_what_the_authors_loop_leaves_out(unread, share):
     skipped, force = 0, False
-    # the loop as they wrote it, on as many rows
+    # The loop as they wrote it, on as many rows.
     for invalid in [False] * 100 + [True] * unread + [False] * 60:
         if invalid and not force:
             skipped += 1
             force = skipped >= int((160 + unread) * share)
-    assert scorers.left_out(unread, 160 + unread, share) == skipped
+    assert scorers.count_left_out(unread, 160 + unread, share) == skipped
 
 
 @pytest.mark.skipif(not AUTHORS.exists(), reason=f"no {AUTHORS}")
@@ -174,15 +169,18 @@ def test_on_the_authors_file_the_authors_scorer_gives_the_papers_figure():
         AUTHORS,
         {"id": "question_id", "prediction": "model_answer", "answer": "gt_answer", "image": "image_path"},
     )
-    found = scorers.scores(rows, [scorers.readings(r) for r in rows])["closed"]["MedGR-Square"]
-    bare = lambda text: "".join(c for c in text.lower() if c not in string.punctuation).strip()  # noqa: E731
+    found = scorers.summarize_scores(rows, [scorers.apply_scorers(r) for r in rows])["closed"]["MedGR-Square"]
+
+    def bare(text):
+        return "".join(c for c in text.lower() if c not in string.punctuation).strip()
+
     raw = [json.loads(line) for line in AUTHORS.read_text().splitlines()]
     assert len(rows) == 7851 and unsure == 0
     assert found["right"] == sum(bare(r["model_answer"]) == bare(r["gt_answer"]) for r in raw) == 6865
     assert round(found["published"], 4) == 0.8745 and found["left_out"] == 1 and found["unread"] == 19
 
 
-# Anybody's rows -----------------------------------------------------------------------------------------
+# Third-party rows ---------------------------------------------------------------------------------------
 
 ASKED = "Where is it? Please choose one of the following: {}. You must pick only one answer."
 
@@ -213,17 +211,17 @@ ASKED = "Where is it? Please choose one of the following: {}. You must pick only
         ("CT or MRI or CT or PET", (), ["CT", "MRI", "PET"], True),
     ],
 )
-def test_options_inside_the_question_are_found_and_those_with_or_inside_joined_where_they_are_known(
+def test_options_in_the_question_are_found_and_known_ones_with_an_or_inside_are_joined(
     inside, known, options, sure
 ):
     assert scorers.split_choices(ASKED.format(inside), *known) == ("Where is it?", options, sure)
 
 
-def test_a_question_without_options_inside_is_open():
+def test_a_question_without_options_in_it_is_open():
     assert scorers.split_choices("Where is it, left or right?") == ("Where is it, left or right?", None, True)
 
 
-def test_rows_of_four_shapes_become_the_same_row_of_ours():
+def test_rows_of_four_shapes_become_the_same_row():
     common = {"question_id": "MHSMA_0001", "model_answer": "B", "gt_answer": "CT"}
     fields = {"id": "question_id", "prediction": "model_answer", "answer": "gt_answer"}
     shapes = [
@@ -232,7 +230,7 @@ def test_rows_of_four_shapes_become_the_same_row_of_ours():
         {"question": "Where is it?", "option_A": "MRI", "option_B": "CT", "option_C": None},
         {"question": ASKED.format("MRI or CT")},
     ]
-    got = [scorers.adopt(common | shape, 1, fields)[0] for shape in shapes]
+    got = [scorers.convert_row(common | shape, 1, fields)[0] for shape in shapes]
     assert all(r == got[0] for r in got)
     wanted = {
         "id": "MHSMA_0001",
@@ -250,18 +248,13 @@ def test_rows_of_four_shapes_become_the_same_row_of_ours():
     assert got[0] == wanted
 
 
-def test_a_response_with_tags_numbers_and_a_letter_as_the_right_answer_are_read():
-    got, _ = scorers.adopt(
+def test_a_response_with_tags_number_options_and_a_letter_as_the_right_answer_are_understood():
+    got, _ = scorers.convert_row(
         {"prediction": "<think>2?</think><answer>C</answer>", "answer": "C", "options": [1, 2, 3]}, 7, {}
     )
-    assert (got["id"], got["options"], got["answer"], got["prediction"], got["correct"]) == (
-        "row7",
-        ["1", "2", "3"],
-        "3",
-        "3",
-        True,
-    )
-    got, _ = scorers.adopt({"prediction": 3, "answer": 3}, 1, {})
+    assert (got["id"], got["options"]) == ("row7", ["1", "2", "3"])
+    assert (got["answer"], got["prediction"], got["correct"]) == ("3", "3", True)
+    got, _ = scorers.convert_row({"prediction": 3, "answer": 3}, 1, {})
     assert "options" not in got and got["prediction"] == "3" and got["correct"]
 
 
