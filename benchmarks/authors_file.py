@@ -1,13 +1,13 @@
-"""One file of predictions by every scorer: the file that the authors of MedGR2 published, and the README's table of it.
+"""One file of predictions by every scorer: the file that the authors of MedGR2 published.
 
-    python benchmarks/authors_file.py checkpoint_30.jsonl    from github.com/HelmarZhi/MedGR-Square; it is not part of this project
-    python benchmarks/authors_file.py --readme               writes the README's table anew from the committed result file
+    python benchmarks/authors_file.py checkpoint_30.jsonl    the file is in github.com/HelmarZhi/MedGR-Square
+    python benchmarks/authors_file.py --readme               writes the table from the committed result file
 
-Writes benchmarks/results/scorers_checkpoint_30.json: every scorer's figures in all, by data set, and by modality where the data
-set has one alone; the interval, and the baselines that never look.
+Writes benchmarks/results/scorers_checkpoint_30.json: every scorer's figures in all, by data set, and by
+modality if the data set has only one; the interval, and the baselines that never see the image. The file
+itself is not part of this project.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,13 +18,13 @@ import readme
 
 import eval as evaluation
 from medgr2 import cli, runs, scorers
-from medgr2.errors import RunError
 
 RESULT = os.path.join(ROOT, "benchmarks", "results", "scorers_checkpoint_30.json")
 FIELDS = {"id": "question_id", "prediction": "model_answer", "answer": "gt_answer", "image": "image_path"}
 
 
 def collect(path):
+    """The result file of a file of predictions."""
     rows, unsure = scorers.read_predictions(path, FIELDS)
     found = scorers.score_by_group(rows)
     overall = {k: v for k, v in evaluation.compute_metrics(rows, 0).items() if not isinstance(v, dict)}
@@ -38,57 +38,49 @@ def collect(path):
     }
 
 
-def readme_table(result):
-    """The README's block: every scorer in all, then by modality."""
-    closed, by = result["scorers"]["closed"], result["scorers"]["modality"]
-    lines = [
-        "| scorer | right, of all | could not read | right, of those read | as published | left out there |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {name} | {s['accuracy']:.4f} | {s['unread']} | {s['of_read']:.4f} | {s['published']:.4f} | {s['left_out']} |"
-        for name, s in closed.items()
-        if name != "questions"
-    ]
-    columns = [name for name in closed if name != "questions"]
-    lines += ["", f"| modality | questions | {' | '.join(columns)} |", "|---|---:|" + "---:|" * len(columns)]
-    lines += [
-        f"| {'not known' if name == '(none)' else name} | {group['closed']['questions']} | "
-        + " | ".join(f"{group['closed'][c]['accuracy']:.3f}" for c in columns)
-        + " |"
-        for name, group in sorted(by.items(), key=lambda item: (item[0] == "(none)", item[0]))
-    ]
-    o = result["letter_or_text"]
-    lines += [
-        "",
-        f"{closed['questions']} questions on {o['images']} images. By *letter or text* {o['accuracy']:.3f}, 95% interval over images {o['low']:.3f} to "
-        f"{o['high']:.3f}; always the most frequent position: {o['position']:.3f}. Command `{result['command']}`; result file: "
-        "`benchmarks/results/scorers_checkpoint_30.json`.",
-    ]
-    return "\n".join(lines)
+def format_tables(result):
+    """Every scorer in all, then by modality."""
+    closed, by_modality = result["scorers"]["closed"], result["scorers"]["modality"]
+    names, rows = [name for name in closed if name != "questions"], []
+    for name in names:
+        found = closed[name]
+        shares = f"{found['of_read']:.4f}", f"{found['published']:.4f}"
+        rows.append([name, f"{found['accuracy']:.4f}", found["unread"], *shares, found["left_out"]])
+    headers = ["scorer", "right, of all", "could not read", "right, of those read", "as published"]
+    overall = readme.format_table([*headers, "left out there"], rows)
+    rows = []
+    # The questions without a modality come last.
+    for name, group in sorted(by_modality.items(), key=lambda item: (item[0] == "(none)", item[0])):
+        label = "not known" if name == "(none)" else name
+        accuracies = [f"{group['closed'][scorer]['accuracy']:.3f}" for scorer in names]
+        rows.append([label, group["closed"]["questions"], *accuracies])
+    modalities = readme.format_table(["modality", "questions", *names], rows)
+    found = result["letter_or_text"]
+    source = (
+        f"{closed['questions']} questions on {found['images']} images. By *letter or text* "
+        f"{found['accuracy']:.3f}, 95% interval over images {found['low']:.3f} to {found['high']:.3f}; "
+        f"always the most frequent position: {found['position']:.3f}. Command `{result['command']}`; "
+        f"result file: `{os.path.relpath(RESULT, ROOT)}`."
+    )
+    return f"{overall}\n\n{modalities}\n\n{source}"
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("file", nargs="?", help="the authors' checkpoint_30.jsonl")
-    p.add_argument(
-        "--readme",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="only write the README's table, from the result file",
-    )
-    return p.parse_args()
+    cli.add_switch(p, "--readme", "only write the table, from the result file")
+    args = p.parse_args()
+    if bool(args.file) == args.readme:
+        p.error("give the file, or --readme")
+    return args
 
 
 def main(args):
-    if bool(args.file) == args.readme:
-        raise RunError("give the file, or --readme")
     if args.file:
         runs.write_json(RESULT, collect(args.file))
     with open(RESULT, encoding="utf-8") as f:
         result = json.load(f)
-    readme.write_block("scorers", readme_table(result))
-    print(readme_table(result))
+    readme.write_block("scorers", format_tables(result))
 
 
 if __name__ == "__main__":

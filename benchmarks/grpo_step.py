@@ -1,30 +1,34 @@
-"""Seconds and memory of a GRPO step: this project against TRL's GRPOTrainer, on the same model, prompts and work.
+"""Seconds and memory of a GRPO step against TRL's GRPOTrainer, on the same model, prompts and work.
 
-A step takes P questions about images, samples G = 8 responses of C = 32 tokens to each (no token that ends a turn may be
-sampled, so all are of one length), rewards them by a number that their ids give (so that no reward model counts), learns from
-them by the GRPO loss (β = 0, ε = 0.2, no update but one a rollout) and moves AdamW. The vision tower and the
-projector are frozen on both sides, as grpo.py has it.
+A step takes P questions about images and samples G = 8 responses of C = 32 tokens to each. No token that
+ends a turn may be sampled, so all responses have one length. Rewards are computed from the ids, so no
+reward model is measured. The step learns by the GRPO loss (β = 0, ε = 0.2, one update per rollout) with
+AdamW. The vision tower and the projector are frozen on both sides, as in grpo.py.
 
-    ours     grpo.py's sample_groups, advantages_of and learn, and then what its main does; its default micro-batch of 8 questions
-    trl      GRPOTrainer, tuned: no gradient checkpointing, our dtype, the largest micro-batch that is at hand (see ROWS)
-    default  GRPOTrainer as it comes: gradient checkpointing, bf16 autocast, 8 responses a micro-batch
+    ours     the functions of grpo.py's step, as its main calls them; its default micro-batch of 8 questions
+    trl      GRPOTrainer, tuned: no gradient checkpointing, our dtype, the largest micro-batch (ROWS)
+    default  GRPOTrainer's defaults: gradient checkpointing, bf16 autocast, 8 responses per micro-batch
 
-Only what the comparison needs is set on both: the above, and no learning-rate schedule. TRL takes images from a datasets.Dataset of
-files as is usual with it, we from the files. Models are LLaVA with random weights and the toy's tokenizer: `toy`, the toy policy's
-shape (1 M parameters, P = 8), and `mid` (50 M; P = 4, 2 and 1: 8 would take minutes a step); patches are made smaller or images
-larger for 16 to 1024 image tokens. `qwen` is of
-Qwen2.5-VL-3B's shape with a made-up tokenizer, in bf16 autocast, on a GPU alone; `tiny` is its like for a CPU, to try the code.
+Only what the comparison needs is set on both sides: the above, and no learning-rate schedule. TRL takes
+images from a datasets.Dataset of files, as is usual with it; we take them from the files. The models are
+LLaVA with random weights and the toy's tokenizer: `toy` has the toy policy's shape (1 M parameters, P = 8),
+`mid` has 50 M parameters (P = 4, 2 and 1: with 8 a step would take minutes). Smaller patches or larger
+images give 16 to 1024 image tokens. `qwen` has Qwen2.5-VL-3B's shape and a made-up tokenizer, in bf16
+autocast, only on a GPU; `tiny` is a small one for a CPU, to try the code.
 
-Each measurement is a process of its own, sides take turns, for several rounds. Seconds are the median of the timed steps. Memory is
-the process's resident peak (on a GPU: allocated), and how far it is above what was held once model and optimiser were made. The
-ratio is TRL's seconds over ours in one round: its median over rounds, lowest and highest.
+Each measurement is a process of its own, and the sides take turns for several rounds. Seconds are the
+median of the timed steps. Memory is the peak of the process (resident; on a GPU allocated), and its growth
+above what was held once model and optimiser were made. A ratio is TRL's value over ours in one round: its
+median over rounds, lowest and highest.
 
-Same work: both get the same completions (for TRL a subclass gives them in place of its generation, in this check alone) and leave
-their gradient before clipping. Loss (zero by construction at a first step: advantages sum to zero), gradient norm and cosine.
+Same work: both sides get the same completions and keep their gradient before clipping. (For TRL a subclass
+returns them in place of its generation, only in this check.) Compared are the loss (zero by construction at
+a first step, since advantages sum to zero), the gradient's norm and the cosine of the two gradients.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/grpo_step.py                                  all rows of this machine: writes benchmarks/results/grpo_step_cpu.json
-    python benchmarks/grpo_step.py --rows toy-16 --rounds 1 --steps 1 --out /tmp/quick.json     rows are added to those in --out
+    python benchmarks/grpo_step.py              all rows of this machine, into benchmarks/results/
+    python benchmarks/grpo_step.py --rows toy-16 --rounds 1 --steps 1 --out /tmp/quick.json
+    python benchmarks/grpo_step.py --readme     writes the tables from the committed result file
 """
 
 import argparse
@@ -46,9 +50,9 @@ from medgr2 import cli, runs
 from medgr2.errors import RunError
 from medgr2.prompts import TASKS, policy_prompt
 
-# responses to a question, tokens of a response
+# Responses to a question, tokens of a response, learning rate.
 G, C, LR, SEED = 8, 32, 1e-5, 0
-# trl_batch: responses of TRL's tuned micro-batch
+# trl_batch: responses in TRL's tuned micro-batch.
 Row = namedtuple("Row", "shape pixels patch prompts trl_batch steps")
 ROWS = {
     "toy-16": Row("toy", 64, 16, 8, 64, 5),
@@ -61,46 +65,56 @@ ROWS = {
 GPU_ROWS = {"qwen-256": Row("qwen", 448, 14, 8, 64, 5), "qwen-1024": Row("qwen", 896, 14, 8, 16, 3)}
 TRIAL = {"tiny-64": Row("tiny", 224, 14, 2, 16, 1)}
 SIDES = ("ours", "trl", "default")
+# The columns of the README's table.
+SUMMARY = {
+    "row": "row",
+    "ours s": "ours s",
+    "trl s": "TRL s",
+    "trl/ours": "TRL/ours",
+    "trl/ours growth": "memory growth, TRL/ours",
+}
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
+    count, rows = cli.number(int, 1), [*ROWS, *GPU_ROWS, *TRIAL]
+    p.add_argument("--rows", nargs="+", choices=rows, help="rows to measure (all that this machine can)")
     p.add_argument(
-        "--rows",
-        nargs="+",
-        choices=[*ROWS, *GPU_ROWS, *TRIAL],
-        help="rows to measure (all that this machine can)",
+        "--sides", nargs="+", choices=SIDES, help="sides to measure (all; no default at 1024 tokens)"
     )
+    p.add_argument("--rounds", type=count, default=2, help="processes of each side (of `default` one)")
     p.add_argument(
-        "--sides", nargs="+", choices=SIDES, help="sides to measure (all; of 1024 image tokens ours and trl)"
+        "--steps", type=count, help="timed steps of a process, after one to warm up (the row's own)"
     )
-    p.add_argument(
-        "--rounds", type=cli.number(int, 1), default=2, help="processes of each side (`default`: one)"
-    )
-    p.add_argument(
-        "--steps",
-        type=cli.number(int, 1),
-        help="timed steps of a process, after one to warm up (the row's own)",
-    )
-    p.add_argument(
-        "--threads", type=cli.number(int, 1), default=os.cpu_count(), help="CPU threads, of every side"
-    )
+    p.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads, of every side")
     p.add_argument(
         "--out", help="result file (benchmarks/results/grpo_step_DEVICE.json); other rows in it stay"
     )
-    p.add_argument(
-        "--readme",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="only write the README's table, from the result file",
-    )
-    # row, task, folder: what to do in this process
+    cli.add_switch(p, "--readme", "only write the tables, from the result file")
+    # ROW TASK FOLDER: what to do in this process.
     p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return p.parse_args()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The model and the questions, made once a row.
+# The model and the questions, made once per row.
+
+
+# (text, vision): changes of the toy policy's sizes.
+LLAVA_SIZES = {
+    "toy": ({}, {}),
+    "mid": (
+        {
+            "hidden_size": 512,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "layer_types": ["full_attention"] * 8,
+        },
+        {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4},
+    ),
+}
 
 
 def build_llava(row, folder):
@@ -113,28 +127,12 @@ def build_llava(row, folder):
     policy = os.path.join(ROOT, "toy", "policy")
     config = transformers.AutoConfig.from_pretrained(policy, trust_remote_code=False)
     config.image_seq_length, config.dtype = (row.pixels // row.patch) ** 2, "float32"
-    sizes = {
-        "toy": ({}, {}),
-        "mid": (
-            dict(
-                hidden_size=512,
-                intermediate_size=3072,
-                num_hidden_layers=8,
-                num_attention_heads=8,
-                num_key_value_heads=4,
-                layer_types=["full_attention"] * 8,
-            ),
-            dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4),
-        ),
-    }
-    text, vision = sizes[row.shape]
+    text, vision = LLAVA_SIZES[row.shape]
     config.text_config.update(text | {"max_position_embeddings": 4096})
     config.vision_config.update(vision | {"image_size": row.pixels, "patch_size": row.patch})
     processor = loading.load_processor(policy)
-    processor.patch_size, processor.image_processor.size = (
-        row.patch,
-        {"height": row.pixels, "width": row.pixels},
-    )
+    processor.patch_size = row.patch
+    processor.image_processor.size = {"height": row.pixels, "width": row.pixels}
     processor.save_pretrained(folder)
     torch.manual_seed(SEED)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -142,123 +140,112 @@ def build_llava(row, folder):
     model.save_pretrained(folder)
 
 
+SPECIAL = "<|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+# (text, vision): Qwen2.5-VL-3B's sizes, and some for a CPU.
+QWEN_SIZES = {
+    "qwen": (
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+        },
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+        },
+    ),
+    "tiny": (
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 1024,
+        },
+        {
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [1],
+        },
+    ),
+}
+
+
+def save_qwen_processor(row, folder):
+    """An image processor, and the toy's tokenizer with tokens that no text has. Returns the latter."""
+    import transformers
+
+    policy = os.path.join(ROOT, "toy", "policy")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(policy, trust_remote_code=False)
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = raw["model"]["vocab"]
+    last = max(*words.values(), *(token["id"] for token in raw["added_tokens"]))
+    for i in range(last + 1, 150000 if row.shape == "qwen" else 1000):
+        words[f"unused{i}"] = i
+    fast = type(tokenizer.backend_tokenizer).from_str(json.dumps(raw))
+    ends = {"pad_token": "<|pad|>", "eos_token": "<|im_end|>", "additional_special_tokens": SPECIAL}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **ends)
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": row.pixels**2, "longest_edge": row.pixels**2}
+    transformers.Qwen2VLImageProcessorPil(patch_size=row.patch, size=size).save_pretrained(folder)
+    with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
+        f.write(CHAT)
+    return tokenizer
+
+
 def build_qwen(row, folder):
-    """A Qwen2.5-VL with random weights; the toy's tokenizer, filled up to 150,000 tokens that no text has."""
+    """A Qwen2.5-VL with random weights and a made-up tokenizer."""
     import torch
     import transformers
 
-    special = [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        os.path.join(ROOT, "toy", "policy"), trust_remote_code=False
-    )
-    raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocab = 150000 if row.shape == "qwen" else 1000
-    words = raw["model"]["vocab"]
-    words |= {
-        f"unused{i}": i
-        for i in range(max(max(words.values()), max(t["id"] for t in raw["added_tokens"])) + 1, vocab)
-    }
-    fast = type(tokenizer.backend_tokenizer).from_str(json.dumps(raw))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<|pad|>", eos_token="<|im_end|>", additional_special_tokens=special
-    )
-    tokenizer.save_pretrained(folder)
-    transformers.Qwen2VLImageProcessorPil(
-        patch_size=row.patch, size={"shortest_edge": row.pixels**2, "longest_edge": row.pixels**2}
-    ).save_pretrained(folder)
-    chat = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|>"
-        "<|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    )
-    with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
-        f.write(chat)
-    # Qwen2.5-VL-3B's, and something for a CPU
-    text, vision = {
-        "qwen": (
-            dict(
-                hidden_size=2048,
-                intermediate_size=11008,
-                num_hidden_layers=36,
-                num_attention_heads=16,
-                num_key_value_heads=2,
-                vocab_size=151936,
-            ),
-            dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048),
-        ),
-        "tiny": (
-            dict(
-                hidden_size=128,
-                intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=1024,
-            ),
-            dict(
-                depth=2,
-                hidden_size=64,
-                intermediate_size=128,
-                num_heads=4,
-                out_hidden_size=128,
-                fullatt_block_indexes=[1],
-            ),
-        ),
-    }[row.shape]
-    # rotary pairs of a head, shared by time, height and width
+    tokenizer = save_qwen_processor(row, folder)
+    text, vision = QWEN_SIZES[row.shape]
+    # Rotary pairs of a head, shared by time, height and width.
     half = text["hidden_size"] // text["num_attention_heads"] // 2
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8],
-    }
-    ids = dict(
-        zip(
-            ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
-            tokenizer.convert_tokens_to_ids(special[2:]),
-        )
-    )
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(SPECIAL[2:])))
+    more = {"rope_parameters": rope, "tie_word_embeddings": True, "bos_token_id": None}
     config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(
-            text,
-            rope_parameters=rope,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-        ),
-        vision_config=dict(vision, patch_size=row.patch),
+        text_config=text | more | ends,
+        vision_config=vision | {"patch_size": row.patch},
         tie_word_embeddings=True,
         **ids,
     )
     torch.manual_seed(SEED)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    )
+    model.generation_config.update(**ends)
     model.save_pretrained(folder)
 
 
 def build(row, folder, steps):
-    """folder/model and folder/questions.jsonl: P questions a step, one an image."""
+    """folder/model and folder/questions.jsonl: P questions per step, one per image."""
     import clinic
 
     from medgr2 import records
 
     build_model = build_llava if row.shape in ("toy", "mid") else build_qwen
     build_model(row, os.path.join(folder, "model"))
-    records.write_records(
-        os.path.join(folder, "questions.jsonl"),
-        clinic.question_rows(folder, "q", row.prompts * steps, SEED, 1, list(TASKS)),
-    )
+    rows = clinic.question_rows(folder, "q", row.prompts * steps, SEED, 1, list(TASKS))
+    records.write_records(os.path.join(folder, "questions.jsonl"), rows)
     return {}
 
 
@@ -269,7 +256,7 @@ def questions(folder):
 
 
 def reward(ids):
-    """What a response earns: the mean of its ids. No two of a group earn the same, so all have an advantage."""
+    """The reward of a response: the mean of its ids. It differs within a group, so all have an advantage."""
     return sum(ids) / len(ids) / 1000
 
 
@@ -302,7 +289,7 @@ class Meter:
 
     def result(self):
         """Of the steps after the first: seconds each, their median; peak bytes and growth."""
-        # Linux counts in KiB
+        # Linux counts in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.cuda:
             import torch
@@ -349,7 +336,7 @@ def given_groups(policy, batch):
 
 
 def ours(row, folder, steps, cuda, check=False):
-    """Our step, as grpo.py's main does it: `steps` after one to warm up; or the gradient of given completions."""
+    """Our step, as grpo.py's main does it: `steps` after one to warm up, or the gradient of the check."""
     from dataclasses import replace
 
     import torch
@@ -364,8 +351,9 @@ def ours(row, folder, steps, cuda, check=False):
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
     rows, meter = questions(folder), Meter(cuda)
-    args = argparse.Namespace(micro_batch=8, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0, clip=1.0,
-                              scale_rewards="group", drop_zero_variance=False, mask_truncated=False)  # fmt: skip
+    loss = {"loss": "grpo", "epsilon": 0.2, "epsilon_high": None, "kl": 0.0, "mask_truncated": False}
+    groups = {"scale_rewards": "group", "drop_zero_variance": False}
+    args = argparse.Namespace(micro_batch=8, clip=1.0, **loss, **groups)
     for step in range(1 + steps):
         part = rows[step * row.prompts : (step + 1) * row.prompts]
         batch = rollouts.Batch(step, part, rollouts.preprocess(policy, part))
@@ -390,7 +378,7 @@ def norm_of(gradients):
 
 
 def trl_config(row, steps, side, policy, cuda, check):
-    """GRPOConfig: what must be the same on both sides; for `trl` also what makes it fast."""
+    """GRPOConfig: what must be the same on both sides, and for `trl` what makes it fast."""
     from trl import GRPOConfig
 
     batch = row.trl_batch if side == "trl" else 8
@@ -439,7 +427,7 @@ def trl(row, folder, steps, cuda, side="trl", check=False):
     seen = {}
 
     class Fed(GRPOTrainer):
-        """Takes the check's completions in place of its own: there is no other way to give it some."""
+        """Takes the check's completions in place of its own: TRL has no other way to give it some."""
 
         def _generate_single_turn(self, *args, **kwargs):
             return fed_completions(policy, row.prompts).tolist(), None
@@ -505,21 +493,13 @@ def child(args):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# All processes. This one imports no torch: what it holds when it starts a child would count in the child's peak.
+# All processes. This one imports no torch: its memory when it starts a child would count in the child's peak.
 
 
 def call(name, task, folder, args):
     """Run a task in a process of its own → its result."""
-    command = [
-        sys.executable,
-        os.path.abspath(__file__),
-        "--child",
-        name,
-        task,
-        folder,
-        "--threads",
-        str(args.threads),
-    ]
+    command = [sys.executable, os.path.abspath(__file__), "--child", name, task, folder]
+    command += ["--threads", str(args.threads)]
     command += ["--steps", str(args.steps)] if args.steps else []
     env = os.environ | {
         "OMP_NUM_THREADS": str(args.threads),
@@ -540,7 +520,7 @@ def spread(values):
 def measure(name, args):
     """All rounds of a row, and the check that both sides do the same work."""
     row = (ROWS | GPU_ROWS | TRIAL)[name]
-    # Qwen merges four patches
+    # Qwen merges four patches into a token.
     image_tokens = (row.pixels // row.patch) ** 2 // (1 if row.shape in ("toy", "mid") else 4)
     sides = args.sides or (SIDES if image_tokens <= 256 else SIDES[:2])
     with tempfile.TemporaryDirectory() as folder:
@@ -558,7 +538,7 @@ def measure(name, args):
     tokens = {r["response_tokens"] for turn in rounds for r in turn.values()}
     if tokens != {row.prompts * G * C}:
         raise RunError(
-            f"{name}: responses of {tokens} tokens a step in all; {row.prompts * G * C} were to be"
+            f"{name}: responses of {tokens} tokens per step in all; {row.prompts * G * C} were expected"
         )
     result = row._asdict() | {
         "image_tokens": image_tokens,
@@ -575,48 +555,62 @@ def measure(name, args):
     return result
 
 
-def line_of(name, r):
-    """A row of the table: medians over rounds, TRL over ours, cosine of the gradients."""
-    middle = lambda side, key: statistics.median([t[side][key] for t in r["rounds"] if side in t])  # noqa: E731
-    there = [s for s in SIDES if s in r["rounds"][0]]
-    cells = {f"{s} s": middle(s, "seconds") for s in there} | {
-        f"{s} GB": middle(s, "peak_bytes") / 1e9 for s in there
-    }
-    for peer in there:
-        if f"{peer}_over_ours" in r:
-            ratio, memory = r[f"{peer}_over_ours"]["seconds"], r[f"{peer}_over_ours"]["growth_bytes"]
-            cells |= {
-                f"{peer}/ours": f"{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})",
-                f"{peer}/ours growth": memory["median"],
-            }
-    return (
-        {"row": name, "prompts": r["prompts"]} | cells | {"cosine": f"{r['same_work']['trl']['cosine']:.7f}"}
-    )
+def median_of(rounds, side, key):
+    return statistics.median(turn[side][key] for turn in rounds if side in turn)
 
 
-def table(result, markdown=False):
-    lines = [line_of(n, r) for n, r in result["rows"].items()]
-    headers = list(dict.fromkeys(k for line in lines for k in line))
-    return cli.format_table([[line.get(h) for h in headers] for line in lines], headers, markdown)
+def row_cells(name, row):
+    """{column: cell} of a row: medians over rounds, TRL's values over ours, the cosine of the gradients."""
+    rounds = row["rounds"]
+    sides = [side for side in SIDES if side in rounds[0]]
+    cells = {"row": name, "prompts": row["prompts"]}
+    cells |= {f"{side} s": median_of(rounds, side, "seconds") for side in sides}
+    cells |= {f"{side} GB": median_of(rounds, side, "peak_bytes") / 1e9 for side in sides}
+    for side in sides:
+        if f"{side}_over_ours" in row:
+            ratios = row[f"{side}_over_ours"]
+            low, high = ratios["seconds"]["low"], ratios["seconds"]["high"]
+            cells[f"{side}/ours"] = f"{ratios['seconds']['median']:.1f} ({low:.1f}-{high:.1f})"
+            cells[f"{side}/ours growth"] = ratios["growth_bytes"]["median"]
+    return cells | {"cosine": f"{row['same_work']['trl']['cosine']:.7f}"}
 
 
-def readme_table(result):
-    """The README's block: the table, and where its rows come from."""
+def table(result, columns=None, markdown=False):
+    """A line per row of the result. `columns`: {column: header}; all columns by default."""
+    lines = [row_cells(name, row) for name, row in result["rows"].items()]
+    if columns is None:
+        columns = {column: column for line in lines for column in line}
+    cells = [[line.get(column) for column in columns] for line in lines]
+    return cli.format_table(cells, columns.values(), markdown)
+
+
+def provenance(result):
     first = next(iter(result["rows"].values()))
-    commits = dict.fromkeys(r["git"]["commit"][:10] for r in result["rows"].values())
-    gpus = first["hardware"]["gpus"]
+    commits = dict.fromkeys(f"`{row['git']['commit'][:10]}`" for row in result["rows"].values())
+    hardware, versions = first["hardware"], first["versions"]
+    device = ", ".join(hardware["gpus"]) or f"{first['threads']} CPU cores"
     return (
-        f"{table(result, True)}\n\nCommand `python benchmarks/grpo_step.py`; commit {', '.join(f'`{c}`' for c in commits)}; "
-        f"{', '.join(gpus) or str(first['threads']) + ' CPU cores'} ({first['hardware']['machine']}), torch {first['versions']['torch']}, "
-        f"transformers {first['versions']['transformers']}, TRL {first['versions']['trl']}."
+        f"Command `python benchmarks/grpo_step.py`; commit {', '.join(commits)}; "
+        f"{device} ({hardware['machine']}), torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, TRL {versions['trl']}."
     )
 
 
-def machine():
-    """runs.environment, asked of a process that has torch: versions, commit, hardware with its GPUs; and TRL's version."""
+def write_tables(path):
+    """The README's table and the detailed one of docs/performance.md."""
+    with open(path, encoding="utf-8") as f:
+        result = json.load(f)
+    source = provenance(result)
+    readme.write_block("grpo_step", f"{table(result, SUMMARY, markdown=True)}\n\n{source}")
+    readme.write_block("grpo_step-detail", f"{table(result, markdown=True)}\n\n{source}")
+
+
+def environment():
+    """runs.environment of a process that has torch, and so knows the GPUs; with TRL's version."""
     code = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); import torch, runs; from importlib.metadata import version; "
-        "p = runs.environment(); p['versions']['trl'] = version('trl'); print(json.dumps(p))"
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import torch; from medgr2 import runs; "
+        "from importlib.metadata import version; found = runs.environment(); "
+        "found['versions']['trl'] = version('trl'); print(json.dumps(found))"
     )
     done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
     if done.returncode:
@@ -627,20 +621,16 @@ def machine():
 def main(args):
     if args.child:
         return child(args)
+    results = os.path.join(ROOT, "benchmarks", "results")
     if args.readme:
-        with open(
-            args.out or os.path.join(ROOT, "benchmarks", "results", "grpo_step_cpu.json"), encoding="utf-8"
-        ) as f:
-            return readme.write_block("grpo_step", readme_table(json.load(f)))
-    here = machine()
+        return write_tables(args.out or os.path.join(results, "grpo_step_cpu.json"))
+    here = environment()
     gpu = bool(here["hardware"]["gpus"])
-    names = args.rows or [*ROWS, *GPU_ROWS] if not gpu else args.rows or list(GPU_ROWS)
+    names = args.rows or (list(GPU_ROWS) if gpu else [*ROWS, *GPU_ROWS])
     skipped = [n for n in names if n in GPU_ROWS and not gpu]
     if skipped:
         print(f"no CUDA device: {', '.join(skipped)} skipped, not measured")
-    out = args.out or os.path.join(
-        ROOT, "benchmarks", "results", f"grpo_step_{'cuda' if gpu else 'cpu'}.json"
-    )
+    out = args.out or os.path.join(results, f"grpo_step_{'cuda' if gpu else 'cpu'}.json")
     result = {"rows": {}}
     if os.path.exists(out):
         with open(out, encoding="utf-8") as f:

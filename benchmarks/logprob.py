@@ -1,23 +1,27 @@
 """Time and memory of the losses of triton_ops.py against other ways to compute the same.
 
-Two tasks, each forward alone and forward + backward: `ce`, the mean cross-entropy of N tokens; `grpo`, the GRPO loss of N / C
-sequences on policy (with entropies, a reference and a KL term) by grpo.py's `grpo_loss`. Ways:
+Two tasks, each forward only and forward + backward: `ce`, the mean cross-entropy of N tokens; `grpo`, the
+GRPO loss of N / C sequences on policy (with entropies, a reference and a KL term) by grpo.py's `grpo_loss`.
+Ways:
 
-    ours       linear_cross_entropy, linear_grpo_loss         replay    linear_logprob, whose backward computes the logits again
-    plain      all logits, log_softmax, autograd              compile   the same under torch.compile, its compilation not timed
-    torch      torch.nn.functional.linear_cross_entropy with its chunking options (without, it is the plain way)
-    gemms      the bare GEMMs, 3 with backward and 1 without: the floor
-    liger, trl, cce   on CUDA alone, where benchmarks/requirements.txt is installed: Liger-Kernel's fused linear cross-entropy, TRL's
-               ChunkedLogProbFunction, Apple's cut-cross-entropy
+    ours       linear_cross_entropy, linear_grpo_loss
+    replay     linear_logprob, whose backward pass computes the logits again
+    plain      all logits, log_softmax, autograd
+    compile    the same under torch.compile; its compilation is not timed
+    torch      torch.nn.functional.linear_cross_entropy with its chunking options (without: the plain way)
+    gemms      only the matrix products, 3 with backward and 1 without: a lower bound
+    liger, trl, cce    only on CUDA, if benchmarks/requirements.txt is installed: Liger-Kernel's fused linear
+               cross-entropy, TRL's ChunkedLogProbFunction, Apple's cut-cross-entropy
 
-Each measurement is a process of its own, ways take turns, for several rounds: the median over rounds and how far they spread. On
-a CPU seconds are of the processor (other load on the machine does not count), on one thread. Memory is the high-water mark above
-what the process held before the first call: resident on a CPU, allocated on a GPU. Inputs `random` (near-uniform softmax) and
-`peaked` (each target has about half of the probability, as under a trained model).
+Each measurement is a process of its own, and the ways take turns for several rounds: the median over rounds
+and how far they spread. On a CPU seconds are those of the processor (other load does not count), on one
+thread. Memory is the peak above what the process held before the first call: resident on a CPU, allocated
+on a GPU. Inputs are `random` (near-uniform softmax) or `peaked` (each target has about half of the
+probability, as under a trained model).
 
-    python benchmarks/logprob.py                 writes benchmarks/results/logprob_cpu.json (logprob_cuda.json on a GPU), prints tables
+    python benchmarks/logprob.py                 writes benchmarks/results/logprob_DEVICE.json, prints tables
     python benchmarks/logprob.py --sizes toy --rounds 1 --out /tmp/quick.json
-    python benchmarks/logprob.py --readme        writes the README's table anew, from the committed result file
+    python benchmarks/logprob.py --readme        writes the table from the committed result file
 """
 
 import argparse
@@ -38,7 +42,7 @@ import readme
 from medgr2 import cli, runs
 from medgr2.errors import RunError
 
-# N, V, D, dtype
+# N tokens, V vocabulary, D hidden size, dtype.
 SIZES = {
     "cpu": {"toy": (4096, 735, 128, "float32"), "medium": (4096, 32000, 512, "float32")},
     "cuda": {"8k": (8192, 151936, 4096, "bfloat16"), "16k": (16384, 151936, 4096, "bfloat16")},
@@ -49,26 +53,21 @@ WAYS = {
 }
 CASES = [("forward", "random"), ("both", "random"), ("both", "peaked")]
 PEERS = {"liger": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
-# tokens of a sequence; weight of the KL term
+# Tokens per sequence; weight of the KL term.
 LENGTH, KL = 64, 0.02
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
-    p.add_argument("--rounds", type=int, default=3, help="processes of each kind")
+    p.add_argument("--rounds", type=cli.number(int, 1), default=3, help="processes of each kind")
     p.add_argument("--sizes", nargs="+", help="sizes to measure (all of the device)")
     p.add_argument("--tasks", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="tasks to measure")
     p.add_argument(
-        "--seconds", type=float, default=3, help="a process repeats a call at least twice and for this long"
+        "--seconds", type=float, default=3, help="a process repeats a call this long, at least twice"
     )
     p.add_argument("--out", help="result file (benchmarks/results/logprob_DEVICE.json)")
-    p.add_argument(
-        "--readme",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="only write the README's table, from the result file",
-    )
-    # device,size,task,way,inputs,mode: measure it in this process
+    cli.add_switch(p, "--readme", "only write the table, from the result file")
+    # device,size,task,way,inputs,mode: measure it in this process.
     p.add_argument("--one", help=argparse.SUPPRESS)
     return p.parse_args()
 
@@ -78,26 +77,26 @@ def parse_args():
 
 
 def make(device, N, V, D, dtype, inputs):
-    """hidden (N, D), weight (V, D), targets (N,); peaked: a state points at its target's row, so far that p is about 1/2."""
+    """hidden (N, D), weight (V, D), targets (N,).
+
+    peaked: a hidden state points at its target's row, so far that the target's probability is about 1/2.
+    """
     import torch
 
     torch.manual_seed(0)
     weight, targets = torch.randn(V, D, device=device), torch.randint(V, (N,), device=device)
-    # logits of variance 1
+    # So that logits have variance 1.
     hidden = torch.randn(N, D, device=device) / D**0.5
     if inputs == "peaked":
         rows = weight[targets]
         hidden += rows * (torch.tensor(float(V)).log() + 0.5) / (rows * rows).sum(1, keepdim=True)
-    return (
-        hidden.to(getattr(torch, dtype)).requires_grad_(),
-        weight.to(getattr(torch, dtype)).requires_grad_(),
-        targets,
-    )
+    hidden, weight = (x.to(getattr(torch, dtype)).requires_grad_() for x in (hidden, weight))
+    return hidden, weight, targets
 
 
 def plain_logprob(hidden, weight, targets):
     log_p = (hidden @ weight.T).float().log_softmax(-1)  # (N, V)
-    # a metric, without gradient as in linear_grpo_loss
+    # A metric, without gradient as in linear_grpo_loss.
     entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
     return log_p.gather(-1, targets[:, None])[:, 0], entropy
 
@@ -129,7 +128,7 @@ def cross_entropy(way, hidden, weight, targets):
 
 
 def trl_logprob(hidden, weight, targets):
-    # not run by us: no GPU was at hand
+    # We have not run this: no GPU was available.
     from trl.kernels import ChunkedLogProbFunction
 
     return ChunkedLogProbFunction.apply(hidden, weight, targets)[:2]
@@ -137,38 +136,34 @@ def trl_logprob(hidden, weight, targets):
 
 def grpo(way, hidden, weight, targets):
     """One forward pass → the loss and the mean entropy, a metric; on policy, every token counted."""
+    from dataclasses import replace
+
     import torch
 
     import triton_ops
-    from grpo import grpo_loss
+    from grpo import Counts, grpo_loss
 
     S = len(targets) // LENGTH
     generator = torch.Generator().manual_seed(1)
     advantages = torch.randn(S, generator=generator).to(hidden.device)
     ref_logps = (-6 - torch.rand(S, LENGTH, generator=generator)).to(hidden.device)
-    mask, counts = torch.ones_like(ref_logps), (S, S * LENGTH, LENGTH)
+    counts = Counts(S, S * LENGTH, LENGTH)
+    inputs = triton_ops.LossInputs(advantages, torch.ones_like(ref_logps), ref_logps=ref_logps)
     if way == "ours":
+        states, ids = hidden.view(S, LENGTH, -1), targets.view(S, LENGTH)
         loss, metrics, _ = triton_ops.linear_grpo_loss(
-            grpo_loss,
-            hidden.view(S, LENGTH, -1),
-            weight,
-            targets.view(S, LENGTH),
-            None,
-            ref_logps,
-            advantages,
-            mask,
-            counts,
-            kl=KL,
+            grpo_loss, states, weight, ids, inputs, counts=counts, kl=KL
         )
         return loss, metrics["entropy"] / len(targets)
     logprob = {"replay": triton_ops.linear_logprob, "plain": plain_logprob, "trl": trl_logprob}[way]
     logps, entropy = logprob(hidden, weight, targets)
     logps = logps.view(S, LENGTH)
-    return grpo_loss(logps, logps.detach(), ref_logps, advantages, mask, counts, kl=KL)[0], entropy.mean()
+    inputs = replace(inputs, old_logps=logps.detach())
+    return grpo_loss(logps, inputs, counts, kl=KL)[0], entropy.mean()
 
 
 def gemms(hidden, weight, mode):
-    """The arithmetic that no way can do without, 256 rows (of bf16: 2048) at a time, as fast as anything here does it."""
+    """The matrix products that every way needs, 256 rows (on a GPU 2048) at a time."""
     import torch
 
     with torch.no_grad():
@@ -189,7 +184,10 @@ def call(task, way, mode, tensors):
     if way == "gemms":
         return lambda: gemms(hidden, weight, mode)
     loss_of = {"ce": cross_entropy, "grpo": grpo}[task]
-    step = lambda: loss_of("plain" if way == "compile" else way, *tensors)  # noqa: E731
+
+    def step():
+        return loss_of("plain" if way == "compile" else way, *tensors)
+
     if way == "compile":
         step = torch.compile(step)
 
@@ -207,14 +205,14 @@ def call(task, way, mode, tensors):
 
 
 def reset_peak():
-    """Linux: what was freed goes back, and the high-water mark of the resident memory starts again from what is left."""
+    """Linux: give freed memory back, and start the peak of the resident memory again from what is left."""
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
 
 
 def memory(device, field):
-    """Bytes: `VmRSS` now, `VmHWM` at most."""
+    """Bytes held: `VmRSS` now, `VmHWM` at the peak."""
     import torch
 
     if device == "cuda":
@@ -228,12 +226,12 @@ def measure(device, size, task, way, inputs, mode, seconds):
     import torch
 
     small = make(device, 2 * LENGTH, 300, 32, SIZES[device][size][3], inputs)
-    # imports and the BLAS's own buffers are nobody's extra
+    # So that imports and the BLAS's own buffers are not counted.
     call(task, "plain" if way == "compile" else way, mode, small)()
     tensors = make(device, *SIZES[device][size], inputs)
     work = call(task, way, mode, tensors)
     if way == "compile":
-        # so is the compiler's memory
+        # So that the compiler's memory is not counted.
         work()
         tensors[0].grad = tensors[1].grad = None
     gc.collect()
@@ -286,7 +284,7 @@ def run_one(seconds, *case):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(rounds):
+def summarize(rounds):
     """One row of the result: medians over the rounds, and their lowest and highest."""
     wrong = [r["error"] for r in rounds if "error" in r]
     if wrong:
@@ -312,91 +310,78 @@ def compare(task, size, inputs, mode, device, rounds, seconds):
         for way in ways:
             found[way].append(run_one(seconds, device, size, task, way, inputs, mode))
     where = {"task": task, "size": size, "inputs": inputs, "mode": mode}
-    return [where | {"way": way} | summary(found[way]) for way in ways]
+    return [where | {"way": way} | summarize(found[way]) for way in ways]
 
 
 def print_table(rows):
     """Seconds and memory, and both as multiples of the plain way's."""
-    plain = next(
-        (r for r in rows if r["way"] == "plain" and "seconds" in r),
-        {"seconds": float("nan"), "megabytes": float("nan")},
-    )
-    cells = [
-        [r["way"], r["error"]] + [None] * 5
-        if "error" in r
-        else [
-            r["way"],
-            f"{r['seconds']:.4f}",
-            f"{r['lowest']:.4f} to {r['highest']:.4f}",
-            r["seconds"] / plain["seconds"],
-            r["megabytes"],
-            r["megabytes"] / plain["megabytes"] if plain["megabytes"] else None,
-            r["loss"],
-        ]
-        for r in rows
-    ]
+    unknown = {"seconds": float("nan"), "megabytes": float("nan")}
+    plain = next((row for row in rows if row["way"] == "plain" and "seconds" in row), unknown)
+    cells = []
+    for row in rows:
+        if "error" in row:
+            cells.append([row["way"], row["error"], *[None] * 5])
+            continue
+        rounds = f"{row['lowest']:.4f} to {row['highest']:.4f}"
+        times, extra = row["seconds"] / plain["seconds"], None
+        if plain["megabytes"]:
+            extra = row["megabytes"] / plain["megabytes"]
+        cells.append(
+            [row["way"], f"{row['seconds']:.4f}", rounds, times, row["megabytes"], extra, row["loss"]]
+        )
     first = rows[0]
     print(f"\n{first['task']}, {first['size']}, {first['inputs']}, {first['mode']}")
-    print(
-        cli.format_table(
-            cells, ["way", "seconds", "of the rounds", "× plain", "extra MB", "× plain", "loss"]
-        ),
-        flush=True,
-    )
+    headers = ["way", "seconds", "of the rounds", "× plain", "extra MB", "× plain", "loss"]
+    print(cli.format_table(cells, headers), flush=True)
 
 
-def readme_table(result):
-    """The README's block: a row a comparison; every way's seconds over the plain way's, and our extra memory over its."""
-    ways = [w for w in dict.fromkeys(r["way"] for r in result["rows"]) if w not in ("plain", "ours")]
-    lines = []
-    for task, size, inputs, mode in dict.fromkeys(
-        tuple(r[k] for k in ("task", "size", "inputs", "mode")) for r in result["rows"]
-    ):
-        found = {
-            r["way"]: r
-            for r in result["rows"]
-            if (r["task"], r["size"], r["inputs"], r["mode"]) == (task, size, inputs, mode)
-        }
-        times = lambda way, key="seconds", f=found: (
-            f"{f[way][key] / f['plain'][key]:.2f}" if key in f.get(way, ()) else ""
-        )  # noqa: E731
-        lines.append(
-            [
-                size,
-                task,
-                "forward + backward" if mode == "both" else mode,
-                inputs,
-                f"{found['plain']['seconds']:.3f}",
-                times("ours"),
-                times("ours", "megabytes"),
-                *map(times, ways),
-            ]
-        )
-    sizes = "; ".join(
-        f"{name}: N = {s['N']:,}, V = {s['V']:,}, D = {s['D']}, {s['dtype']}"
-        for name, s in result["sizes"].items()
-    )
-    table = cli.format_table(
-        lines, ["size", "loss", "pass", "inputs", "plain s", "ours", "ours, memory", *ways], markdown=True
-    )
-    where = (
-        ", ".join(result["hardware"]["gpus"])
-        or f"one thread of {result['hardware']['cpus']} CPU cores ({result['hardware']['machine']})"
+def compare_ways(found, ways):
+    """The plain way's seconds, then multiples of its: our seconds, our memory, the other ways' seconds."""
+
+    def multiple(way, key="seconds"):
+        return f"{found[way][key] / found['plain'][key]:.2f}" if key in found.get(way, ()) else ""
+
+    seconds = f"{found['plain']['seconds']:.3f}"
+    return [seconds, multiple("ours"), multiple("ours", "megabytes"), *(multiple(way) for way in ways)]
+
+
+def format_tables(result):
+    """One row per comparison: multiples of the plain way's seconds, and of its extra memory."""
+    rows_of, names = {}, {}
+    for row in result["rows"]:
+        comparison = tuple(row[key] for key in ("size", "task", "mode", "inputs"))
+        rows_of.setdefault(comparison, {})[row["way"]] = row
+        names[row["way"]] = None
+    ways, lines = [way for way in names if way not in ("plain", "ours")], []
+    for (size, task, mode, inputs), found in rows_of.items():
+        passes = "forward + backward" if mode == "both" else mode
+        lines.append([size, task, passes, inputs, *compare_ways(found, ways)])
+    headers = ["size", "loss", "pass", "inputs", "plain s", "ours", "ours, memory", *ways]
+    sizes = []
+    for name, size in result["sizes"].items():
+        sizes.append(f"{name}: N = {size['N']:,}, V = {size['V']:,}, D = {size['D']}, {size['dtype']}")
+    hardware = result["hardware"]
+    machine = (
+        ", ".join(hardware["gpus"]) or f"one thread of {hardware['cpus']} CPU cores ({hardware['machine']})"
     )
     return (
-        f"{table}\n\n{sizes}. Command `{result['command']}`; commit `{(result['git']['commit'] or '?')[:10]}`; {where}, torch "
-        f"{result['versions']['torch']}."
+        f"{cli.format_table(lines, headers, markdown=True)}\n\n{'; '.join(sizes)}. "
+        f"Command `{result['command']}`; commit `{(result['git']['commit'] or '?')[:10]}`; {machine}, "
+        f"torch {result['versions']['torch']}."
     )
+
+
+def write_tables(path):
+    with open(path, encoding="utf-8") as f:
+        readme.write_block("logprob", format_tables(json.load(f)))
 
 
 def main(args):
+    results = os.path.join(ROOT, "benchmarks", "results")
+    if args.readme:
+        return write_tables(args.out or os.path.join(results, "logprob_cpu.json"))
     import torch
 
-    if args.readme:
-        with open(
-            args.out or os.path.join(ROOT, "benchmarks", "results", "logprob_cpu.json"), encoding="utf-8"
-        ) as f:
-            return readme.write_block("logprob", readme_table(json.load(f)))
     if args.one:
         print(json.dumps(measure(*args.one.split(","), args.seconds)))
         return
@@ -422,9 +407,7 @@ def main(args):
         rows = compare(task, size, inputs, mode, device, args.rounds, args.seconds)
         print_table(rows)
         result["rows"] += rows
-        runs.write_json(
-            args.out or os.path.join(ROOT, "benchmarks", "results", f"logprob_{device}.json"), result
-        )
+        runs.write_json(args.out or os.path.join(results, f"logprob_{device}.json"), result)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The README's tables: each stands between two comments and is written by the benchmark that measured it, never by hand."""
+"""The tables of README.md and docs/: each is between two comments, written by the script that measured it."""
 
+import glob
 import os
 import re
 
@@ -8,17 +9,27 @@ from medgr2.errors import RunError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def write_block(name, text, path=os.path.join(ROOT, "README.md")):
-    """Put `text` between <!-- name --> and <!-- /name -->. Raises RunError where the file has no such place."""
-    with open(path, encoding="utf-8") as f:
-        old = f.read()
-    new, n = re.subn(
-        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL
-    )
-    if n != 1:
-        raise RunError(
-            f"{path}: no place for the table {name}; put <!-- {name} --> and <!-- /{name} --> where it belongs"
-        )
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(new)
-    os.replace(path + ".tmp", path)
+def write_block(name, text):
+    """Put `text` between <!-- name --> and <!-- /name --> in README.md or a page of docs/.
+
+    Raises RunError unless there is exactly one such place.
+    """
+    block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+    found = []
+    for page in [os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(ROOT, "docs", "*.md"))]:
+        with open(page, encoding="utf-8") as f:
+            content = f.read()
+        found += [(page, content)] * len(block.findall(content))
+    if len(found) != 1:
+        places = f"{len(found)} places for the table {name} in README.md and docs/"
+        raise RunError(f"{places}; put <!-- {name} --> and <!-- /{name} --> where it belongs, once")
+    page, content = found[0]
+    with open(page + ".tmp", "w", encoding="utf-8") as f:
+        f.write(block.sub(lambda match: text + "\n", content))
+    os.replace(page + ".tmp", page)
+
+
+def format_table(headers, rows):
+    """A table in Markdown: the first column is aligned left, the others right."""
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

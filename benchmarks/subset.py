@@ -1,6 +1,6 @@
-"""K records of a file at random, of one modality or task where asked for: what benchmarks/transfer.sh trains on.
+"""K records of a file at random, of one modality or task if asked for: what benchmarks/transfer.sh trains on.
 
-python benchmarks/subset.py runs/transfer/data/expert.jsonl --where modality=CT --k 240 --seed 0 --out ct.jsonl
+python benchmarks/subset.py FILE --where modality=CT --k 240 --seed 0 --out ct.jsonl
 """
 
 import os
@@ -13,7 +13,7 @@ from medgr2.errors import require
 
 
 def subset(rows, k, seed, field=None, value=None):
-    """k rows whose `field` is `value`, in the order of the file. Raises RecordError where there are fewer."""
+    """k rows whose `field` is `value`, in the order of the file. Raises RecordError if there are fewer."""
     index = [i for i, row in enumerate(rows) if field is None or row.get(field) == value]
     what = f"records with {field} {value}" if field else "records"
     require(
@@ -35,9 +35,8 @@ def parse_args():
 def main(args):
     rows = list(records.read_records(args.file, root=records.ANYWHERE))
     field, _, value = args.where.partition("=")
-    print(
-        f"{args.out}: {records.write_records(args.out, subset(rows, args.k, args.seed, field or None, value))} records"
-    )
+    count = records.write_records(args.out, subset(rows, args.k, args.seed, field or None, value))
+    print(f"{args.out}: {count} records")
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def main(args):
         sys.path.append(str(ROOT / "benchmarks"))
         import readme
 
-        readme.write_block("kills", kills_table(args.out), str(ROOT / "docs" / "reliability.md"))
+        readme.write_block("kills", kills_table(args.out))
     sys.exit(bool(differences))
 
 

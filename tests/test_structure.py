@@ -16,6 +16,7 @@ TOOLS = ["medgr2.records", "medgr2.leakage"] + [
     f"analysis.{name}"
     for name in ("compare", "transfer", "efficiency", "reliability", "summarize", "provenance", "report")
 ]
+TOOLS += ["analysis.walkthrough"]
 FILES = sorted(p for folder in (".", "medgr2", "analysis", "toy") for p in ROOT.glob(f"{folder}/*.py"))
 
 
