@@ -138,16 +138,15 @@ for c in $(seq "$CYCLES"); do
 done
 
 fields=(accuracy low high auroc ${TRUTH:+right_scored right_accepted})
-auroc="AUROC of the cycle's reward model, right against wrong"
 if [ -n "$TRUTH" ]; then
-  note="$auroc candidates; the fractions that are right of all scored and of the accepted candidates"
+  on="on the candidates, and the fractions of right candidates of all scored and of the accepted."
 else
-  note="$auroc responses to held-out expert questions"
+  on="on held-out expert questions."
 fi
 {
   "$PYTHON" -m analysis.summarize "${rows[@]}" --fields "${fields[@]}"
-  echo "Accuracy on TEST and its 95% interval. Beside + GRPO:"
-  echo "$note."
+  echo "Accuracy on TEST, 95% interval. Beside + GRPO: AUROC of the cycle's reward model, right vs. wrong,"
+  echo "$on"
 } | tee "$OUT/table.txt.tmp"
 mv "$OUT/table.txt.tmp" "$OUT/table.txt"
 "$PYTHON" -m analysis.report --run "$OUT" --image-root "$IMAGE_ROOT" --out "$OUT/report.html"

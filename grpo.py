@@ -91,11 +91,9 @@ from accelerate.utils import gather_object
 
 from medgr2 import loading, rollouts, vlm
 from medgr2.watch import Watch
-from reward import RewardModel
+from reward import R_MIN, RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
 
-# The range of the reward model's scores.
-R_MIN, R_SPAN = -6, 16
 # How often a batch is refilled before a step makes do with fewer groups (--drop-zero-variance).
 REFILLS = 4
 
@@ -214,7 +212,7 @@ def score_groups(reward_model, groups, alpha, beta, scale):
         R = torch.tensor(own["overall"])  # (G,)
         well_formed = torch.tensor([p.well_formed for p in g.parsed])
         match = torch.tensor(g.match, dtype=torch.float32)
-        R, least = (R, R_MIN) if scale == "raw" else ((R - R_MIN) / R_SPAN, 0)
+        R, least = (R, R_MIN) if scale == "raw" else (normalise_reward(R), 0)
         rewards = torch.where(well_formed, alpha * R + beta * match, alpha * least)
         scored.append(replace(g, scores=own, rewards=rewards))
     return scored

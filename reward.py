@@ -43,7 +43,7 @@ R_MIN, R_MAX = -6, 10
 HEADS = ("overall", "relevant", "coherent", "faithful")
 # The likelihood features: three series over the tokens of two parts of a response, five statistics each.
 LOWEST = 3
-LIKELIHOODS = 3 * 2 * (2 + LOWEST)
+LIKELIHOOD_FEATURES = 3 * 2 * (2 + LOWEST)
 # The blank image's colour.
 GREY = (128, 128, 128)
 # Responses per step of training the heads on precomputed features, and steps between lines of the log.
@@ -130,7 +130,7 @@ def token_statistics(x, part):
 
 
 def compute_features(backbone, images, prompts, responses, likelihood):
-    """B images and prompts, N = B·G responses → the features of the heads, (N, D) or (N, D + LIKELIHOODS).
+    """B images and prompts, N = B·G responses → the heads' features: (N, D), or (N, D + 30) with likelihoods.
 
     Three series over the tokens: log p; log p + entropy, how much less likely a token is than the backbone
     expected there (free wording costs nothing, contradicting the image does); log p with the image less log p
@@ -148,13 +148,14 @@ def compute_features(backbone, images, prompts, responses, likelihood):
     logps, entropy = vlm.token_logps(backbone, inputs, ids, mask, states=states)  # (N, C)
     blank_logps, _ = vlm.token_logps(backbone, blank_inputs, ids, mask)  # (N, C)
     answer = answer_mask(backbone, responses, mask)
+    # The reasoning (or the whole report) and the answer.
     parts = mask.bool() & ~answer, mask.bool() & answer
     series = logps, logps + entropy, logps - blank_logps
     return torch.cat([last, *(token_statistics(x, part) for x in series for part in parts)], 1)
 
 
 def feature_width(backbone, likelihood):
-    return backbone.head.weight.shape[1] + (LIKELIHOODS if likelihood else 0)
+    return backbone.head.weight.shape[1] + (LIKELIHOOD_FEATURES if likelihood else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -247,7 +248,8 @@ def load_groups(args):
     training = build_levels(parts["train"], args.resamples, args.seed)
     held_out = build_levels(parts["test"], 1, args.seed)
     for record, labelled in label_rollouts(args.rollouts, args.image_root):
-        (held_out if record["image"] in held_out_images else training).append((record, labelled))
+        part = held_out if record["image"] in held_out_images else training
+        part.append((record, labelled))
     few = f"{args.data[0]}: too few records to train on and hold out; give more data, or another --holdout"
     require(training and held_out, few)
     return training, held_out
@@ -257,6 +259,7 @@ def collect_features(model, groups, batch, progress=iter):
     """Features of all responses, (n, F), and the (record, level) of each. Each prompt is encoded once."""
     features, rows = [], []
     for i in progress(range(0, len(groups), batch)):
+        # The smallest groups first: `fit` samples from the rows in this order.
         part = sorted(groups[i : i + batch], key=lambda group: len(group[1]))
         # The model takes equally many responses to each prompt, so a smaller group repeats its own.
         G = max(len(labelled) for _, labelled in part)
@@ -412,7 +415,7 @@ def score_references(model, rows, image_paths):
 
 
 def allocate(sizes, total):
-    """`total` places divided over cells in proportion to their sizes; remainders go to the largest ones."""
+    """Divide `total` places over cells in proportion to their sizes; the largest remainders round up."""
     exact = [total * size / max(1, sum(sizes)) for size in sizes]
     places = [int(x) for x in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda i: places[i] - exact[i])
@@ -423,20 +426,21 @@ def allocate(sizes, total):
 
 def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None):
     """(accepted, random): indices of the best of each cell, and of as many of the same cell at random."""
-    cells = {}
+    index = {}
     for i, row in enumerate(rows):
-        cells.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
-    cells, overall = list(cells.values()), [row["reward"]["overall"] for row in rows]
-    # The best first; ties stay in the order of the file.
-    ranked = [sorted(cell, key=overall.__getitem__, reverse=True) for cell in cells]
+        index.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
+    cells, overall = list(index.values()), [row["reward"]["overall"] for row in rows]
     if threshold is not None:
         places = [sum(overall[i] >= threshold for i in cell) for cell in cells]
     else:
         total = round(keep * len(rows)) if top_k is None else top_k
         places = allocate([len(cell) for cell in cells], min(len(rows), total))
     rng = random.Random(runs.seed_of(seed, "random"))
-    accepted = [i for best, n in zip(ranked, places) for i in best[:n]]
-    drawn = [i for cell, n in zip(cells, places) for i in rng.sample(cell, n)]
+    accepted, drawn = [], []
+    for cell, n in zip(cells, places):
+        # The best first; ties stay in the order of the file.
+        accepted += sorted(cell, key=lambda i: overall[i], reverse=True)[:n]
+        drawn += rng.sample(cell, n)
     return sorted(accepted), sorted(drawn)
 
 

@@ -115,7 +115,7 @@ def validate_reward(reward):
 def with_relative_image(record, folder):
     """A copy of `record` for a file in `folder`: `image` is relative to the folder, with forward slashes.
 
-    Raises RecordError if `image` is relative already, as nobody could say to what.
+    Raises RecordError if `image` is relative already: its folder is not known.
     """
     if "image" not in record:
         return dict(record)

@@ -27,7 +27,7 @@ def command(*arguments):
 
 
 def broken(tmp_path, line):
-    """The error message for a file whose third line is `line` (the second is blank). It names file and line."""
+    """The error message for a file whose third line is `line` (the second is blank). It names both."""
     path = tmp_path / "r.jsonl"
     path.write_bytes(
         b'\xef\xbb\xbf{"id": "first"}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n"

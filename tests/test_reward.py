@@ -1,4 +1,4 @@
-"""reward.py: the four levels, what the heads read, the report's statistics, and filtering."""
+"""reward.py and levels.py: the four levels, the heads' features, the evaluation, and filtering."""
 
 import copy
 import itertools
@@ -6,20 +6,19 @@ import json
 import random
 import re
 import sys
-from pathlib import Path
 
 import clinic
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
+from PIL import Image
 
 import reward
 from medgr2 import levels, loading, records, vlm
 from medgr2.errors import ModelError, RecordError
 from medgr2.images import open_image
 from medgr2.prompts import format_response, policy_prompt, reference_response
-
-ROOT = Path(__file__).parent.parent
 
 TERMS = (
     re.compile(r"(?<!\w)(?:right|left|mass|cyst|mri|ct)(?!\w)", re.IGNORECASE),
@@ -51,7 +50,7 @@ def draws(make, record, n=40):
     return {make(record, ALL, TERMS, random.Random(k)) for k in range(n)}
 
 
-# ---- the four levels
+# The four levels ------------------------------------------------------------------------------------------
 
 
 def test_original_is_the_record_as_written():
@@ -79,31 +78,29 @@ def test_perturbed_of_a_longer_answer_leaves_the_rest_right_and_of_a_report_one_
 
 def test_an_answer_with_nothing_left_right_is_not_perturbed_but_wrong():
     assert draws(levels.perturbed, PLAIN) == {None}
-    # nothing in it but the answer: to swap it would be incoherent
+    # Its only term is the answer, and to swap that would be incoherent.
     bare = REASONED | {"rationale": "A mass."}
     assert draws(levels.perturbed, bare) == {None}
 
 
-def test_a_replaced_term_keeps_the_case_of_its_place():
-    swap = lambda text, *terms: levels.swap_term(
-        text, levels.find_terms([{"options": list(terms)}]), random.Random(0)
-    )  # noqa: E731
-    assert (
-        swap("Mass in the lung. The mass is round.", "Mass", "Cyst") == "Cyst in the lung. The cyst is round."
-    )
-    assert (
-        swap("a CT image", "CT", "MRI") == "a MRI image"
-        and swap("a CT image", "CT", "Ultrasound") == "a Ultrasound image"
-    )
+@pytest.mark.parametrize(
+    "text, options, swapped",
+    [
+        ("Mass in the lung. The mass is round.", ["Mass", "Cyst"], "Cyst in the lung. The cyst is round."),
+        ("a CT image", ["CT", "MRI"], "a MRI image"),
+        ("a CT image", ["CT", "Ultrasound"], "a Ultrasound image"),
+    ],
+)
+def test_a_replaced_term_keeps_the_case_of_its_place(text, options, swapped):
+    terms = levels.find_terms([{"options": options}])
+    assert levels.swap_term(text, terms, random.Random(0)) == swapped
 
 
-def test_of_terms_that_overlap_the_longest_is_swapped():
-    terms = levels.find_terms(
-        [{"options": ["opacity", "nodule"]}, {"options": ["ground-glass opacity", "effusion"]}]
-    )
-    assert {levels.swap_term("A ground-glass opacity.", terms, random.Random(k)) for k in range(9)} == {
-        "A effusion."
-    }
+def test_the_longest_of_overlapping_terms_is_swapped():
+    options = ["opacity", "nodule"], ["ground-glass opacity", "effusion"]
+    terms = levels.find_terms([{"options": list(pair)} for pair in options])
+    swapped = {levels.swap_term("A ground-glass opacity.", terms, random.Random(k)) for k in range(9)}
+    assert swapped == {"A effusion."}
 
 
 def test_a_record_in_which_nothing_can_be_perturbed_gives_none():
@@ -134,15 +131,15 @@ def test_irrelevant_is_of_another_image_and_its_answer_wrong_here():
     assert draws(levels.irrelevant, REASONED) == {reference_response(PLAIN)}
     assert draws(levels.irrelevant, OPEN) == {reference_response(OPEN2)}
     assert draws(levels.irrelevant, REPORT) == {REPORT2["report"]}
-    # another image with the same answer is no donor
+    # Another image with the same answer is no donor.
     same = REASONED | {"id": "z", "image": "/9.png"}
     assert levels.irrelevant(REASONED, [same, REASONED], TERMS, random.Random(0)) is None
-    # the same image is no donor either
+    # The same image is no donor either.
     twin = PLAIN | {"image": REASONED["image"]}
     assert levels.irrelevant(REASONED, [twin], TERMS, random.Random(0)) is None
 
 
-def test_levels_are_drawn_anew_and_no_response_of_a_level_stands_twice():
+def test_levels_are_drawn_anew_and_no_response_of_a_record_occurs_twice():
     one, many = (levels.build_levels(ALL, k, 0) for k in (1, 8))
     assert all(len(drawn) == len(set(drawn)) for _, drawn in many)
     assert sum(len(d) for _, d in many) > sum(len(d) for _, d in one)
@@ -156,7 +153,7 @@ def test_levels_do_not_mutate_records():
 
 
 def test_no_text_has_two_levels_and_the_original_keeps_its_own():
-    # open questions: `perturbed` swaps the side, and that is `irrelevant`'s answer too
+    # Open questions: `perturbed` swaps the side, which is also the answer that `irrelevant` finds.
     lobes = ["left lobe", "right lobe"]
     rows = [
         {"id": str(k), "image": f"/{k}.png", "question": "Where?", "answer": lobes[k % 2]} for k in range(4)
@@ -165,33 +162,29 @@ def test_no_text_has_two_levels_and_the_original_keeps_its_own():
         texts = [text for _, text in drawn]
         assert len(texts) == len(set(texts)) and ("original", reference_response(row)) in drawn
         wrong = format_response(None, next(o for o in lobes if o != row["answer"]))
-        # the case in question
         assert levels.perturbed(row, rows, levels.find_terms(rows), random.Random(0)) == wrong
         assert ("irrelevant", wrong) in drawn
 
 
-def test_terms_are_what_stands_side_by_side_among_options():
+def test_terms_are_the_options_of_one_question():
     pattern, found = levels.find_terms([{"options": ["CT", "MRI", "OCT"]}])
-    assert (
-        found["ct"] == ["MRI", "OCT"]
-        and found["left"] == ["right"]
-        and pattern.findall("OCT, ct; mri2") == ["OCT", "ct"]
-    )
+    assert found["ct"] == ["MRI", "OCT"] and found["left"] == ["right"]
+    assert pattern.findall("OCT, ct; mri2") == ["OCT", "ct"]
 
 
-def test_rollouts_count_only_on_expert_questions_and_are_marked_by_the_truth(tmp_path):
-    row = lambda k, response, source: (
-        REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}
-    )  # noqa: E731
-    rows = [
-        row(0, "<think>a</think><answer>mass</answer>", "expert"),
-        row(1, "<think>a</think><answer>cyst</answer>", "expert"),
-        row(2, "<answer>mass</answer>", "expert"),
-        row(3, "<think>a</think><answer>mass</answer>", "generated"),
+def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_left_out(tmp_path):
+    responses = [
+        ("<think>a</think><answer>mass</answer>", "expert"),
+        ("<think>a</think><answer>cyst</answer>", "expert"),
+        ("<answer>mass</answer>", "expert"),
+        ("<think>a</think><answer>mass</answer>", "generated"),
     ]
-    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    ((_, marked),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")])
-    assert sorted(mark for mark, _ in marked) == ["malformed", "right", "wrong"]
+    with open(tmp_path / "rollouts.jsonl", "w") as file:
+        for k, (response, source) in enumerate(responses):
+            rollout = REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}
+            file.write(json.dumps(rollout) + "\n")
+    ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")])
+    assert sorted(outcome for outcome, _ in labelled) == ["malformed", "right", "wrong"]
 
 
 def test_targets_are_those_of_the_levels():
@@ -203,12 +196,12 @@ def test_targets_are_those_of_the_levels():
 def test_the_loss_by_hand_leaves_unknown_targets_out():
     out, nan = torch.tensor([[0.5, 0.0, 2.0, 1.0], [0.25, 3.0, 1.0, 1.0]]), float("nan")
     targets = torch.tensor([[1.0, 1.0, nan, 0.0], [0.25, nan, nan, nan]])
-    # of logit 0 against 1, and logit 1 against 0
+    # Logit 0 with target 1, and logit 1 with target 0.
     bce = (np.log(2) + np.log(1 + np.e)) / 2
     assert reward.reward_loss(out, targets).item() == pytest.approx(0.25 / 2 + bce, rel=1e-5)
 
 
-# ---- what the heads read
+# The heads' features --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -225,23 +218,20 @@ def rows(tmp_path_factory):
     )
 
 
-def test_summary_by_hand():
+def test_token_statistics_by_hand():
     x, part = torch.tensor([[3.0, -1.0, -5.0, 2.0, 9.0]]), torch.tensor([[True, True, True, True, False]])
     assert reward.token_statistics(x, part)[0].tolist() == [-1.0, -0.25, -5.0, -1.0, 2.0]
-    assert (
-        reward.token_statistics(x, part & (x == 3))[0].tolist() == [3.0, 3.0, 3.0, 0.0, 0.0]
-        and not reward.token_statistics(x, part & False).any()
-    )
+    assert reward.token_statistics(x, part & (x == 3))[0].tolist() == [3.0, 3.0, 3.0, 0.0, 0.0]
+    assert not reward.token_statistics(x, part & False).any()
 
 
 def test_the_answer_begins_at_its_tag_and_the_end_of_turn_belongs_to_it(backbone):
     texts = ["<think>a mass</think><answer>mass</answer>", "CT of the chest."]
     ids, mask = vlm.encode_continuations(backbone, texts)
-    marked = reward.answer_mask(backbone, texts, mask)
-    assert (
-        backbone.tokenizer.decode(ids[0][marked[0]]) == "<answer>mass</answer>" + backbone.tokenizer.eos_token
-    )
-    assert not marked[1].any()
+    answer = reward.answer_mask(backbone, texts, mask)
+    end = backbone.tokenizer.eos_token
+    assert backbone.tokenizer.decode(ids[0][answer[0]]) == "<answer>mass</answer>" + end
+    assert not answer[1].any()
 
 
 def test_features_are_what_the_models_own_logits_say(backbone, rows):
@@ -271,58 +261,51 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
 
 
 def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbone, rows):
-    from PIL import Image
+    prompt, response = policy_prompt(rows[0]), reference_response(rows[0])
 
-    record, blank = rows[0], Image.new("RGB", (64, 64), (128, 128, 128))
-    read = lambda image: reward.compute_features(
-        backbone, [image], [policy_prompt(record)], [reference_response(record)], True
-    )[0]  # noqa: E731
-    assert read(blank)[-10:].abs().max() < 1e-4 < read(open_image(record["image"]))[-10:].abs().max()
+    def image_difference(image):
+        features = reward.compute_features(backbone, [image], [prompt], [response], True)
+        return features[0, -10:].abs().max()
+
+    blank = Image.new("RGB", (64, 64), reward.GREY)
+    assert image_difference(blank) < 1e-4 < image_difference(open_image(rows[0]["image"]))
 
 
-def test_reading_a_question_once_for_many_responses_changes_no_feature(backbone, rows):
+def test_encoding_a_question_once_for_many_responses_changes_no_feature(backbone, rows):
     torch.manual_seed(0)
-    model = reward.RewardModel(backbone, reward.Heads(backbone.head.weight.shape[1] + reward.LIKELIHOODS, 8), True)
+    model = reward.RewardModel(backbone, reward.Heads(reward.feature_width(backbone, True), 8), True)
     groups = levels.build_levels(rows[:6] + rows[-2:], 2, 0)
     with torch.no_grad():
-        together, order = reward.collect_features(model, groups, 8, iter)
-        flat = {(r["id"], level, k): f for k, ((r, level), f) in enumerate(zip(order, together))}
-        assert len(flat) == len(together) == sum(len(d) for _, d in groups)
-        for record, drawn in groups[:3]:
-            alone = torch.cat(
-                [
-                    model.features([open_image(record["image"])], [reward.prompt_of(record)], [text])
-                    for _, text in drawn
-                ]
-            )
-            mine = torch.stack([f for (i, _, _), f in flat.items() if i == record["id"]])
-            assert torch.allclose(alone, mine, atol=2e-3, rtol=1e-3)
+        features, order = reward.collect_features(model, groups, 8)
+        assert len(features) == len(order) == sum(len(labelled) for _, labelled in groups)
+        for record, labelled in groups[:3]:
+            image, prompt = open_image(record["image"]), reward.prompt_of(record)
+            alone = torch.cat([model.features([image], [prompt], [text]) for _, text in labelled])
+            shared = torch.stack([x for x, (r, _) in zip(features, order) if r["id"] == record["id"]])
+            assert torch.allclose(alone, shared, atol=2e-3, rtol=1e-3)
 
 
 def test_a_saved_reward_model_scores_the_same(backbone, rows, tmp_path):
-    model = reward.RewardModel(backbone, reward.Heads(backbone.head.weight.shape[1], 8), False)
+    model = reward.RewardModel(backbone, reward.Heads(reward.feature_width(backbone, False), 8), False)
     model.save(str(tmp_path))
-    ask = (
-        [open_image(rows[0]["image"])],
-        [reward.prompt_of(rows[0])],
-        ["<think>x</think><answer>y</answer>", "nonsense"],
-    )
-    first, again = model(*ask), reward.RewardModel.load(str(tmp_path))(*ask)
-    assert set(first) == set(reward.HEADS) and all(len(v) == 2 for v in first.values())
-    assert all(first[h] == pytest.approx(again[h], abs=1e-5) for h in first) and all(
-        -6 <= x <= 10 for x in first["overall"]
-    )
+    images, prompts = [open_image(rows[0]["image"])], [reward.prompt_of(rows[0])]
+    responses = ["<think>x</think><answer>y</answer>", "nonsense"]
+    first = model(images, prompts, responses)
+    again = reward.RewardModel.load(str(tmp_path))(images, prompts, responses)
+    assert set(first) == set(reward.HEADS) and all(len(scores) == 2 for scores in first.values())
+    assert all(first[head] == pytest.approx(again[head], abs=1e-5) for head in first)
+    assert all(reward.R_MIN <= R <= reward.R_MAX for R in first["overall"])
     with pytest.raises(ModelError, match="not a reward model"):
         reward.RewardModel.load(str(ROOT / "toy" / "policy"))
 
 
-# ---- statistics
+# The evaluation -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_auroc_is_the_share_of_ordered_pairs(seed):
     rng = np.random.default_rng(seed)
-    # ties are frequent
+    # With many ties.
     scores, right = rng.integers(0, 6, 30), rng.random(30) < 0.4
     pairs = [(a > b) + 0.5 * (a == b) for a, b in itertools.product(scores[right], scores[~right])]
     assert reward.auroc(scores, right) == pytest.approx(np.mean(pairs))
@@ -333,18 +316,17 @@ def test_auroc_and_spearman_are_none_where_they_mean_nothing():
 
 
 def test_spearman_by_hand_with_a_tie():
-    # ranks 1 2.5 2.5 4 and 1 3 2 4
+    # The ranks are 1 2.5 2.5 4 and 1 3 2 4.
     x, y = [1, 2, 2, 4], [10, 30, 20, 40]
     assert reward.spearman(x, y) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
-# ---- filtering
+# Filtering ------------------------------------------------------------------------------------------------
 
 
 def candidates(scores, cells):
-    return [
-        {"id": str(i), "task": c, "reward": {"overall": s}} for i, (s, c) in enumerate(zip(scores, cells))
-    ]
+    rows = enumerate(zip(scores, cells))
+    return [{"id": str(i), "task": cell, "reward": {"overall": R}} for i, (R, cell) in rows]
 
 
 def test_the_best_of_each_cell_are_kept_and_as_many_drawn_at_random_from_it():
@@ -352,117 +334,55 @@ def test_the_best_of_each_cell_are_kept_and_as_many_drawn_at_random_from_it():
     accepted, drawn = reward.select_candidates(rows, 0, ["task"], keep=0.5)
     assert accepted == [0, 1, 6, 7] and [rows[i]["task"] for i in drawn] == ["a", "a", "b", "b"]
     assert reward.select_candidates(rows, 0, [], keep=0.5)[0] == [0, 1, 2, 3]
-    assert reward.select_candidates(rows, 0, [], threshold=4)[0] == [0, 1, 2, 3, 7] and reward.select_candidates(
-        rows, 0, [], top_k=3
-    )[0] == [0, 1, 2]
+    assert reward.select_candidates(rows, 0, [], threshold=4)[0] == [0, 1, 2, 3, 7]
+    assert reward.select_candidates(rows, 0, [], top_k=3)[0] == [0, 1, 2]
     assert reward.select_candidates(rows, 0, ["task"], top_k=99)[0] == list(range(8))
 
 
-def test_small_cells_do_not_starve_and_the_total_is_exact():
+def test_places_are_allocated_in_proportion_and_the_total_is_exact():
     assert reward.allocate([1, 1, 1, 1], 2).count(1) == 2 and reward.allocate([3, 3, 3], 5) == [2, 2, 1]
     for total in range(12):
         places = reward.allocate([5, 1, 6], total)
         assert sum(places) == total and all(p <= n for p, n in zip(places, [5, 1, 6]))
 
 
-def run(monkeypatch, main_args):
-    monkeypatch.setattr(sys, "argv", ["reward.py", *map(str, main_args), "--image-root", records.ANYWHERE])
+def run(monkeypatch, flags, data, out):
+    argv = ["reward.py", *flags.split(), "--data", str(data), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--image-root", records.ANYWHERE])
     reward.main(reward.parse_args())
 
 
-def test_train_then_score_on_the_toy_and_score_adds_a_field_and_touches_no_other(monkeypatch, rows, tmp_path):
+TRAIN = f"train --model {ROOT / 'toy/policy'} --resamples 1"
+
+
+def test_train_then_score_on_the_toy_adds_one_field_and_changes_no_other(monkeypatch, rows, tmp_path):
     questions = [r for r in rows if "answer" in r]
     records.write_records(tmp_path / "expert.jsonl", rows)
     records.write_records(tmp_path / "candidates.jsonl", questions)
-    run(
-        monkeypatch,
-        [
-            "train",
-            "--model",
-            ROOT / "toy/policy",
-            "--data",
-            tmp_path / "expert.jsonl",
-            "--resamples",
-            1,
-            "--steps",
-            100,
-            "--out",
-            tmp_path / "rm",
-        ],
-    )
-    found = json.load(open(tmp_path / "rm" / "metrics.json"))
-    assert (
-        set(found["levels"]) == {"original", "perturbed", "incoherent", "irrelevant"}
-        and 0 <= found["auroc"] <= 1
-    )
-    run(
-        monkeypatch,
-        [
-            "score",
-            "--model",
-            tmp_path / "rm",
-            "--data",
-            tmp_path / "candidates.jsonl",
-            "--keep",
-            0.5,
-            "--batch",
-            5,
-            "--out",
-            tmp_path / "scored",
-        ],
-    )
-    scored, accepted, drawn = (
-        list(records.read_records(tmp_path / "scored" / f"{n}.jsonl", root=records.ANYWHERE))
-        for n in ("scored", "accepted", "random")
-    )
+    run(monkeypatch, f"{TRAIN} --steps 100", tmp_path / "expert.jsonl", tmp_path / "rm")
+    with open(tmp_path / "rm" / "metrics.json") as file:
+        metrics = json.load(file)
+    assert set(metrics["levels"]) == {"original", "perturbed", "incoherent", "irrelevant"}
+    assert 0 <= metrics["auroc"] <= 1
+    flags = f"score --model {tmp_path / 'rm'} --keep 0.5 --batch 5"
+    run(monkeypatch, flags, tmp_path / "candidates.jsonl", tmp_path / "scored")
+    files = [tmp_path / "scored" / f"{name}.jsonl" for name in ("scored", "accepted", "random")]
+    scored, accepted, drawn = (list(records.read_records(path, root=records.ANYWHERE)) for path in files)
     assert [{k: v for k, v in r.items() if k != "reward"} for r in scored] == questions
-    assert len(accepted) == len(drawn) == round(len(scored) / 2) and all(
-        r in scored for r in accepted + drawn
-    )
+    assert len(accepted) == len(drawn) == round(len(scored) / 2)
+    assert all(r in scored for r in accepted + drawn)
 
 
-def test_the_reward_model_learns_without_its_backbone_frozen(monkeypatch, rows, tmp_path):
+def test_with_freeze_nothing_the_backbone_learns(monkeypatch, rows, tmp_path):
     records.write_records(tmp_path / "expert.jsonl", rows)
-    run(
-        monkeypatch,
-        [
-            "train",
-            "--model",
-            ROOT / "toy/policy",
-            "--data",
-            tmp_path / "expert.jsonl",
-            "--resamples",
-            1,
-            "--steps",
-            2,
-            "--lr",
-            1e-4,
-            "--freeze",
-            "nothing",
-            "--batch",
-            4,
-            "--out",
-            tmp_path / "rm",
-        ],
-    )
-    old, new = (
-        loading.load(str(f)).model.state_dict() for f in (ROOT / "toy/policy", tmp_path / "rm" / "backbone")
-    )
-    assert any(not torch.equal(old[n], new[n]) for n in old)
+    flags = f"{TRAIN} --steps 2 --lr 1e-4 --freeze nothing --batch 4"
+    run(monkeypatch, flags, tmp_path / "expert.jsonl", tmp_path / "rm")
+    old = loading.load(str(ROOT / "toy/policy")).model.state_dict()
+    new = loading.load(str(tmp_path / "rm" / "backbone")).model.state_dict()
+    assert any(not torch.equal(old[name], new[name]) for name in old)
 
 
 def test_a_file_without_questions_or_reports_is_one_line(monkeypatch, rows, tmp_path):
     records.write_records(tmp_path / "images.jsonl", [{"id": r["id"], "image": r["image"]} for r in rows[:4]])
     with pytest.raises(RecordError, match="neither questions with answers nor reports"):
-        run(
-            monkeypatch,
-            [
-                "train",
-                "--model",
-                ROOT / "toy/policy",
-                "--data",
-                tmp_path / "images.jsonl",
-                "--out",
-                tmp_path / "rm",
-            ],
-        )
+        run(monkeypatch, TRAIN, tmp_path / "images.jsonl", tmp_path / "rm")

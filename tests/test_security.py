@@ -247,8 +247,8 @@ def test_no_source_evaluates_unpickles_or_passes_data_to_a_shell(file):
             assert name not in FORBIDDEN
             assert name != "torch.load" or flags.get("weights_only") == "True", call_
             assert "shell" not in flags and flags.get("trust_remote_code", "False") == "False", call_
-            # `still` is a fixed class of the library (see loading.py), which takes no such flag.
-            is_safe = name.startswith("still.") or "trust_remote_code" in flags
+            # `without_video` is a fixed class of the library (see loading.py), which takes no such flag.
+            is_safe = name.startswith("without_video.") or "trust_remote_code" in flags
             assert "from_pretrained" not in name or is_safe, call_
 
 

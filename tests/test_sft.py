@@ -1,20 +1,21 @@
-"""sft.py: what is trained, over what it is divided, and that cutting the batch or the run changes nothing."""
+"""sft.py: the loss and its denominator; micro-batches, processes and interruptions change nothing."""
 
 import json
+import os
+import subprocess
 import sys
-from pathlib import Path
 
 import clinic
 import pytest
 import torch
+from helpers import ROOT
+from PIL import Image
 
 import sft
 from medgr2 import loading, records, vlm
 from medgr2.errors import ModelError, RecordError, RunError
 from medgr2.images import open_image
 from medgr2.prompts import parse_candidate, report_prompt
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +31,10 @@ def data(tmp_path_factory):
 
 
 class OneProcess:
-    """What `compute_gradient` asks of an accelerate.Accelerator, for one of several shares whose sums a test adds up itself."""
+    """An Accelerator of one of several processes, as far as `compute_gradient` uses it. A test sums them."""
 
     def __init__(self, index=0, of=1):
-        self.process_index, self.share_of, self.num_processes = index, of, of
+        self.process_index, self.num_processes = index, of
 
     def reduce(self, tensor, how):
         return tensor
@@ -41,17 +42,17 @@ class OneProcess:
 
 def gradient(policy, examples, micro_batch, accelerator=None):
     policy.model.zero_grad()
-    parameters = [p for p in policy.model.parameters()]
-    loss, tokens = sft.compute_gradient(policy, parameters, examples, micro_batch, accelerator or OneProcess())
+    parameters, accelerator = list(policy.model.parameters()), accelerator or OneProcess()
+    loss, tokens = sft.compute_gradient(policy, parameters, examples, micro_batch, accelerator)
     grads = torch.cat([p.grad.flatten() for p in parameters])
     policy.model.zero_grad()
     return grads, loss, tokens
 
 
-def test_the_loss_is_cross_entropy_over_the_response_and_its_end_of_turn_alone(policy, data):
+def test_the_loss_is_cross_entropy_over_the_response_and_its_end_of_turn_only(policy, data):
     examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")[:5]
     total, count = 0.0, 0
-    # one at a time, no padding, through the model's own logits
+    # One at a time, without padding, through the model's own logits.
     for path, prompt, response in examples:
         inputs = vlm.encode_prompts(policy, [open_image(path)], [prompt])
         ids = torch.tensor([policy.tokenizer(response)["input_ids"] + [policy.tokenizer.eos_token_id]])
@@ -79,51 +80,41 @@ def test_the_gradient_does_not_depend_on_micro_batches(policy, data):
     assert (whole - parts).norm() <= 1e-5 * whole.norm() and again == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_gradient_is_the_sum_over_processes_even_when_one_has_nothing(policy, data):
+def test_the_gradient_is_the_sum_over_processes_even_if_one_has_no_example(policy, data):
     examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")[:3]
     whole, loss, _ = gradient(policy, examples, 4)
-
-    def share(index, of):
-        accelerator = OneProcess(index, of)
-        return gradient(policy, examples, 4, accelerator)
-
-    # three examples, four processes
-    shares = [share(i, 4) for i in range(4)]
-    assert (whole - sum(s[0] for s in shares)).norm() <= 1e-5 * whole.norm()
-    assert sum(s[1] for s in shares) == pytest.approx(loss, rel=1e-5) and shares[3][1] == 0
+    # Three examples, four processes.
+    parts = [gradient(policy, examples, 4, OneProcess(i, 4)) for i in range(4)]
+    assert (whole - sum(grads for grads, _, _ in parts)).norm() <= 1e-5 * whole.norm()
+    assert sum(part for _, part, _ in parts) == pytest.approx(loss, rel=1e-5) and parts[3][1] == 0
 
 
-def test_weights_say_how_often_a_file_is_gone_through(data):
-    one = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")
-    weighted = sft.load_examples(
-        [str(data / "expert.jsonl"), str(data / "reports.jsonl")], [2.5, 0.5], "policy"
-    )
+def test_weights_say_how_often_each_file_is_repeated(data):
+    expert, reports = str(data / "expert.jsonl"), str(data / "reports.jsonl")
+    one = sft.load_examples([expert], [1.0], "policy")
+    weighted = sft.load_examples([expert, reports], [2.5, 0.5], "policy")
     assert len(one) == 18 and len(weighted) == 45 + 2
     assert [weighted.count(e) for e in one[:9]] == [3] * 9 and [weighted.count(e) for e in one[9:]] == [2] * 9
 
 
-def test_the_generator_learns_what_its_parser_reads(data):
-    for record, (_, prompt, response) in zip(
-        records.read_records(data / "expert.jsonl"),
-        sft.load_examples([str(data / "expert.jsonl")], [1.0], "generator"),
-    ):
+def test_the_generator_learns_what_its_parser_accepts(data):
+    examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "generator")
+    for record, (_, prompt, response) in zip(records.read_records(data / "expert.jsonl"), examples):
         candidate, reason = parse_candidate(response)
         assert reason is None and {k: record[k] for k in candidate} == candidate and record["task"] in prompt
 
 
-def test_a_report_is_learned_by_both_roles(data):
+def test_both_roles_learn_a_report(data):
     record = next(records.read_records(data / "reports.jsonl"))
-    assert (
-        sft.make_example(record, "policy", "r.jsonl")
-        == sft.make_example(record, "generator", "r.jsonl")
-        == (record["image"], report_prompt(), record["report"])
-    )
+    expected = record["image"], report_prompt(), record["report"]
+    assert all(sft.make_example(record, role, "r.jsonl") == expected for role in ("policy", "generator"))
 
 
 def test_records_are_not_mutated(data):
     record = next(records.read_records(data / "expert.jsonl"))
     before = json.dumps(record)
-    sft.make_example(record, "policy", "r.jsonl"), sft.make_example(record, "generator", "r.jsonl")
+    for role in ("policy", "generator"):
+        sft.make_example(record, role, "r.jsonl")
     assert json.dumps(record) == before
 
 
@@ -133,41 +124,26 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and rates[55] == pytest.approx(0.5)
 
 
-def run_sft(monkeypatch, data, out, *extra):
-    command = [
-        "sft.py",
-        "--model",
-        str(ROOT / "toy/policy"),
-        "--data",
-        str(data / "expert.jsonl"),
-        "--epochs",
-        "2",
-        "--batch",
-        "6",
-        "--save-every",
-        "2",
-        "--out",
-        str(out),
-        *extra,
-    ]
-    monkeypatch.setattr(sys, "argv", command)
+def run_sft(monkeypatch, data, out, flags=""):
+    command = f"sft.py --model {ROOT / 'toy/policy'} --data {data / 'expert.jsonl'} --out {out}"
+    monkeypatch.setattr(sys, "argv", f"{command} --epochs 2 --batch 6 --save-every 2 {flags}".split())
     sft.main(sft.parse_args())
 
 
 def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp_path):
     run_sft(monkeypatch, data, tmp_path / "whole")
-    real, calls = sft.compute_gradient, []
+    compute_gradient, calls = sft.compute_gradient, []
 
-    def crash(*args):
+    def crash_at_the_fourth(*args):
         calls.append(1)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return real(*args)
+        return compute_gradient(*args)
 
-    monkeypatch.setattr(sft, "compute_gradient", crash)
+    monkeypatch.setattr(sft, "compute_gradient", crash_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run_sft(monkeypatch, data, tmp_path / "cut")
-    monkeypatch.setattr(sft, "compute_gradient", real)
+    monkeypatch.setattr(sft, "compute_gradient", compute_gradient)
     assert not (tmp_path / "cut").exists()
     run_sft(monkeypatch, data, tmp_path / "cut")
     for name in ("model.safetensors", "metrics.jsonl"):
@@ -175,92 +151,40 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp
 
 
 def test_training_on_test_images_is_refused_unless_allowed(monkeypatch, data, tmp_path):
+    test = f"--test {data / 'expert.jsonl'}"
     with pytest.raises(RunError, match="leak from the training files.*--allow-leakage"):
-        run_sft(monkeypatch, data, tmp_path / "run", "--test", str(data / "expert.jsonl"))
-    assert (
-        not (tmp_path / "run").exists()
-        and not (tmp_path / "run.part").exists()
-        and (tmp_path / "run.leaks.jsonl").exists()
-    )
-    run_sft(
-        monkeypatch,
-        data,
-        tmp_path / "run",
-        "--epochs",
-        "0",
-        "--test",
-        str(data / "expert.jsonl"),
-        "--allow-leakage",
-    )
+        run_sft(monkeypatch, data, tmp_path / "run", test)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "run.part").exists()
+    assert (tmp_path / "run.leaks.jsonl").exists()
+    run_sft(monkeypatch, data, tmp_path / "run", f"{test} --allow-leakage --epochs 0")
     assert (tmp_path / "run").exists()
 
 
-def test_freezing_vision_leaves_the_tower_alone_and_moves_the_rest(monkeypatch, data, tmp_path):
-    run_sft(monkeypatch, data, tmp_path / "frozen", "--freeze", "vision")
+def test_freezing_vision_keeps_the_tower_and_changes_the_rest(monkeypatch, data, tmp_path):
+    run_sft(monkeypatch, data, tmp_path / "frozen", "--freeze vision")
     old, new = (loading.load(str(f)).model.state_dict() for f in (ROOT / "toy/policy", tmp_path / "frozen"))
-    moved = {n for n in old if not torch.equal(old[n], new[n])}
-    assert (
-        moved
-        and not any("vision_tower" in n for n in moved)
-        and any("multi_modal_projector" in n for n in moved)
-    )
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed and not any("vision_tower" in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed)
 
 
 def test_training_lowers_the_loss_on_its_own_data(monkeypatch, data, tmp_path):
-    run_sft(monkeypatch, data, tmp_path / "run", "--val", str(data / "expert.jsonl"))
+    run_sft(monkeypatch, data, tmp_path / "run", f"--val {data / 'expert.jsonl'}")
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
-    assert json.load(open(tmp_path / "run" / "metrics.json"))["val_loss"] < 0.8 * first
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val_loss"] < 0.8 * first
 
 
 def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
-    import os
-    import subprocess
-
-    command = [
-        "sft.py",
-        "--model",
-        "toy/policy",
-        "--data",
-        str(data / "expert.jsonl"),
-        "--epochs",
-        "1",
-        "--batch",
-        "6",
-        "--lr",
-        "1e-4",
-    ]
+    stage = f"sft.py --model toy/policy --data {data / 'expert.jsonl'} --epochs 1 --batch 6 --lr 1e-4"
+    launch = (
+        "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no"
+    )
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, *command, "--out", str(tmp_path / "one")],
-        cwd=ROOT,
-        env=env,
-        check=True,
-        capture_output=True,
-    )
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            *command,
-            "--out",
-            str(tmp_path / "two"),
-        ],
-        cwd=ROOT,
-        env=env,
-        check=True,
-        capture_output=True,
-    )
-    one, two = ([json.loads(line) for line in open(tmp_path / k / "metrics.jsonl")] for k in ("one", "two"))
+    for command in (f"{stage} --out {tmp_path / 'one'}", f"{launch} {stage} --out {tmp_path / 'two'}"):
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, check=True, capture_output=True)
+    files = [tmp_path / name / "metrics.jsonl" for name in ("one", "two")]
+    one, two = ([json.loads(line) for line in path.read_text().splitlines()] for path in files)
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
         assert a["tokens"] == b["tokens"] and b["loss"] == pytest.approx(a["loss"], rel=1e-4)
@@ -269,27 +193,15 @@ def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
 
 def test_weights_that_do_not_fit_the_files_are_one_line(monkeypatch, data, tmp_path):
     with pytest.raises(RunError, match="--weights"):
-        run_sft(monkeypatch, data, tmp_path / "x", "--weights", "1", "2")
+        run_sft(monkeypatch, data, tmp_path / "x", "--weights 1 2")
+
+
+def test_a_folder_without_a_model_is_one_line(monkeypatch, data, tmp_path):
     with pytest.raises(ModelError, match="config.json"):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "sft.py",
-                "--model",
-                str(data),
-                "--data",
-                str(data / "expert.jsonl"),
-                "--out",
-                str(tmp_path / "y"),
-            ],
-        )
-        sft.main(sft.parse_args())
+        run_sft(monkeypatch, data, tmp_path / "x", f"--model {data}")
 
 
 def test_a_record_that_teaches_nothing_is_one_line(tmp_path):
-    from PIL import Image
-
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "r.jsonl").write_text('{"id": "7", "image": "a.png"}\n')
     with pytest.raises(RecordError, match="r.jsonl: record 7 has neither"):
