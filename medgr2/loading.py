@@ -34,11 +34,11 @@ def load(name, device=None, dtype=torch.float32):
             f"{name}: not a model (no config.json in it); "
             "give a folder saved by save_pretrained or a hub name"
         )
-    settings = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         processor = load_processor(name)
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **settings
+            name, dtype=dtype, trust_remote_code=False, **settings
         )
         loaded = wrap(model.to(device or best_device()).eval(), processor)
     except Exception as error:
