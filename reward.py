@@ -112,11 +112,11 @@ def answer_mask(backbone, responses, mask):
     """(N, C) bool: the tokens from `<answer>` to the end of turn; none in a report."""
     answer = torch.zeros(mask.shape, dtype=torch.bool)
     for row, response in zip(answer, responses):
+        # The tokens of vlm.encode_continuations, with the place where each begins in the text.
+        settings = {"add_special_tokens": False, "split_special_tokens": True}
+        offsets = backbone.tokenizer(response, return_offsets_mapping=True, **settings)["offset_mapping"]
         start = response.find("<answer>")
         if start >= 0:
-            # The tokens of vlm.encode_continuations, with the place where each begins in the text.
-            settings = {"add_special_tokens": False, "split_special_tokens": True}
-            offsets = backbone.tokenizer(response, return_offsets_mapping=True, **settings)["offset_mapping"]
             row[: len(offsets) + 1] = torch.tensor([begin >= start for begin, _ in offsets] + [True])
     return answer.to(mask.device)
 
