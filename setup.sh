@@ -1,5 +1,5 @@
-# Sourced by cycle.sh and tests/run.sh, with requirements files as arguments. Sets PYTHON, unless it is set, to
-# the one of .venv. That is made if it is missing, and the requirements are installed into it once.
+# Sourced by cycle.sh and tests/run.sh, with requirements files as arguments. Sets PYTHON, unless it is set,
+# to the one of .venv. That is made if it is missing, and the requirements are installed into it once.
 if [ -z "${PYTHON:-}" ]; then
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "Python 3.11 or later is needed"; exit 2; }
