@@ -34,7 +34,7 @@ EVAL_FLAGS=${EVAL_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
 # A stage runs in the background, because bash handles no signal while a command runs in the foreground. So a
-# signal that only this shell gets reaches the stage, which commits and exits.
+# signal that only this shell gets reaches the stage. One process commits and exits; several only exit.
 trap 'kill $(jobs -p) 2>/dev/null || :; wait; exit 143' TERM INT
 run() { "$@" & wait $!; }
 
@@ -105,7 +105,7 @@ generator=$GENERATOR accepted=() random=() rollouts=()
 for c in $(seq "$CYCLES"); do
   d=$OUT/cycle$c
   stage "$d/reward" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" ${REPORTS:+"$REPORTS"} \
-    --rollouts "${rollouts[@]}" $REWARD_FLAGS
+    --rollouts ${rollouts[@]+"${rollouts[@]}"} $REWARD_FLAGS
   stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --cycle "$c" $GENERATE_FLAGS
   stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
   if [ -n "$TRUTH" ] && [ ! -e "$d/marks.json" ]; then

@@ -28,7 +28,7 @@ Reads   question records; a reward model; expert records for the watch
 Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl (docs/metrics.md explains each metric)
 
 Departs from the paper:
-  1. R is normalised to [0, 1]. With `--reward-scale raw`, the letter of the paper, the match term is 1.5% of
+  1. R is normalised to [0, 1]. With `--reward-scale raw`, as the paper writes it, the match term is 1.5% of
      the spread.
   2. A watch compares the reward with the truth on expert questions and warns of reward hacking.
 
@@ -50,7 +50,7 @@ def parse_args():
     count, positive = cli.number(int, 1), cli.number(float, 0)
     p.add_argument("--model", required=True, help="policy to start from, also the frozen reference")
     p.add_argument("--reward", required=True, help="folder of a reward model")
-    p.add_argument("--data", required=True, nargs="+", help="question record files to practise on")
+    p.add_argument("--data", required=True, nargs="+", help="question record files to train on")
     p.add_argument("--val", help="expert question records for the watch")
     p.add_argument("--steps", type=count, default=40, help="batches of rollouts")
     p.add_argument("--prompts", type=count, default=16, help="P, questions per step")
@@ -59,23 +59,27 @@ def parse_args():
     p.add_argument("--max-new-tokens", type=count, default=96, help="longest response")
     p.add_argument("--loss", choices=("grpo", "dr_grpo", "dapo", "gspo"), default="grpo", help="see above")
     p.add_argument("--epsilon", type=cli.number(float, 0, 1), default=0.2, help="clip the ratio at 1 - this")
-    p.add_argument("--epsilon-high", type=positive, help="and at 1 + this; without it, at 1 + --epsilon")
+    p.add_argument("--epsilon-high", type=positive, help="clip the ratio at 1 + this (1 + --epsilon)")
     p.add_argument("--kl", type=positive, default=0.02, help="weight of the KL term; 0 loads no reference")
     p.add_argument("--alpha", type=positive, default=0.8, help="weight of the reward model")
     p.add_argument("--beta", type=positive, default=0.2, help="weight of the answer match")
     p.add_argument("--reward-scale", choices=("unit", "raw"), default="unit", help="R in [0, 1] or [-6, 10]")
-    p.add_argument("--scale-rewards", choices=("group", "batch", "none"), default="group", help="whose std")
-    cli.add_switch(p, "--mask-truncated", "a response cut at --max-new-tokens teaches nothing")
-    cli.add_switch(p, "--drop-zero-variance", "replace groups that are all right or all wrong by others")
+    p.add_argument(
+        "--scale-rewards", choices=("group", "batch", "none"), default="group", help="by whose std"
+    )
+    cli.add_switch(p, "--mask-truncated", "leave responses cut at --max-new-tokens out of the loss")
+    cli.add_switch(p, "--drop-zero-variance", "sample others for groups that are all correct or all wrong")
     p.add_argument("--lr", type=positive, default=1e-4, help="learning rate (the toy's; about 1e-6 for 7B)")
     p.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
     freeze = "what does not learn: vision tower and projector, the tower only, nothing"
     p.add_argument("--freeze", choices=("images", "vision", "nothing"), default="images", help=freeze)
-    p.add_argument("--micro-batch", type=count, default=8, help="groups to learn from at a time; same result")
-    p.add_argument("--watch-every", type=count, default=10, help="steps between checks of the truth on --val")
+    p.add_argument(
+        "--micro-batch", type=count, default=8, help="groups per forward and backward pass; same result"
+    )
+    p.add_argument("--watch-every", type=count, default=10, help="steps between accuracy checks on --val")
     p.add_argument("--watch-items", type=count, default=200, help="records of --val to check")
-    p.add_argument("--test", help="the test file: refuse to train on what it holds (medgr2/leakage.py)")
-    cli.add_switch(p, "--allow-leakage", "train on it all the same")
+    p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
+    cli.add_switch(p, "--allow-leakage", "train on it anyway")
     p.add_argument("--save-every", type=count, default=25, help="steps between checkpoints")
     cli.add_run_arguments(p)
     return p.parse_args()
@@ -94,8 +98,8 @@ from medgr2.watch import Watch
 from reward import R_MIN, RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
 
-# How often a batch is refilled before a step makes do with fewer groups (--drop-zero-variance).
-REFILLS = 4
+# With --drop-zero-variance a step samples at most this many batches before it makes do with fewer groups.
+MAX_BATCHES = 4
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -112,32 +116,32 @@ def compute_advantages(rewards, scale, batch_std=None):
 
 
 class Counts(NamedTuple):
-    """What the denominators count over the whole batch: N responses, Σ|y_i| tokens, --max-new-tokens."""
+    """The denominators, over the whole batch: responses and tokens in the loss, and --max-new-tokens."""
 
     sequences: int
     tokens: int
-    longest: int
+    max_new_tokens: int
 
 
 def grpo_loss(logps, inputs, counts, *, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0):
-    """-J of the docstring on top → (loss, {metric: sum over tokens}), of N of the batch's responses.
+    """-J of the module docstring, summed over S of the batch's N responses → (loss, {metric: token sum}).
 
-    logps (N, C). inputs: LossInputs, old_logps, ref_logps and mask (N, C), advantages (N,). counts: Counts.
+    logps (S, C); inputs: LossInputs of the same S responses; counts: the denominators.
     """
-    mask, advantages = inputs.mask, inputs.advantages[:, None]  # (N, C), (N, 1)
-    lengths = mask.sum(1).clamp(min=1)  # (N,) tokens of each response
-    log_ratio = (logps - inputs.old_logps) * mask  # (N, C)
+    mask, advantages = inputs.mask, inputs.advantages[:, None]  # (S, C), (S, 1)
+    lengths = mask.sum(1).clamp(min=1)  # (S,) tokens of each response
+    log_ratio = (logps - inputs.old_logps) * mask  # (S, C)
     if loss == "gspo":
         # One ratio per sequence, the same at each of its tokens.
         log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand_as(mask)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
-    objective = torch.minimum(ratio * advantages, clipped * advantages)  # (N, C)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)  # (S, C)
     k3 = torch.zeros_like(objective)
     if kl:
         log_ref_ratio = (inputs.ref_logps - logps) * mask
         k3 = log_ref_ratio.exp() - log_ref_ratio - 1
-    per_token = -(objective - kl * k3) * mask  # (N, C)
+    per_token = -(objective - kl * k3) * mask  # (S, C)
     if loss in ("grpo", "gspo"):
         # The mean over responses of the mean over tokens.
         total = (per_token.sum(1) / lengths).sum() / counts.sequences
@@ -146,7 +150,7 @@ def grpo_loss(logps, inputs, counts, *, loss="grpo", epsilon=0.2, epsilon_high=N
         total = per_token.sum() / counts.tokens
     else:
         # dr_grpo: a constant, the same for short and long responses.
-        total = per_token.sum() / (counts.sequences * counts.longest)
+        total = per_token.sum() / (counts.sequences * counts.max_new_tokens)
     with torch.no_grad():
         clip_low = ((ratio < clipped) & (advantages < 0) & (mask > 0)).sum()
         clip_high = ((ratio > clipped) & (advantages > 0) & (mask > 0)).sum()
@@ -159,7 +163,7 @@ def grpo_loss(logps, inputs, counts, *, loss="grpo", epsilon=0.2, epsilon_high=N
 
 @dataclass
 class Group:
-    """One question, G responses to it, and all that is computed of them, in this order."""
+    """One question, G responses to it, and all that is computed from them, in this order."""
 
     # Sampled; C counts the end of turn too. `texts` are the decoded ids.
     record: dict
@@ -174,7 +178,8 @@ class Group:
     # Scored: {head: G floats} of the reward model, and the hybrid rewards.
     scores: dict = None
     rewards: torch.Tensor = None  # (G,)
-    # For the loss. old_logps are those of the policy that sampled, known from the second update on.
+    # For the loss. old_logps are those of the policy that sampled, known from the second update on. The
+    # log-probs are as wide as their micro-batch was; rollouts.stack aligns them.
     advantages: torch.Tensor = None  # (G,)
     loss_mask: torch.Tensor = None  # (G, C)
     ref_logps: torch.Tensor = None  # (G, C)
@@ -197,8 +202,8 @@ def sample_groups(policy, batch, group, max_new_tokens, seed):
         rows = slice(b * group, (b + 1) * group)
         parsed = [parse_response(text, record.get("options")) for text in texts[rows]]
         match = [is_match(p.prediction, record["answer"]) for p in parsed]
-        sampled = ids[rows], mask[rows], truncated[rows], texts[rows]
-        groups.append(Group(record, prompt, *sampled, parsed, match))
+        sampled = {"ids": ids[rows], "mask": mask[rows], "truncated": truncated[rows], "texts": texts[rows]}
+        groups.append(Group(record, prompt, **sampled, parsed=parsed, match=match))
     return groups
 
 
@@ -212,29 +217,29 @@ def score_groups(reward_model, groups, alpha, beta, scale):
         R = torch.tensor(own["overall"])  # (G,)
         well_formed = torch.tensor([p.well_formed for p in g.parsed])
         match = torch.tensor(g.match, dtype=torch.float32)
-        R, least = (R, R_MIN) if scale == "raw" else (normalise_reward(R), 0)
-        rewards = torch.where(well_formed, alpha * R + beta * match, alpha * least)
+        R_bar, lowest = (R, R_MIN) if scale == "raw" else (normalise_reward(R), 0)
+        rewards = torch.where(well_formed, alpha * R_bar + beta * match, alpha * lowest)
         scored.append(replace(g, scores=own, rewards=rewards))
     return scored
 
 
 def rollout(policy, reward_model, coming, args, accelerator):
     """Sample and score one batch → (this process's groups, whether each sampled group has spread, cursor)."""
-    kept, sampled = [], []
-    for _ in range(REFILLS if args.drop_zero_variance else 1):
+    kept, drawn = [], []
+    for _ in range(MAX_BATCHES if args.drop_zero_variance else 1):
         batch = next(coming)
         with accelerator.autocast():
             fresh = sample_groups(policy, batch, args.group, args.max_new_tokens, args.seed)
-        sampled += fresh
+        drawn += fresh
         kept += [g for g in fresh if g.has_spread or not args.drop_zero_variance]
         missing = torch.tensor(max(0, len(batch.rows) - len(kept)), device=policy.device)
         if not accelerator.reduce(missing, "sum").item():
             # Every process has enough: all stop at the same cursor.
             break
-    # If this process found no group with spread, one without it, so that there is a step.
+    # Keep one group without spread if there is no other, so that there is a step.
     kept = kept[: len(batch.rows)] or fresh[:1]
     groups = score_groups(reward_model, kept, args.alpha, args.beta, args.reward_scale)
-    return groups, [g.has_spread for g in sampled], batch.cursor
+    return groups, [g.has_spread for g in drawn], batch.cursor
 
 
 def with_advantages(groups, args):
@@ -256,12 +261,12 @@ def with_advantages(groups, args):
 # Learning.
 
 
-def count_batch(groups, longest, accelerator):
+def count_batch(groups, max_new_tokens, accelerator):
     """The Counts of the whole batch."""
     sequences = sum(int((g.loss_mask.sum(1) > 0).sum()) for g in groups)
     tokens = sum(int(g.loss_mask.sum()) for g in groups)
     local = torch.tensor([sequences, tokens], device=groups[0].ids.device)
-    return Counts(*accelerator.reduce(local, "sum").clamp(min=1).tolist(), longest)
+    return Counts(*accelerator.reduce(local, "sum").clamp(min=1).tolist(), max_new_tokens)
 
 
 def collate(model, groups):
@@ -287,8 +292,12 @@ def accumulate_gradient(policy, groups, counts, args):
     """Add a micro-batch's gradient to the policy's → (loss, sums of metrics, log-probs (B·G, C))."""
     inputs, ids, mask = collate(policy, groups)
     advantages = torch.cat([g.advantages for g in groups]).to(policy.device)  # (B·G,)
-    fields = [rollouts.stack(groups, field) for field in ("loss_mask", "old_logps", "ref_logps")]  # (B·G, C)
-    loss_inputs = LossInputs(advantages, *fields)
+    loss_inputs = LossInputs(
+        advantages=advantages,
+        mask=rollouts.stack(groups, "loss_mask"),  # (B·G, C)
+        old_logps=rollouts.stack(groups, "old_logps"),  # (B·G, C) or None
+        ref_logps=rollouts.stack(groups, "ref_logps"),  # (B·G, C) or None
+    )
     states = vlm.hidden_states(policy, inputs, ids, mask)[:, :-1]  # (B·G, C, D)
     hidden, weight, head = vlm.lm_head(policy, states)  # weight (V, D)
     options = {"loss": args.loss, "epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "kl": args.kl}
@@ -368,7 +377,7 @@ def main(args):
         groups, spread, cursor = rollout(policy, reward_model, coming, args, accelerator)
         # Advantages: what each response earned beyond the mean of its group.
         groups = with_advantages(groups, args)
-        sampled = time.perf_counter()
+        scored = time.perf_counter()
         # Log-probs of the reference, for the KL term.
         if reference:
             groups = with_reference_logps(reference, groups, args.micro_batch, accelerator)
@@ -377,7 +386,7 @@ def main(args):
         for _ in range(args.iterations):
             groups, metrics = update_policy(policy, optimizer, groups, counts, args, accelerator)
         # Log and commit.
-        times = started, sampled, time.perf_counter()
+        times = started, scored, time.perf_counter()
         rollouts.log_step(run, step, groups, spread, times, metrics, watched)
         if run.due(step + 1, args.save_every):
             state = training.state(parameters, optimizer) | watch.state()

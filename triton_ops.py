@@ -17,9 +17,9 @@ Each function is a drop-in for the lines that a reader would write:
 
 Why in chunks: 8k tokens of a 152k-word vocabulary are 5 GB of fp32 logits, and plain autograd holds several
 such tensors. Here a GEMM fills a buffer of some rows. One row operation reduces it to a few numbers per row,
-from which the loss and its gradient with respect to each log-prob follow. A second one overwrites the buffer
-with d loss / d logits. Two more GEMMs take that on to hidden and weight, and the buffer serves the next
-chunk.
+from which the loss and its gradient with respect to each log-prob follow. A second one turns it into
+d loss / d logits, in place or, on CUDA, into a bf16 copy. Two more GEMMs take that on to hidden and weight,
+and the buffer serves the next chunk.
 
     linear_logprob        differentiable log-probs and entropies. The backward pass computes the logits again,
                           because only then is their gradient known (4 GEMMs, 1 without gradient).
@@ -48,7 +48,7 @@ except ImportError:
 # TRITON_INTERPRET counts when Triton itself is first imported, because its own tl.sum is such a kernel too.
 _jit = triton.jit if triton else lambda kernel: kernel
 
-# The logits buffer holds at most so many bytes and rows. CUDA: 1766 fp32 rows at V = 152k; adding a chunk to
+# The most bytes and rows that the logits buffer holds. CUDA: 1766 fp32 rows at V = 152k; adding a chunk to
 # d weight moves 8 V D bytes while its GEMM does 2 n V D FLOPs, so thousands of rows keep tensor cores busy
 # (not measured: no GPU at hand). CPU, measured: 262 rows at V = 32,000 and at most 1024 of a small
 # vocabulary, so that rows stay in the cache.
@@ -74,7 +74,7 @@ def _statistics_torch(x, targets, temperature, softcap, with_entropy=True):
     z.sub_(z.amax(-1, keepdim=True))
     z_target = z.gather(-1, targets[:, None])[:, 0]  # (n,)
     if not with_entropy:
-        # Two passes over (n, V) less.
+        # Saves two passes over (n, V).
         e = z.exp_()  # (n, V)
         s = e.sum(-1)  # (n,)
         return (z_target - s.log(), torch.full_like(s, torch.nan)), (e, None, s, slope)
@@ -287,7 +287,7 @@ def _over_chunks(linear, chunks, options, upstream=None, needed=(False, False, F
     bias.
 
     upstream(k, rows, logps, entropy) -> d loss / d logps and d loss / d entropy (or None) of the rows of
-    chunk k, (n,) each. Without it there is no gradient. Without `with_entropy` the entropy is anything.
+    chunk k, (n,) each. Without it there is no gradient. Without `with_entropy` the entropy is undefined.
     """
     hidden, weight, bias, targets = linear
     exact = _stats_dtype(hidden)
@@ -346,7 +346,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunks, options, chunk_loss, needed, with_entropy):
-        """Σ_k chunk_loss(k, logps, entropy); all logps and entropies (NaN if unwanted), without gradient."""
+        """Σ_k chunk_loss(k, logps, entropy); all logps and entropies (undefined if unwanted), no gradient."""
         losses = []
 
         def upstream(k, rows, logps, entropy):
@@ -454,7 +454,7 @@ def linear_logprob(
     """Log-probability (nats) of each target under softmax(z), z as on top, and that softmax's entropy.
 
     hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) -> logps (N,), entropy (N,): float32, or
-    float64 of float64 inputs. Both are differentiable, once, with respect to hidden, weight and bias.
+    float64 for float64 inputs. Both are differentiable, once, with respect to hidden, weight and bias.
     Statistics are float32 whatever the inputs are. So are the logits of bf16 inputs on CUDA; on the CPU these
     are rounded to bf16.
 

@@ -32,7 +32,7 @@ SOURCES = {
     "select": ("reward.py", "select_candidates", "# The best first", 2),
     "levels": ("medgr2/levels.py", "build_levels", "for make in", 3),
     "reference": ("medgr2/prompts.py", "reference_response", 'if "report"', 3),
-    "reward": ("grpo.py", "score_groups", "R, least =", 2),
+    "reward": ("grpo.py", "score_groups", "R_bar, lowest =", 2),
     "advantage": ("grpo.py", "compute_advantages", "std = ", 2),
     "match": ("medgr2/prompts.py", "is_match", "return ", 1),
 }

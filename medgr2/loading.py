@@ -52,12 +52,12 @@ def load(name, device=None, dtype=torch.float32):
         raise ModelError(f"{name}: {fault}")
     loaded.prefix_sharing = find_prefix_sharing(loaded)
     if loaded.prefix_sharing != "always":
-        cannot = "cannot" if loaded.prefix_sharing == "never" else "can only without gradient"
-        print(
-            f"{name}: this architecture {cannot} continue a prefilled prompt: plain rows instead, "
-            "the same results, slower",
-            flush=True,
-        )
+        limits = {
+            "never": "cannot continue a prefilled prompt: it computes whole rows instead",
+            "without gradient": "cannot train through a prefilled prompt: it computes whole rows to train",
+        }
+        limit = limits[loaded.prefix_sharing]
+        print(f"{name}: this architecture {limit}, with the same results, slower", flush=True)
     return loaded
 
 

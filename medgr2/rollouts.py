@@ -1,4 +1,4 @@
-"""Around the GRPO step: questions prepared ahead in a thread, micro-batches, what is logged and written."""
+"""Around the GRPO step: a thread that preprocesses the next batch, micro-batches, logging."""
 
 import copy
 from dataclasses import replace
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 def prefetch_batches(policy, examples, cursor, prompts, seed, accelerator):
-    """Batches without end, from number `cursor`: a thread prepares the next one while one is learned from."""
+    """Endless batches from number `cursor`; a thread preprocesses the next one during training."""
     # The thread has a processor of its own: a tokenizer must not serve two threads at a time.
     preparing = replace(policy, processor=copy.deepcopy(policy.processor))
     return training.prefetch(batches(preparing, examples, cursor, prompts, seed, accelerator))

@@ -59,6 +59,9 @@ class VLM:
 
     @property
     def can_share_prefix(self):
+        if self.model.training and self.model.is_gradient_checkpointing:
+            # Checkpointed layers write no cache.
+            return False
         if self.prefix_sharing == "without gradient":
             return not torch.is_grad_enabled()
         return self.prefix_sharing == "always"
@@ -119,7 +122,7 @@ def preprocess(vlm, images, texts):
 def encode_images(vlm, inputs):
     """Preprocessed Inputs → B Prompts. The vision tower runs here, once for samples, reference and updates.
 
-    That asks for loading.freeze_images. Otherwise the Prompts keep no features, and every pass encodes the
+    This requires loading.freeze_images. Otherwise the Prompts keep no features, and every pass encodes the
     pixels.
     """
     if not vlm.reuses_features:
@@ -231,7 +234,7 @@ class Prefix:
         self.cache, self.mask, self.rope_deltas = cache, mask, rope_deltas
 
     def repeat(self, group):
-        """Make `group` rows of each."""
+        """Repeat each row `group` times."""
         rows = torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(group)
         if any(hasattr(layer, "conv_states") for layer in self.cache.layers):
             self.cache.reorder_cache(rows)
@@ -241,7 +244,7 @@ class Prefix:
         self.select_positions(rows)
 
     def select(self, rows):
-        """Keep these rows (n,) only."""
+        """Keep only these rows (n,)."""
         self.cache.reorder_cache(rows)
         self.select_positions(rows)
 
@@ -250,7 +253,7 @@ class Prefix:
         self.rope_deltas = None if self.rope_deltas is None else self.rope_deltas[rows]
 
     def reserve(self, tokens):
-        """Make space for `tokens` more in each layer that keeps all; one with a sliding window forgets."""
+        """Reserve space for `tokens` more in each plain DynamicLayer; other layers manage their own."""
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer and layer.is_initialized:
                 self.cache.layers[i] = ReservedLayer(layer, tokens)
@@ -320,7 +323,7 @@ def decode_step(vlm, prefix, ids, mask):
 
 
 def hidden_states(vlm, inputs, ids, mask):
-    """Hidden states around N = B·G continuations (N, C); each prompt is encoded once.
+    """Hidden states of N = B·G continuations (N, C). A prompt is encoded once if its prefix can be shared.
 
     Returns (N, C+1, D): position c predicts token c, and position C follows the last one. It is garbage where
     `mask` is 0; the state after a shorter continuation is at position mask.sum().

@@ -49,11 +49,11 @@ class Watch:
         rows = list(records.read_records(args.val, records.QUESTION, args.image_root)) if args.val else []
         rng = random.Random(runs.seed_of(args.seed, "watch"))
         self.rows = rng.sample(rows, min(len(rows), args.watch_items))
-        self.first, self.last = state.get("first"), state.get("seen", {})
+        self.first, self.last = state.get("first"), state.get("last", {})
 
     def state(self):
         """What a resumed run needs."""
-        return {"first": self.first, "seen": self.last}
+        return {"first": self.first, "last": self.last}
 
     def measure(self):
         models = self.policy, self.reward_model

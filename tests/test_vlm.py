@@ -887,7 +887,7 @@ RECURRENT = {
     "qwen3_5": (
         lambda folder: build_qwen(folder, "Qwen3_5"),
         "without gradient",
-        "can only without gradient continue a prefilled prompt",
+        "cannot train through a prefilled prompt",
     ),
     "bamba": (
         lambda folder: build_llava(folder, "Bamba", attn_layer_indices=[1], **MAMBA),
