@@ -2,34 +2,37 @@
 
 For each of P questions the policy samples G responses at temperature 1. Each gets the paper's hybrid reward
 
-    r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],    R̄ = (R + 6) / 16,    malformed: 0
+    r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],        R̄ = (R + 6) / 16
 
-and an advantage relative to its group, Â_i = (r_i - mean_group r) / std_group r. The policy then climbs,
-over the N = P·G responses,
+but a malformed response gets r_i = 0, even if its answer is right. (Malformed: not exactly one <think> part
+and one <answer> part, or an answer that names no option.) The advantage is relative to the group,
+Â_i = (r_i - mean_group r) / (std_group r + 1e-4). The policy then maximises, over the N = P·G responses,
 
-    J = 1/N Σ_i 1/|y_i| Σ_t  min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it
+    J = 1/N Σ_i 1/|y_i| Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it ]
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = π_ref/π - log(π_ref/π) - 1      (k3, Schulman 2020)
 
     --loss grpo      as above (DeepSeekMath, arXiv 2402.03300)
-    --loss dapo      1 / Σ|y_i| over the whole batch: every token weighs the same. DAPO's other parts are
+    --loss dapo      1 / Σ|y_i| in place of 1/N · 1/|y_i|: every token weighs the same. DAPO's other parts are
                      --epsilon-high 0.28 and --drop-zero-variance (arXiv 2503.14476)
-    --loss dr_grpo   1 / (N · max_new_tokens): no bias by length. Use with --scale-rewards none
+    --loss dr_grpo   1 / (N · max_new_tokens) in place of it: no length bias. Use with --scale-rewards none
                      (arXiv 2503.20783)
     --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio per sequence. Its ε is far smaller, about 3e-4
                      (arXiv 2507.18071)
 
-With one update per batch of rollouts (--iterations 1, the default) every ρ is 1 and nothing is clipped.
+β_KL is --kl; --beta is the paper's weight of the answer match. With one update per batch of rollouts
+(--iterations 1, the default) every ρ is 1 and nothing is clipped.
 
-Every denominator counts the whole batch, so a step does not depend on micro-batches or processes (but with
---drop-zero-variance each process refills its own share). The vision tower and its projector stay as SFT left
-them (--freeze images), so an image is encoded once for its samples, the reference and every update.
+N and Σ|y_i| are totals over all processes, so a step does not depend on micro-batches or processes (but with
+--drop-zero-variance each process refills its own share). With --mask-truncated they count the responses that
+are left. The vision tower and its projector stay as SFT left them (--freeze images), so an image is encoded
+once for its samples, the reference and every update; otherwise every pass encodes it again.
 
 Reads   question records; a reward model; expert records for the watch
 Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl (docs/metrics.md explains each metric)
 
 Departs from the paper:
   1. R is normalised to [0, 1]. With `--reward-scale raw`, as the paper writes it, the match term is 1.5% of
-     the spread.
+     the reward's range, and a malformed response gets α · (-6).
   2. A watch compares the reward with the truth on expert questions and warns of reward hacking.
 
     python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --out runs/mine \\
@@ -62,7 +65,7 @@ def parse_args():
     p.add_argument("--epsilon-high", type=positive, help="clip the ratio at 1 + this (1 + --epsilon)")
     p.add_argument("--kl", type=positive, default=0.02, help="weight of the KL term; 0 loads no reference")
     p.add_argument("--alpha", type=positive, default=0.8, help="weight of the reward model")
-    p.add_argument("--beta", type=positive, default=0.2, help="weight of the answer match")
+    p.add_argument("--beta", type=positive, default=0.2, help="weight of the answer match (not of the KL)")
     p.add_argument("--reward-scale", choices=("unit", "raw"), default="unit", help="R in [0, 1] or [-6, 10]")
     p.add_argument(
         "--scale-rewards", choices=("group", "batch", "none"), default="group", help="by whose std"
@@ -126,7 +129,9 @@ class Counts(NamedTuple):
 def grpo_loss(logps, inputs, counts, *, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0):
     """-J of the module docstring, summed over S of the batch's N responses → (loss, {metric: token sum}).
 
-    logps (S, C); inputs: LossInputs of the same S responses; counts: the denominators.
+    logps (S, C), C response tokens with the end of turn; inputs: LossInputs of the same S responses; counts:
+    the denominators. linear_grpo_loss calls this on chunks of whole sequences and adds up, so divide only by
+    counts, not by the size of a tensor. With kl 0 it leaves out sequences whose advantage is 0.
     """
     mask, advantages = inputs.mask, inputs.advantages[:, None]  # (S, C), (S, 1)
     lengths = mask.sum(1).clamp(min=1)  # (S,) tokens of each response
@@ -172,7 +177,7 @@ class Group:
     mask: torch.Tensor  # (G, C)
     truncated: torch.Tensor  # (G,)
     texts: list
-    # Parsed (prompts.Parsed), and whether the answer is the record's.
+    # Parsed (prompts.ParsedResponse), and whether the answer is the record's.
     parsed: list
     match: list
     # Scored: {head: G floats} of the reward model, and the hybrid rewards.
@@ -187,7 +192,7 @@ class Group:
 
     @property
     def has_spread(self):
-        """Do the outcomes differ? (The continuous reward always does, if only by noise.)"""
+        """Are some answers right and some wrong? (The continuous reward always differs, if only by noise.)"""
         return 0 < sum(self.match) < len(self.match)
 
 
@@ -298,10 +303,12 @@ def accumulate_gradient(policy, groups, counts, args):
         old_logps=rollouts.stack(groups, "old_logps"),  # (B·G, C) or None
         ref_logps=rollouts.stack(groups, "ref_logps"),  # (B·G, C) or None
     )
+    # State t predicts token t. The first is the prompt's last; the one after the last token predicts nothing.
     states = vlm.hidden_states(policy, inputs, ids, mask)[:, :-1]  # (B·G, C, D)
     hidden, weight, head = vlm.lm_head(policy, states)  # weight (V, D)
     options = {"loss": args.loss, "epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "kl": args.kl}
-    # The same as these three lines, but the logits (B·G, C, V) never exist (triton_ops.py):
+    # The same as these three lines, but the logits (B·G, C, V) never exist (triton_ops.py). At the first update
+    # old_logps is None and stands for logps.detach(): the ratio is 1.
     #     logps = log_softmax(hidden @ weight.T, -1).gather(-1, ids[..., None])[..., 0]
     #     loss, metrics = grpo_loss(logps, loss_inputs, counts, **options)
     #     loss.backward()
@@ -313,9 +320,10 @@ def accumulate_gradient(policy, groups, counts, args):
 
 
 def policy_gradient(policy, groups, counts, args, accelerator):
-    """Leave the gradient of the whole batch in the policy → (groups with old_logps, metrics)."""
+    """Leave this process's share of the gradient in the policy → (groups with old_logps, metrics)."""
     found, sums = list(groups), {}
-    # Without a KL term a group without advantages has no gradient. One stays, so that there is one of zeros.
+    # Without a KL term a group whose advantages are all 0 contributes nothing and is skipped. If all are, the
+    # first is kept, so that there is a gradient, of zeros.
     learning = [i for i, g in enumerate(groups) if args.kl or g.advantages.any()] or [0]
     for index in rollouts.micro_batches(groups, args.micro_batch, learning):
         with accelerator.autocast():
@@ -333,6 +341,7 @@ def update_policy(policy, optimizer, groups, counts, args, accelerator):
     """One update of the policy on a batch of rollouts → (groups with old_logps, metrics)."""
     groups, metrics = policy_gradient(policy, groups, counts, args, accelerator)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # A sum, not a mean: every process has divided by the whole batch's counts.
     training.sum_gradients(parameters, accelerator)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
     optimizer.step()
@@ -381,7 +390,7 @@ def main(args):
         # Log-probs of the reference, for the KL term.
         if reference:
             groups = with_reference_logps(reference, groups, args.micro_batch, accelerator)
-        # Climb J on these responses, its denominators counted over the whole batch.
+        # Maximise J on these responses, its denominators counted over the whole batch.
         counts = count_batch(groups, args.max_new_tokens, accelerator)
         for _ in range(args.iterations):
             groups, metrics = update_policy(policy, optimizer, groups, counts, args, accelerator)

@@ -14,7 +14,7 @@ from medgr2.prompts import policy_prompt
 
 
 class Batch(NamedTuple):
-    """This process's share of a step's P records, preprocessed. `cursor` is the number of the next batch."""
+    """This process's share of a step's P records, preprocessed. `cursor`: number of the batch after it."""
 
     cursor: int
     rows: list
@@ -69,7 +69,7 @@ def mean(values):
 
 
 def mean_metrics(sums, tokens, accelerator):
-    """Sums over this process's tokens → means over the whole batch's `tokens`. The loss is a mean already."""
+    """Sums over this process's tokens → means over the batch's `tokens`. The loss is only summed."""
     names = sorted(sums)
     totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum")
     totals = dict(zip(names, totals.tolist()))
