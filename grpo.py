@@ -228,11 +228,11 @@ def score_groups(reward_model, groups, alpha, beta, scale):
     return scored
 
 
-def rollout(policy, reward_model, coming, args, accelerator):
+def rollout(policy, reward_model, batches, args, accelerator):
     """Sample and score one batch → (this process's groups, whether each sampled group has spread, cursor)."""
     kept, drawn = [], []
     for _ in range(MAX_BATCHES if args.drop_zero_variance else 1):
-        batch = next(coming)
+        batch = next(batches)
         with accelerator.autocast():
             fresh = sample_groups(policy, batch, args.group, args.max_new_tokens, args.seed)
         drawn += fresh
@@ -249,7 +249,7 @@ def rollout(policy, reward_model, coming, args, accelerator):
 
 def with_advantages(groups, args):
     """The groups with advantages and the mask of the tokens that count."""
-    found, batch_std = [], None
+    updated, batch_std = [], None
     if args.scale_rewards == "batch":
         batch_std = torch.tensor(gather_object(torch.cat([g.rewards for g in groups]).tolist())).std()
     for g in groups:
@@ -258,8 +258,8 @@ def with_advantages(groups, args):
             # Here only because there was no other (rollout).
             advantages = torch.zeros_like(advantages)
         mask = g.mask * ~g.truncated[:, None] if args.mask_truncated else g.mask
-        found.append(replace(g, advantages=advantages, loss_mask=mask))
-    return found
+        updated.append(replace(g, advantages=advantages, loss_mask=mask))
+    return updated
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -283,14 +283,14 @@ def collate(model, groups):
 @torch.no_grad()
 def with_reference_logps(reference, groups, micro_batch, accelerator):
     """The groups with the reference's log-probs, for the KL term."""
-    found = list(groups)
+    updated = list(groups)
     for index in rollouts.micro_batches(groups, micro_batch):
         inputs, ids, mask = collate(reference, [groups[i] for i in index])
         with accelerator.autocast():
             logps, _ = vlm.token_logps(reference, inputs, ids, mask)  # (B·G, C)
         for i, own in zip(index, logps.split(len(groups[0].texts))):
-            found[i] = replace(groups[i], ref_logps=own)
-    return found
+            updated[i] = replace(groups[i], ref_logps=own)
+    return updated
 
 
 def accumulate_gradient(policy, groups, counts, args):
@@ -305,15 +305,15 @@ def accumulate_gradient(policy, groups, counts, args):
     )
     # State t predicts token t. The first is the prompt's last; the one after the last token predicts nothing.
     states = vlm.hidden_states(policy, inputs, ids, mask)[:, :-1]  # (B·G, C, D)
-    hidden, weight, head = vlm.lm_head(policy, states)  # weight (V, D)
+    hidden, weight, head_options = vlm.lm_head(policy, states)  # weight (V, D)
     options = {"loss": args.loss, "epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "kl": args.kl}
-    # The same as these three lines, but the logits (B·G, C, V) never exist (triton_ops.py). At the first update
-    # old_logps is None and stands for logps.detach(): the ratio is 1.
+    # The same as these three lines, but the logits (B·G, C, V) never exist (triton_ops.py). At the first
+    # update old_logps is None and stands for logps.detach(): the ratio is 1.
     #     logps = log_softmax(hidden @ weight.T, -1).gather(-1, ids[..., None])[..., 0]
     #     loss, metrics = grpo_loss(logps, loss_inputs, counts, **options)
     #     loss.backward()
     loss, metrics, logps = linear_grpo_loss(
-        grpo_loss, hidden, weight, ids, loss_inputs, counts=counts, **options, **head
+        grpo_loss, hidden, weight, ids, loss_inputs, counts=counts, **options, **head_options
     )
     loss.backward()
     return loss.detach(), metrics, logps
@@ -321,7 +321,7 @@ def accumulate_gradient(policy, groups, counts, args):
 
 def policy_gradient(policy, groups, counts, args, accelerator):
     """Leave this process's share of the gradient in the policy → (groups with old_logps, metrics)."""
-    found, sums = list(groups), {}
+    updated, sums = list(groups), {}
     # Without a KL term a group whose advantages are all 0 contributes nothing and is skipped. If all are, the
     # first is kept, so that there is a gradient, of zeros.
     learning = [i for i, g in enumerate(groups) if args.kl or g.advantages.any()] or [0]
@@ -333,14 +333,14 @@ def policy_gradient(policy, groups, counts, args, accelerator):
         for i, own in zip(index, logps.split(len(groups[0].texts))):
             if groups[i].old_logps is None:
                 # The first update: the policy is still the one that sampled.
-                found[i] = replace(groups[i], old_logps=own)
-    return found, rollouts.mean_metrics(sums, counts.tokens, accelerator)
+                updated[i] = replace(groups[i], old_logps=own)
+    return updated, rollouts.mean_metrics(sums, counts.tokens, accelerator)
 
 
 def update_policy(policy, optimizer, groups, counts, args, accelerator):
     """One update of the policy on a batch of rollouts → (groups with old_logps, metrics)."""
     groups, metrics = policy_gradient(policy, groups, counts, args, accelerator)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for part in optimizer.param_groups for p in part["params"]]
     # A sum, not a mean: every process has divided by the whole batch's counts.
     training.sum_gradients(parameters, accelerator)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
@@ -367,8 +367,8 @@ def main(args):
     if args.test:
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
-    inputs = [args.model, args.reward, *args.data, args.val, args.test]
-    run = runs.start(args, inputs, accelerator.is_main_process)
+    paths = [args.model, args.reward, *args.data, args.val, args.test]
+    run = runs.start(args, paths, accelerator.is_main_process)
     examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]
     policy, reference, reward_model = load_models(args, accelerator)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
@@ -376,14 +376,14 @@ def main(args):
     training.restore_state(run.state, policy.model, optimizer)
     watch = Watch(policy, reward_model, args, accelerator, run.state)
     cursor = run.state.get("cursor", 0)
-    coming = rollouts.prefetch_batches(policy, examples, cursor, args.prompts, args.seed, accelerator)
+    batches = rollouts.prefetch_batches(policy, examples, cursor, args.prompts, args.seed, accelerator)
 
     for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
         # Compare the reward with the truth on expert questions.
         watched = watch.check(step)
         started = time.perf_counter()
         # Sample G responses to each of P questions; score them by reward model and answer match.
-        groups, spread, cursor = rollout(policy, reward_model, coming, args, accelerator)
+        groups, spread, cursor = rollout(policy, reward_model, batches, args, accelerator)
         # Advantages: what each response earned beyond the mean of its group.
         groups = with_advantages(groups, args)
         scored = time.perf_counter()
