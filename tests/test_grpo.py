@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -701,3 +702,16 @@ def test_with_two_processes_metrics_are_of_all_responses_and_the_watch_is_shared
         assert line["unparsed"] == pytest.approx(sum(r["prediction"] is None for r in mine) / 12, abs=1e-6)
     for name in ("watch_accuracy", "watch_reward", "tokens", "length", "loss", "zero_variance"):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_copy_of_the_script_beside_the_others_runs_under_its_own_name(folder, tmp_path):
+    """What a fork for an ablation does."""
+    for name in ("reward.py", "triton_ops.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "medgr2", tmp_path / "medgr2")
+    shutil.copy(ROOT / "grpo.py", tmp_path / "my_grpo.py")
+    flags = f"--model {ROOT}/toy/policy --reward {folder}/rm --data {folder}/expert.jsonl --out mine"
+    command = [sys.executable, "my_grpo.py", *flags.split(), *"--steps 1 --prompts 2 --group 2".split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "mine" / "args.json").read_text())["script"] == "my_grpo.py"
