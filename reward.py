@@ -281,7 +281,7 @@ def targets_of(levels, device):
 
 
 def reward_loss(out, targets):
-    """MSE of R̄ plus the mean BCE of the three probabilities, over the targets that are known. Both (n, 4)."""
+    """MSE of R̄ plus the mean BCE of the three probabilities, over the known targets. Both (n, 4)."""
     known = ~targets[:, 1:].isnan()
     bce = binary_cross_entropy_with_logits(out[:, 1:][known], targets[:, 1:][known]) if known.any() else 0.0
     return mse_loss(out[:, 0], targets[:, 0]) + bce

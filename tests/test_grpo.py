@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import grpo
-from medgr2 import loading, records, rollouts, vlm
+from medgr2 import loading, records, rollouts, vlm, watch
 from medgr2.images import open_image
 from medgr2.prompts import is_match, parse_response, policy_prompt
 from medgr2.watch import is_hacking
@@ -679,7 +679,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_with_two_processes_metrics_are_of_all_responses_and_the_watch_is_shared_out(folder, tmp_path):
+@pytest.mark.parametrize("process, processes", [(0, 1), (0, 2), (1, 2), (3, 4)])
+def test_each_process_measures_its_share_of_the_watched_records(policy, groups, process, processes):
+    rows, asked = [g.record for g in groups][:3], []
+
+    def reward_model(images, texts, responses):
+        asked.extend(texts)
+        return {"overall": [1.0] * len(texts)}
+
+    accelerator = argparse.Namespace(process_index=process, num_processes=processes, autocast=nullcontext)
+    with pytest.MonkeyPatch.context() as patch:
+        # The other processes' share is one score each.
+        patch.setattr(watch, "gather_object", lambda own: own + [1.0] * (3 - len(own)))
+        found = watch.measure_policy(policy, reward_model, rows, 24, 2, accelerator)
+    assert asked == [policy_prompt(r) for r in rows[process::processes]]
+    assert found["watch_reward"] == 1.0
+
+
+def test_with_two_processes_metrics_are_of_all_responses(folder, tmp_path):
     """Against means over rollouts.jsonl, which holds the responses of both; and against one process."""
     (tmp_path / "ranks.py").write_text(RANKS)
     command = f"{tmp_path}/ranks.py {tmp_path} grpo.py --model toy/policy --reward {folder}/rm"
