@@ -220,7 +220,7 @@ def decode(vlm, ids, mask):
 
 
 class Prefix:
-    """B prefilled prompts in N = B·G rows, one per continuation: all that the model needs to go on.
+    """B prefilled prompts in N = B·G rows, one per continuation: all that the model needs to continue.
 
     cache        keys and values (and the states of recurrent layers) of N rows, P tokens at first
     mask         (N, P), which tokens are no padding

@@ -205,7 +205,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def groups(policy, tmp_path_factory):
-    """Six judged groups of four responses, some of them truncated (24 tokens are few)."""
+    """Six scored groups of four responses, some of them truncated (24 tokens are few)."""
     folder = tmp_path_factory.mktemp("clinic")
     clinic.write_clinic(str(folder), (3, 1, 1, 1, 1), seed=5)
     rows = list(records.read_records(folder / "expert.jsonl"))[:6]
@@ -397,7 +397,7 @@ def test_micro_batches_hold_groups_of_one_length_whatever_order_they_come_in(pol
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])
-def test_with_frozen_images_the_tower_reads_each_image_once_for_samples_reference_and_updates(
+def test_with_frozen_images_the_tower_encodes_each_image_once_for_samples_reference_and_updates(
     policy, groups, kl
 ):
     frozen = loading.load(str(ROOT / "toy" / "policy"))
@@ -644,9 +644,7 @@ def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypat
     ]
 
 
-def test_where_no_group_has_spread_one_fills_the_step_and_teaches_nothing(
-    monkeypatch, folder, tmp_path, policy
-):
+def test_if_no_group_has_spread_one_fills_the_step_and_teaches_nothing(monkeypatch, folder, tmp_path, policy):
     monkeypatch.setattr(grpo.Group, "has_spread", False)
     run_grpo(monkeypatch, folder, tmp_path / "run", "--drop-zero-variance", "--kl", "0")
     after = loading.load(str(tmp_path / "run")).model.state_dict()

@@ -317,7 +317,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, words):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's chromium, headless. Skipped, with the reason, where it or its driver is missing."""
+    """Debian's chromium, headless. Skipped, with the reason, if it or its driver is missing."""
     driver = pytest.importorskip(
         "playwright.sync_api", reason="no playwright: pip install -r tests/requirements.txt"
     )

@@ -203,7 +203,7 @@ EXTREME = {
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("name", EXTREME)
 def test_extreme_logits_give_the_float64_values_and_no_nan(where, name, monkeypatch):
-    # several blocks to a row
+    # Several blocks per row.
     monkeypatch.setattr(triton_ops, "MAX_BLOCK", 2)
     # (V, 1): with hidden = 1 these are the logits
     weight = torch.tensor(EXTREME[name])[:, None]
@@ -498,7 +498,7 @@ class Rows(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen, gemms", [((), 3), (("weight",), 2), (("hidden", "weight"), 1)])
-def test_three_gemms_a_chunk_two_with_a_frozen_head_and_rows_without_gradient_in_none(where, frozen, gemms):
+def test_three_gemms_per_chunk_two_with_a_frozen_head_and_rows_without_gradient_in_none(where, frozen, gemms):
     (hidden, weight, targets, old, ref, advantages, mask), counts = rollout()
     kept = mask.bool() & (advantages != 0)[:, None]
     # it would spread if it were read

@@ -858,7 +858,7 @@ def test_pick_follows_the_distribution():
         assert largest(share - (logits / temperature).softmax(-1)) < 2 / count
 
 
-def test_pick_never_returns_a_token_of_probability_zero_at_either_end_of_the_uniform():
+def test_sample_token_never_returns_a_token_of_probability_zero_at_either_end_of_the_uniform():
     logits = torch.zeros(4, 151_936)
     logits[:, :1000] = logits[:, -1000:] = -torch.inf
     ends = torch.tensor([0.0, 1e-30, 1 - 2**-24, 0.5])
@@ -867,7 +867,7 @@ def test_pick_never_returns_a_token_of_probability_zero_at_either_end_of_the_uni
     assert vlm.sample_token(logits, 1.0, ends).tolist() == [75_000] * 4
 
 
-def test_pick_at_temperature_zero_is_the_largest_logit_whatever_the_uniform():
+def test_sample_token_at_temperature_zero_is_the_largest_logit_whatever_the_uniform():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.9]])
     for uniform in (0.0, 0.999):
         assert vlm.sample_token(logits, 0, torch.full((2,), uniform)).tolist() == [1, 0]
@@ -1091,7 +1091,7 @@ def test_nothing_of_a_former_batch_leaks_into_the_next(architecture, built):
         assert all(a.equal(b) for a, b in zip(fresh, results(read_before)))
 
 
-def test_a_cache_keeps_its_own_positions_while_another_prompt_is_read(vlm_):
+def test_a_prefix_keeps_its_own_positions_while_another_prompt_is_prefilled(vlm_):
     prompts, ids, mask = encoded(vlm_, 2)
     with torch.no_grad():
         expected = vlm.hidden_states(vlm_, prompts, ids, mask)[:, 1:]
@@ -1121,7 +1121,7 @@ def test_a_prefix_with_reserved_space_writes_in_place_and_gives_the_states_of_a_
     assert seen[True].equal(seen[False])
 
 
-def test_a_prompt_without_an_image_is_read_alike_before_and_after_one_with(vlm_):
+def test_a_prompt_without_an_image_is_encoded_alike_before_and_after_one_with(vlm_):
     text = vlm_.tokenizer(
         ["What does the scan show?", "Hm"], padding=True, padding_side="left", return_tensors="pt"
     )
@@ -1212,7 +1212,7 @@ def test_while_the_projector_learns_nothing_is_kept(architecture, built):
 
 
 @pytest.mark.parametrize("spoil", ["refuses", "ignores", "confuses"])
-def test_a_model_that_takes_no_kept_features_reads_each_image_anew_and_says_so(
+def test_a_model_that_takes_no_kept_features_encodes_each_image_again_and_says_so(
     spoil, built, monkeypatch, capsys
 ):
     from transformers import LlavaModel
@@ -1245,7 +1245,7 @@ def test_a_model_that_takes_no_kept_features_reads_each_image_anew_and_says_so(
 # ---------------------------------------------------------------------------------------------------------
 # Weights.
 
-# what stands in the vision tower, and what of that goes on learning
+# The prefix of the vision tower's weights, and which of them still learn.
 FROZEN = {
     "llava": ("model.vision_tower.", ()),
     "gemma3": ("model.vision_tower.", ()),
