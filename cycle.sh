@@ -12,23 +12,25 @@ cd "$(dirname "$0")"
 . ./setup.sh requirements.txt
 
 OUT=${OUT:-runs/toy}
-CYCLES=${CYCLES:-2}
+CYCLES=${CYCLES:-3}
+CONTROLS=${CONTROLS:-}        # if not empty, also train what each gain is compared with
 SEED=${SEED:-0}
 POLICY=${POLICY:-toy/policy}
 GENERATOR=${GENERATOR:-toy/generator}
 REWARD_BACKBONE=${REWARD_BACKBONE:-toy/backbone}
 EXPERT=${EXPERT:-}            # expert questions; if empty, the toy clinic draws all data
 REPORTS=${REPORTS:-}          # image-report pairs, or empty
-IMAGES=${IMAGES:-}            # images to generate questions about
+IMAGES=${IMAGES:-}            # images to generate questions about; each cycle has its own part
 VAL=${VAL:-}                  # expert questions for the watch
 TEST=${TEST:-}                # expert questions for the table
 IMAGE_ROOT=${IMAGE_ROOT:-}    # folder of all images: no record may name a file elsewhere
+PLENTY=${PLENTY:-}            # plenty of expert questions, for the ceiling (CONTROLS), or empty
 TRUTH=                        # the drawn facts of the toy's images
 # The stages' scripts.
 GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py} GRPO=${GRPO:-grpo.py}
 EVAL=${EVAL:-eval.py}
 # Their flags, split at spaces.
-GENERATE_FLAGS=${GENERATE_FLAGS:-} REWARD_FLAGS=${REWARD_FLAGS:-} SCORE_FLAGS=${SCORE_FLAGS:---keep 0.5}
+GENERATE_FLAGS=${GENERATE_FLAGS:-} REWARD_FLAGS=${REWARD_FLAGS:-} SCORE_FLAGS=${SCORE_FLAGS:---threshold 8}
 SFT_FLAGS=${SFT_FLAGS:-} GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-}
 EVAL_FLAGS=${EVAL_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
@@ -65,22 +67,22 @@ evaluate() {
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
   [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 15 minutes on 2 CPU cores."
-  "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CLINIC_FLAGS:-}
+  "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CONTROLS:+--plenty 1000} ${CLINIC_FLAGS:-}
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
-  IMAGE_ROOT=$OUT/data
+  IMAGE_ROOT=$OUT/data PLENTY=${CONTROLS:+$OUT/data/plenty.jsonl}
 fi
 for v in IMAGES VAL TEST IMAGE_ROOT; do
   [ -n "${!v}" ] || { echo "cycle.sh: EXPERT is given and $v is not; give $v too" >&2; exit 2; }
 done
 # Checked now, not when a stage needs the file days later.
-for v in EXPERT REPORTS IMAGES VAL TEST; do
+for v in EXPERT REPORTS IMAGES VAL TEST PLENTY; do
   [ -z "${!v}" ] || [ -f "${!v}" ] || { echo "cycle.sh: $v=${!v}: no such file; correct it" >&2; exit 2; }
 done
 
 # Stages whose folders exist are skipped, so a folder must hold only one cycle.
 settings=$(
-  for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST \
+  for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST PLENTY CYCLES CONTROLS \
     GENERATE REWARD SFT GRPO EVAL GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS \
     GRPO_FLAGS EVAL_FLAGS; do
     echo "$v=${!v}"
@@ -100,35 +102,43 @@ fi
 evaluate "$POLICY" "$OUT/eval_base"
 sft "$OUT/sft_expert" "$EXPERT"
 rows=("base=$OUT/eval_base/metrics.json" "SFT on expert data=$OUT/eval_sft_expert/metrics.json")
+if [ -n "$CONTROLS" ] && [ -n "$PLENTY" ]; then
+  sft "$OUT/ceiling" "$PLENTY"
+  rows+=("ceiling: SFT on plenty of expert data=$OUT/eval_ceiling/metrics.json")
+fi
 
 generator=$GENERATOR accepted=() random=() rollouts=()
 for c in $(seq "$CYCLES"); do
   d=$OUT/cycle$c
   stage "$d/reward" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" ${REPORTS:+"$REPORTS"} \
     --rollouts ${rollouts[@]+"${rollouts[@]}"} $REWARD_FLAGS
-  stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --cycle "$c" $GENERATE_FLAGS
+  stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
+    $GENERATE_FLAGS
   stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
-  if [ -n "$TRUTH" ] && [ ! -e "$d/marks.json" ]; then
-    "$PYTHON" toy/mark.py --scored "$d/scored" --truth "$TRUTH" --out "$d/marks.json"
-  fi
-  # Each cycle trains the policy from its base on everything accepted so far. Training the last cycle's policy
-  # further would pull it back: it is already better than the generator that wrote the data.
+  # Each cycle trains the policy from its base on everything accepted so far and on the expert questions.
   accepted+=("$d/scored/accepted.jsonl") random+=("$d/scored/random.jsonl")
-  sft "$d/sft_random" "${random[@]}"
-  sft "$d/sft" "${accepted[@]}"
-  # GRPO trains on both; this row tells what SFT makes of the expert data.
-  sft "$d/sft_both" "${accepted[@]}" "$EXPERT"
-  # GRPO takes only what this cycle accepted. Otherwise the expert questions, whose answers are certain, would
-  # count less in each cycle.
-  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/accepted.jsonl" "$EXPERT" \
+  sft "$d/sft" "${accepted[@]}" "$EXPERT"
+  rows+=("cycle $c: SFT on accepted=$d/eval_sft/metrics.json")
+  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/scored.jsonl" "$EXPERT" \
     --val "$VAL" --test "$TEST" $GRPO_FLAGS
   evaluate "$d/grpo"
-  rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json"
-         "cycle $c: SFT on accepted=$d/eval_sft/metrics.json"
-         "cycle $c: SFT on accepted + expert=$d/eval_sft_both/metrics.json"
-         "cycle $c: + GRPO=$d/eval_grpo/metrics.json"
-         "cycle $c: + GRPO=$d/reward/metrics.json" ${TRUTH:+"cycle $c: + GRPO=$d/marks.json"})
+  rows+=("cycle $c: + GRPO=$d/eval_grpo/metrics.json" "cycle $c: + GRPO=$d/reward/metrics.json")
   rollouts+=("$d/grpo/rollouts.jsonl")
+  if [ -n "$TRUTH" ]; then
+    [ -e "$d/marks.json" ] ||
+      "$PYTHON" toy/mark.py --scored "$d/scored" --truth "$TRUTH" --out "$d/marks.json"
+    rows+=("cycle $c: + GRPO=$d/marks.json")
+  fi
+  if [ -n "$CONTROLS" ]; then
+    # As many candidates at random; as many more steps of SFT as GRPO had, on its questions.
+    sft "$d/sft_random" "${random[@]}" "$EXPERT"
+    sft_more "$d"
+    # The same candidates in each cycle, to see whether the reward model drifts.
+    stage "$d/frozen_scored" "$REWARD" score --model "$d/reward" --data "$OUT/cycle1/candidates/candidates.jsonl" \
+      $SCORE_FLAGS
+    [ -z "$TRUTH" ] || [ -e "$d/frozen.json" ] ||
+      "$PYTHON" toy/mark.py --scored "$d/frozen_scored" --truth "$TRUTH" --out "$d/frozen.json"
+  fi
   # The next cycle's generator learns from what this one accepted.
   if [ "$c" -lt "$CYCLES" ]; then
     launch "$d/generator" "$SFT" --role generator --model "$generator" --data "$d/scored/accepted.jsonl" \

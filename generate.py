@@ -30,10 +30,20 @@ from medgr2.images import find_unreadable, hash_image, open_image
 from medgr2.prompts import PARADIGMS, TASKS, generator_prompt, normalise, parse_candidate
 
 
+def parse_part(text):
+    """`2/3` → (2, 3)."""
+    k, n = map(int, text.split("/"))
+    if not 1 <= k <= n:
+        raise ValueError(text)
+    return k, n
+
+
 def parse_args():
     p = cli.Parser(description=__doc__)
     count, share = cli.number(int, 1), cli.number(float, 0, 1)
     p.add_argument("--images", required=True, help="image records (JSONL)")
+    part = "ask only about the k-th of n parts of the images: each cycle its own"
+    p.add_argument("--part", type=parse_part, default="1/1", metavar="K/N", help=part)
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="folder or hub name of the generator")
     which.add_argument("--endpoint", metavar="URL", help="or base URL of an OpenAI-compatible server")
@@ -76,8 +86,8 @@ from medgr2 import loading, vlm
 # What to ask.
 
 
-def read_images(path, skip=False, root=None):
-    """One record per image: in a file of questions, the first about each.
+def read_images(path, skip=False, root=None, part=(1, 1)):
+    """One record per image: in a file of questions, the first about each. `part` (k, n): every n-th from k on.
 
     Raises RecordError for a missing file now rather than after hours, unless `skip`.
     """
@@ -86,7 +96,10 @@ def read_images(path, skip=False, root=None):
         missing = f"{path}: record {record['id']}: no image {record['image']}: correct the record's `image`"
         require(skip or os.path.isfile(record["image"]), missing)
         images.setdefault(record["image"], record)
-    return list(images.values())
+    k, n = part
+    share = list(images.values())[k - 1 :: n]
+    require(share, f"{path}: {len(images)} images: too few for part {k} of {n}; give more, or fewer parts")
+    return share
 
 
 def assign_turns(images):
@@ -242,7 +255,7 @@ def format_counts(counts, total):
 
 def main(args):
     skip = args.on_error == "skip"
-    images = read_images(args.images, skip, args.image_root)
+    images = read_images(args.images, skip, args.image_root, args.part)
     unreadable = find_unreadable(images, args.max_rejected) if skip else {}
     run = runs.start(args, [args.images, args.model], free=("concurrency", "retries", "timeout"))
     ask = open_generator(args)

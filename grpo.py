@@ -71,8 +71,11 @@ def parse_args():
         "--scale-rewards", choices=("group", "batch", "none"), default="group", help="by whose std"
     )
     cli.add_switch(p, "--mask-truncated", "leave responses cut at --max-new-tokens out of the loss")
-    cli.add_switch(p, "--drop-zero-variance", "sample others for groups that are all correct or all wrong")
-    p.add_argument("--lr", type=positive, default=1e-4, help="learning rate (the toy's; about 1e-6 for 7B)")
+    spread = "sample others for groups whose rewards' std is not above this; -1 keeps every group"
+    p.add_argument("--min-spread", type=cli.number(float, -1), default=0.1, help=spread)
+    p.add_argument("--lr", type=positive, default=1e-4, help="peak rate (the toy's; about 1e-6 for 7B)")
+    share = cli.number(float, 0, 1)
+    p.add_argument("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
     p.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
     freeze = "what does not learn: vision tower and projector, the tower only, nothing"
     p.add_argument("--freeze", choices=("images", "vision", "nothing"), default="images", help=freeze)
@@ -101,7 +104,7 @@ from medgr2.watch import Watch
 from reward import R_MIN, RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
 
-# With --drop-zero-variance a step samples at most this many batches before it makes do with fewer groups.
+# A step samples at most this many batches before it makes do with fewer informative groups.
 MAX_BATCHES = 4
 
 
@@ -180,21 +183,17 @@ class Group:
     # Parsed (prompts.ParsedResponse), and whether the answer is the record's.
     parsed: list
     match: list
-    # Scored: {head: G floats} of the reward model, and the hybrid rewards.
+    # Scored: {head: G floats} of the reward model, the hybrid rewards, and whether these differ by more than
+    # the reward model's noise. If not, there is nothing to learn.
     scores: dict = None
     rewards: torch.Tensor = None  # (G,)
+    informative: bool = None
     # For the loss. old_logps are those of the policy that sampled, known from the second update on. The
     # log-probs are as wide as their micro-batch was; rollouts.stack aligns them.
     advantages: torch.Tensor = None  # (G,)
     loss_mask: torch.Tensor = None  # (G, C)
     ref_logps: torch.Tensor = None  # (G, C)
     old_logps: torch.Tensor = None  # (G, C)
-
-    @property
-    def has_spread(self):
-        """Are some answers right and some wrong? (The continuous reward always differs, if only by noise.)"""
-        return 0 < sum(self.match) < len(self.match)
-
 
 def sample_groups(policy, batch, group, max_new_tokens, seed):
     """G responses to each of the batch's records. A row's randomness does not depend on the batch."""
@@ -212,7 +211,7 @@ def sample_groups(policy, batch, group, max_new_tokens, seed):
     return groups
 
 
-def score_groups(reward_model, groups, alpha, beta, scale):
+def score_groups(reward_model, groups, args):
     """The groups with their scores and hybrid rewards; a malformed response gets the least R and no match."""
     images, texts = [g.prompt.image for g in groups], [g.prompt.text for g in groups]
     scores = reward_model(images, texts, [text for g in groups for text in g.texts])  # {head: P·G floats}
@@ -222,29 +221,28 @@ def score_groups(reward_model, groups, alpha, beta, scale):
         R = torch.tensor(own["overall"])  # (G,)
         well_formed = torch.tensor([p.well_formed for p in g.parsed])
         match = torch.tensor(g.match, dtype=torch.float32)
-        R_bar, lowest = (R, R_MIN) if scale == "raw" else (normalise_reward(R), 0)
-        rewards = torch.where(well_formed, alpha * R_bar + beta * match, alpha * lowest)
-        scored.append(replace(g, scores=own, rewards=rewards))
+        R_bar, lowest = (R, R_MIN) if args.reward_scale == "raw" else (normalise_reward(R), 0)
+        rewards = torch.where(well_formed, args.alpha * R_bar + args.beta * match, args.alpha * lowest)
+        informative = rewards.std().item() > args.min_spread
+        scored.append(replace(g, scores=own, rewards=rewards, informative=informative))
     return scored
 
 
 def rollout(policy, reward_model, batches, args, accelerator):
-    """Sample and score one batch → (this process's groups, whether each sampled group has spread, cursor)."""
+    """Sample and score groups until P are informative → (those of this process, all, cursor)."""
     kept, drawn = [], []
-    for _ in range(MAX_BATCHES if args.drop_zero_variance else 1):
+    for _ in range(MAX_BATCHES):
         batch = next(batches)
         with accelerator.autocast():
-            fresh = sample_groups(policy, batch, args.group, args.max_new_tokens, args.seed)
-        drawn += fresh
-        kept += [g for g in fresh if g.has_spread or not args.drop_zero_variance]
-        missing = torch.tensor(max(0, len(batch.rows) - len(kept)), device=policy.device)
+            groups = sample_groups(policy, batch, args.group, args.max_new_tokens, args.seed)
+        drawn += score_groups(reward_model, groups, args)
+        kept = [g for g in drawn if g.informative][: len(batch.rows)]
+        missing = torch.tensor(len(batch.rows) - len(kept), device=policy.device)
         if not accelerator.reduce(missing, "sum").item():
             # Every process has enough: all stop at the same cursor.
             break
-    # Keep one group without spread if there is no other, so that there is a step.
-    kept = kept[: len(batch.rows)] or fresh[:1]
-    groups = score_groups(reward_model, kept, args.alpha, args.beta, args.reward_scale)
-    return groups, [g.has_spread for g in drawn], batch.cursor
+    # If there is no informative group, keep one so that there is a step; its tokens do not count.
+    return kept or drawn[:1], drawn, batch.cursor
 
 
 def with_advantages(groups, args):
@@ -254,10 +252,10 @@ def with_advantages(groups, args):
         batch_std = torch.tensor(gather_object(torch.cat([g.rewards for g in groups]).tolist())).std()
     for g in groups:
         advantages = compute_advantages(g.rewards[None], args.scale_rewards, batch_std)[0]
-        if args.drop_zero_variance and not g.has_spread:
-            # Here only because there was no other (rollout).
-            advantages = torch.zeros_like(advantages)
         mask = g.mask * ~g.truncated[:, None] if args.mask_truncated else g.mask
+        if not g.informative:
+            # Here only because there was no other (rollout).
+            advantages, mask = torch.zeros_like(advantages), torch.zeros_like(mask)
         updated.append(replace(g, advantages=advantages, loss_mask=mask))
     return updated
 
@@ -337,16 +335,15 @@ def policy_gradient(policy, groups, counts, args, accelerator):
     return updated, rollouts.mean_metrics(sums, counts.tokens, accelerator)
 
 
-def update_policy(policy, optimizer, groups, counts, args, accelerator):
+def update_policy(policy, optimizer, groups, counts, lr, args, accelerator):
     """One update of the policy on a batch of rollouts → (groups with old_logps, metrics)."""
     groups, metrics = policy_gradient(policy, groups, counts, args, accelerator)
     parameters = [p for part in optimizer.param_groups for p in part["params"]]
     # A sum, not a mean: every process has divided by the whole batch's counts.
     training.sum_gradients(parameters, accelerator)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-    optimizer.step()
-    optimizer.zero_grad()
-    return groups, metrics | {"grad_norm": norm}
+    training.step(optimizer, lr)
+    return groups, metrics | {"grad_norm": norm, "lr": lr}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -383,7 +380,7 @@ def main(args):
         watched = watch.check(step)
         started = time.perf_counter()
         # Sample G responses to each of P questions; score them by reward model and answer match.
-        groups, spread, cursor = rollout(policy, reward_model, batches, args, accelerator)
+        groups, drawn, cursor = rollout(policy, reward_model, batches, args, accelerator)
         # Advantages: what each response earned beyond the mean of its group.
         groups = with_advantages(groups, args)
         scored = time.perf_counter()
@@ -392,11 +389,12 @@ def main(args):
             groups = with_reference_logps(reference, groups, args.micro_batch, accelerator)
         # Maximise J on these responses, its denominators counted over the whole batch.
         counts = count_batch(groups, args.max_new_tokens, accelerator)
+        lr = training.learning_rate(step, args.steps, args.lr, args.warmup)
         for _ in range(args.iterations):
-            groups, metrics = update_policy(policy, optimizer, groups, counts, args, accelerator)
+            groups, metrics = update_policy(policy, optimizer, groups, counts, lr, args, accelerator)
         # Log and commit.
         times = started, scored, time.perf_counter()
-        rollouts.log_step(run, step, groups, spread, times, metrics, watched)
+        rollouts.log_step(run, step, groups, drawn, times, metrics, watched)
         if run.due(step + 1, args.save_every):
             state = training.state(parameters, optimizer) | watch.state()
             run.commit(step=step + 1, cursor=cursor, **state)

@@ -36,7 +36,7 @@ from medgr2.errors import ModelError, require
 from medgr2.images import find_unreadable, open_image
 from medgr2.levels import LEVELS, build_levels, label_rollouts
 from medgr2.measures import auroc, ranks
-from medgr2.prompts import policy_prompt, reference_response, report_prompt
+from medgr2.prompts import is_match, policy_prompt, reference_response, report_prompt
 
 # The range of R.
 R_MIN, R_MAX = -6, 10
@@ -76,6 +76,9 @@ def parse_args():
     keep.add_argument("--threshold", type=cli.number(float, R_MIN, R_MAX), help="τ: accept R from this on")
     keep.add_argument("--top-k", type=count, help="accept the k best")
     keep.add_argument("--keep", type=share, help="accept this share, the best")
+    s.add_argument("--cap", type=count, help="with --threshold: at most this many per cell of --per")
+    answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`; the cap prefers a half"
+    s.add_argument("--answered", help=answered)
     skip = "at an unreadable image: skip puts its candidates into rejected.jsonl"
     s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     s.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
@@ -424,14 +427,19 @@ def allocate(sizes, total):
     return places
 
 
-def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None):
-    """(accepted, random): indices of the best of each cell, and of as many of the same cell at random."""
+def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None, cap=None):
+    """(accepted, random): indices of the best of each cell, and of as many of the same cell at random.
+
+    Best is the highest R. With a threshold all from it on are good enough, and a cap takes those that the
+    policy passes nearest to half of the time: what it always answers right teaches it nothing.
+    """
     index = {}
     for i, row in enumerate(rows):
         index.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
     cells, overall = list(index.values()), [row["reward"]["overall"] for row in rows]
+    difficulty = [abs(row.get("pass_rate", 0.5) - 0.5) for row in rows]
     if threshold is not None:
-        places = [sum(overall[i] >= threshold for i in cell) for cell in cells]
+        places = [min(sum(overall[i] >= threshold for i in cell), cap or len(cell)) for cell in cells]
     else:
         total = round(keep * len(rows)) if top_k is None else top_k
         places = allocate([len(cell) for cell in cells], min(len(rows), total))
@@ -439,7 +447,11 @@ def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None)
     accepted, drawn = [], []
     for cell, n in zip(cells, places):
         # The best first; ties stay in the order of the file.
-        accepted += sorted(cell, key=lambda i: overall[i], reverse=True)[:n]
+        best = sorted(cell, key=lambda i: overall[i], reverse=True)
+        if threshold is not None:
+            good = sum(overall[i] >= threshold for i in cell)
+            best = sorted(best[:good], key=lambda i: difficulty[i])
+        accepted += best[:n]
         drawn += rng.sample(cell, n)
     return sorted(accepted), sorted(drawn)
 
@@ -456,6 +468,18 @@ def print_selection(rows, accepted):
         print(f"{low:5.0f} to {high:3.0f} {'█' * round(50 * count / max(counts))} {count}")
 
 
+def with_pass_rates(rows, path):
+    """The candidates with `pass_rate`: the share of the policy's samples that give the candidate's answer."""
+    answered = {r["id"]: r for r in records.read_records(path, ("answer", "samples"), records.ANYWHERE)}
+    found = []
+    for row in rows:
+        require(row["id"] in answered, f"{path}: no answers to {row['id']}: run eval.py on the candidates")
+        samples = answered[row["id"]]["samples"]
+        right = sum(is_match(sample, row["answer"]) for sample in samples)
+        found.append(row | {"pass_rate": right / len(samples)})
+    return found
+
+
 def score(args):
     run = runs.start(args, [args.model, args.data])
     rows = list(records.read_records(args.data, records.QUESTION, args.image_root))
@@ -466,6 +490,8 @@ def score(args):
         if row["image"] in unreadable
     ]
     rows = [row for row in rows if row["image"] not in unreadable]
+    if args.answered:
+        rows = with_pass_rates(rows, args.answered)
     model = RewardModel.load(args.model)
 
     def append(name, rows):
@@ -484,7 +510,8 @@ def score(args):
 
     # Keep the best, and as many at random to compare with.
     rows = list(records.read_records(run.path("scored.jsonl"), root=records.ANYWHERE))
-    accepted, drawn = select_candidates(rows, args.seed, args.per, args.threshold, args.top_k, args.keep)
+    how = args.per, args.threshold, args.top_k, args.keep, args.cap
+    accepted, drawn = select_candidates(rows, args.seed, *how)
     records.write_records(run.path("accepted.jsonl"), (rows[i] for i in accepted))
     records.write_records(run.path("random.jsonl"), (rows[i] for i in drawn))
     print_selection(rows, accepted)

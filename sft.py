@@ -41,6 +41,7 @@ def parse_args():
     role = "policy: learn the response to image and question; generator: question and response to the image"
     p.add_argument("--role", choices=("policy", "generator"), default="policy", help=role)
     p.add_argument("--epochs", type=positive, default=6, help="times through the data")
+    p.add_argument("--steps", type=count, help="steps, instead of --epochs")
     p.add_argument("--batch", type=count, default=32, help="examples per step")
     p.add_argument("--micro-batch", type=count, default=32, help="examples at a time; same result")
     p.add_argument("--lr", type=positive, default=1e-3, help="peak rate (the toy's; about 1e-5 for 7B)")
@@ -141,14 +142,6 @@ def mean_loss(policy, examples, micro_batch):
     return sum(loss for loss, _ in found) / sum(tokens for _, tokens in found)
 
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to zero."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return peak * (step + 1) / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +164,8 @@ def main(args):
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
     training.restore_state(run.state, policy.model, optimizer)
 
-    steps, loss = math.ceil(args.epochs * len(examples) / args.batch), run.state.get("loss")
+    steps = args.steps or math.ceil(args.epochs * len(examples) / args.batch)
+    loss = run.state.get("loss")
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
         # Collect the batch. Each epoch is another permutation of the examples.
         batch = [examples[i] for i in training.batch_indices(step, args.batch, len(examples), args.seed)]
@@ -181,11 +175,8 @@ def main(args):
         # Clip the gradient.
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
         # Step, at this step's learning rate.
-        lr = learning_rate(step, steps, args.lr, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+        lr = training.learning_rate(step, steps, args.lr, args.warmup)
+        training.step(optimizer, lr)
         # Log and commit.
         run.log(step=step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens)
         if run.due(step + 1, args.save_every):

@@ -79,17 +79,19 @@ def mean_metrics(sums, tokens, accelerator):
     return means | {"tokens": tokens}
 
 
-def log_step(run, step, groups, spread, times, metrics, watched):
+def log_step(run, step, groups, drawn, times, metrics, watched):
     """Write the step's rollouts and its line of metrics.jsonl, both of all processes.
 
-    spread: whether each group that this process sampled has different outcomes. times: the start, the end of
+    groups: those that were learned from; drawn: all that this process sampled. times: the start, the end of
     sampling (with scoring), the end of learning. metrics: update_policy's. watched: Watch.check's.
     """
     started, sampled, updated = times
     tokens, sampling, learning = metrics["tokens"], sampled - started, updated - sampled
-    metrics = reward_metrics(groups) | {"zero_variance": mean(not s for s in gather_object(spread))} | metrics
+    drawn_tokens = sum(gather_object([int(g.mask.sum()) for g in drawn]))
+    informative = mean(gather_object([g.informative for g in drawn]))
+    metrics = reward_metrics(drawn) | {"informative": informative} | metrics
     metrics |= {"sample_seconds": sampling, "learn_seconds": learning}
-    metrics |= {"sample_tokens_per_s": tokens / sampling, "learn_tokens_per_s": tokens / learning}
+    metrics |= {"sample_tokens_per_s": drawn_tokens / sampling, "learn_tokens_per_s": tokens / learning}
     run.append("rollouts.jsonl", rollout_rows(groups, step, run.folder))
     run.log(step=step, **metrics, **watched)
 

@@ -1,5 +1,6 @@
 """What the training loops share: the batches of a step, prefetching, gradients over processes, resuming."""
 
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,6 +40,22 @@ def sum_gradients(parameters, accelerator):
     for p in parameters:
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         p.grad = accelerator.reduce(grad, "sum") if accelerator.num_processes > 1 else grad
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def step(optimizer, lr):
+    """One step of the optimiser at this learning rate; the gradients are used up."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def state(parameters, optimizer):

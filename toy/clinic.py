@@ -5,12 +5,18 @@ side (2). Questions, options, rationales and reports follow from the facts. So e
 a model says can be checked. Any modality may show any anatomy (a dermoscopy of the brain is nonsense on
 purpose): no fact can be guessed from another, so a model can know it only from the image.
 
+What a sign means depends on the modality, as in medicine. The modalities form three families. In each, a
+finding has another shape; the same degree is larger in the magnifying families; an organ has another outline
+in the optical one; and radiographs show the patient's right on the left. A model that was taught one family reads the others wrongly, although it sees
+them well. The rationale names the sign, then draws the conclusion.
+
 Writes into --out:
     expert.jsonl             question records; few, because experts' time is scarce
     reports.jsonl            image-report pairs
     unlabelled/images.jsonl  images without text, for the generator
     unlabelled/truth.jsonl   their facts, for toy/mark.py; no stage reads it
     val.jsonl, test.jsonl    question records on other images
+    plenty.jsonl             with --plenty: as many expert questions as one likes, for the ceiling
     heldout/                 the same files of another clinic whose training files lack one modality and one
                              task; val and test have them, to measure transfer
 
@@ -31,21 +37,40 @@ ANATOMIES = ("brain", "chest", "abdomen", "knee")
 FINDINGS = ("mass", "cyst", "calcification", "fissure", "no finding")
 DEGREES = ("mild", "moderate", "severe")
 SIDES = ("left", "right")
-# What is seen in the image if the answer is true.
+# The modalities of a family share the meaning of signs.
+FAMILIES = {
+    "radiographic": ("CT", "X-Ray"),
+    "acoustic": ("MRI", "Ultrasound", "OCT"),
+    "optical": ("Dermoscopy", "Fundus Photography", "Microscopy"),
+}
+FAMILY_OF = {modality: family for family, modalities in FAMILIES.items() for modality in modalities}
+# The shape of each finding, in the order of FINDINGS.
+SHAPES = {
+    "radiographic": ("disc", "ring", "dots", "line", "nothing"),
+    "acoustic": ("ring", "dots", "line", "disc", "nothing"),
+    "optical": ("dots", "line", "disc", "ring", "nothing"),
+}
+# The outline of each anatomy, in the order of ANATOMIES.
+OUTLINES = {
+    "radiographic": ("round", "lobes", "wide", "shaft"),
+    "acoustic": ("round", "lobes", "wide", "shaft"),
+    "optical": ("lobes", "wide", "shaft", "round"),
+}
+# The index in SIZES of the mildest degree; the others follow.
+MILDEST = {"radiographic": 0, "acoustic": 1, "optical": 1}
+# Radius in pixels by name.
+SIZES = {"tiny": 3.4, "small": 5.2, "medium": 7.8, "large": 11.6}
+# The words for what is seen.
 CLUES = {
-    "mass": "a solid round spot",
-    "cyst": "a hollow ring",
-    "calcification": "a cluster of dots",
-    "fissure": "a long thin line",
-    "no finding": "nothing unusual",
-    "mild": "it is small",
-    "moderate": "it is of middle size",
-    "severe": "it is large",
-    "no lesion": "nothing unusual",
-    "brain": "one round outline",
-    "chest": "two long lobes",
-    "abdomen": "one wide outline",
-    "knee": "an upright shaft",
+    "disc": "a solid round spot",
+    "ring": "a hollow ring",
+    "dots": "a cluster of dots",
+    "line": "a long thin line",
+    "nothing": "nothing unusual",
+    "round": "one round outline",
+    "lobes": "two long lobes",
+    "wide": "one wide outline",
+    "shaft": "an upright shaft",
     "CT": "a bright rim on black",
     "MRI": "a soft glow on black",
     "X-Ray": "a grey film with bars",
@@ -77,26 +102,46 @@ def draw_facts(rng, modalities=MODALITIES):
     }
 
 
+def shape_of(modality, finding):
+    """The shape that a finding has in this modality."""
+    return SHAPES[FAMILY_OF[modality]][FINDINGS.index(finding)]
+
+
+def outline_of(modality, anatomy):
+    """The outline that an anatomy has in this modality."""
+    return OUTLINES[FAMILY_OF[modality]][ANATOMIES.index(anatomy)]
+
+
+def size_of(modality, degree):
+    """The name of the size that a lesion of this degree has in this modality."""
+    return list(SIZES)[MILDEST[FAMILY_OF[modality]] + DEGREES.index(degree)]
+
+
+def image_side(modality, side):
+    """The side of the image on which the patient's `side` is seen. Radiographs are mirrored."""
+    return SIDES[1 - SIDES.index(side)] if FAMILY_OF[modality] == "radiographic" else side
+
+
 # ---------------------------------------------------------------------------------------------------------
 # From facts to pixels.
 
 
-def organ_mask(anatomy, rng):
+def organ_mask(outline, rng):
     """Where the organ is: (SIZE, SIZE) floats in [0, 1], soft at the edge, with random place and scale."""
     import numpy as np
 
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
     x, y = x - SIZE / 2 - rng.uniform(-2, 2), y - SIZE / 2 - rng.uniform(-2, 2)
-    s = rng.uniform(0.92, 1.08)
-    if anatomy == "brain":
+    s = rng.uniform(0.95, 1.05)
+    if outline == "round":
         r = np.hypot(x / (23 * s), y / (25 * s))
-    elif anatomy == "chest":
+    elif outline == "lobes":
         right, left = np.hypot((x - 13) / (11 * s), y / (25 * s)), np.hypot((x + 13) / (11 * s), y / (25 * s))
         r = np.minimum(right, left)
-    elif anatomy == "abdomen":
+    elif outline == "wide":
         r = (np.abs(x / (29 * s)) ** 4 + np.abs(y / (17 * s)) ** 4) ** 0.25
     else:
-        # The knee: a shaft, wider at the joint in the middle.
+        # A shaft, wider in the middle.
         width = 10 * s + 9 * np.exp(-((y / 8) ** 2))
         r = np.maximum(np.abs(x) / width, np.abs(y) / 30)
     return 1 / (1 + np.exp((r - 1) * 12))
@@ -106,23 +151,25 @@ def lesion_mask(facts, rng):
     """Where the lesion is: (SIZE, SIZE) floats in [0, 1], all 0 if there is no finding."""
     import numpy as np
 
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
     if facts["finding"] == "no finding":
         return np.zeros((SIZE, SIZE))
-    radius = {"mild": 3.5, "moderate": 6.0, "severe": 9.0}[facts["degree"]] * rng.uniform(0.88, 1.12)
-    cx = SIZE / 2 + (-1 if facts["side"] == "left" else 1) * rng.uniform(9, 16)
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(float)
+    shape = shape_of(facts["modality"], facts["finding"])
+    radius = SIZES[size_of(facts["modality"], facts["degree"])] * rng.uniform(0.95, 1.05)
+    direction = -1 if image_side(facts["modality"], facts["side"]) == "left" else 1
+    cx = SIZE / 2 + direction * rng.uniform(10, 16)
     cy = SIZE / 2 + rng.uniform(-9, 9)
     d = np.hypot(x - cx, y - cy)
-    if facts["finding"] == "mass":
+    if shape == "disc":
         return 1 / (1 + np.exp((d - radius) * 2))
-    if facts["finding"] == "cyst":
+    if shape == "ring":
         return np.exp(-(((d - radius) / 1.1) ** 2))
-    if facts["finding"] == "fissure":
+    if shape == "line":
         angle, length = rng.uniform(-0.5, 0.5), radius * 1.6
         along = (x - cx) * np.sin(angle) + (y - cy) * np.cos(angle)
         across = (x - cx) * np.cos(angle) - (y - cy) * np.sin(angle)
         return np.exp(-((across / 1.1) ** 2)) / (1 + np.exp((np.abs(along) - length) * 2))
-    # Calcification: dots that fill the disc.
+    # Dots that fill the disc.
     mask = np.zeros((SIZE, SIZE))
     for k in range(int(3 + radius)):
         a, r = 2.4 * k + rng.uniform(-0.3, 0.3), radius * ((k + 0.5) / (3 + radius)) ** 0.5
@@ -137,7 +184,8 @@ def draw(facts, rng):
     from PIL import Image
 
     noise = np.random.default_rng(rng.getrandbits(32))
-    organ, lesion = organ_mask(facts["anatomy"], rng), lesion_mask(facts, rng)
+    organ = organ_mask(outline_of(facts["modality"], facts["anatomy"]), rng)
+    lesion = lesion_mask(facts, rng)
     grain = noise.normal(size=(SIZE, SIZE))
     image = render(facts["modality"], organ, lesion, grain, rng)
     image = 128 + (image - 128) * rng.uniform(0.85, 1.1) + rng.uniform(-10, 10)
@@ -167,7 +215,7 @@ def render(modality, organ, lesion, grain, rng):
         return tint((150,) * 3, (90,) * 3, (225,) * 3) + 25 * bars + 6 * grain
     if modality == "Ultrasound":
         fan = np.abs(x - 32) < 8 + 0.6 * y
-        return (tint((70,) * 3, (110,) * 3, (235,) * 3) * (1 + 0.3 * grain)) * fan
+        return (tint((70,) * 3, (110,) * 3, (235,) * 3) * (1 + 0.2 * grain)) * fan
     if modality == "Dermoscopy":
         image = tint((226, 178, 150), (190, 130, 105), (70, 35, 25)) + 5 * grain
         for _ in range(4):
@@ -208,21 +256,31 @@ def truth(facts, task):
     }[task]
 
 
-def clue(facts, answer):
+def clue(facts, task, answer):
     """What can be seen in the image if `answer` is true."""
-    return f"it lies on the {answer}" if answer in SIDES else CLUES[answer]
+    if answer == "no lesion":
+        answer = "no finding"
+    if answer in FINDINGS:
+        return CLUES[shape_of(facts["modality"], answer)]
+    if task == "Lesion Grading":
+        return f"a {size_of(facts['modality'], answer)} sign"
+    if task == "Other Biological Attributes":
+        return f"a sign on the image's {image_side(facts['modality'], answer)}"
+    if answer in ANATOMIES:
+        return CLUES[outline_of(facts["modality"], answer)]
+    return CLUES[answer]
 
 
 def rationale(facts, task, rng, paradigm="stepwise"):
     """Why the answer is right, in the style of one of the paper's paradigms."""
     answer, options = truth(facts, task)
-    seen = clue(facts, answer)
+    seen = clue(facts, task, answer)
     if paradigm == "direct":
         return f"{seen}: {answer}."
     if paradigm == "stepwise":
         return f"{facts['modality']} of the {facts['anatomy']}. I see {seen}. So {answer}."
     other = rng.choice([o for o in options if o != answer])
-    would_see = clue(facts, other)
+    would_see = clue(facts, task, other)
     return f"{other} or {answer}? For {other} I would see {would_see}, but I see {seen}. So {answer}."
 
 
@@ -295,6 +353,7 @@ def parse_args():
     sizes = (100, 200, 400, 200, 800)
     what = "images in expert, reports, unlabelled, val, test"
     p.add_argument("--sizes", type=int, nargs=5, default=sizes, metavar="N", help=what)
+    p.add_argument("--plenty", type=int, default=0, help="images in plenty.jsonl, three questions about each")
     what = "missing from the training files of heldout/"
     p.add_argument("--heldout-modality", default="OCT", choices=MODALITIES, help=what)
     p.add_argument("--heldout-task", default="Lesion Grading", choices=TASKS, help=what)
@@ -310,6 +369,11 @@ def main(args):
     # What a killed call left. Drawing it again takes seconds.
     runs.clear(part)
     counts = write_clinic(part, args.sizes, args.seed)
+    if args.plenty:
+        path = os.path.join(part, "plenty.jsonl")
+        counts["plenty.jsonl"] = records.write_records(
+            path, question_rows(part, "plenty", args.plenty, args.seed, 3)
+        )
     modalities = [modality for modality in MODALITIES if modality != args.heldout_modality]
     tasks = [task for task in TASKS if task != args.heldout_task]
     write_clinic(os.path.join(part, "heldout"), args.sizes, args.seed + 1, modalities, tasks)

@@ -40,22 +40,33 @@ from medgr2.prompts import (
     report_prompt,
 )
 
-FACTS = {
+# What phase 1 teaches the towers to see. It says nothing of what a sign means.
+SIGNS = {
     "modality": MODALITIES,
-    "anatomy": clinic.ANATOMIES,
-    "finding": clinic.FINDINGS,
-    "degree": clinic.DEGREES,
+    "outline": clinic.OUTLINES["radiographic"],
+    "shape": tuple(dict.fromkeys(shape for shapes in clinic.SHAPES.values() for shape in shapes)),
+    "size": tuple(clinic.SIZES),
     "side": clinic.SIDES,
 }
-# The modalities of the questions that the policy is trained on.
-KNOWN = ("CT", "X-Ray", "Ultrasound")
-# Layers of tower and decoder, steps of phases 1 and 2, fraction of reports in phase 2.
-ROLES = {
-    "policy": dict(layers=(2, 3), steps=(1500, 1000), reports=0.5, freeze_tower=True),
-    # Starts from a policy.
-    "generator": dict(layers=(2, 3), steps=(0, 800), reports=0.25),
-    "backbone": dict(layers=(3, 4), steps=(1500, 1500), reports=0.4, freeze_tower=True),
+# The fact that a task asks for, and its values.
+ASKED = {
+    "Modality Recognition": ("modality", MODALITIES),
+    "Anatomy Identification": ("anatomy", clinic.ANATOMIES),
+    "Disease Diagnosis": ("finding", clinic.FINDINGS),
+    "Lesion Grading": ("degree", clinic.DEGREES + (None,)),
+    "Other Biological Attributes": ("side", clinic.SIDES + (None,)),
 }
+# The modalities that the policy has met.
+KNOWN = clinic.FAMILIES["radiographic"]
+# Fraction of the generator's training examples with a wrong answer.
+ERRORS = 0.3
+# Decoder layers, steps of phase 2 and the fraction of reports in it.
+ROLES = {
+    "policy": dict(layers=3, steps=400, reports=0.5),
+    "generator": dict(layers=3, steps=1000, reports=0.0),
+    "backbone": dict(layers=4, steps=1200, reports=0.3),
+}
+TOWER_LAYERS, TOWER_STEPS = 3, 3000
 CHAT = (
     "{% for m in messages %}<|user|>{% for c in m['content'] %}"
     "{{ '<image>' if c['type'] == 'image' else c['text'] }}"
@@ -64,24 +75,41 @@ CHAT = (
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"]
 
 
+def signs_of(facts):
+    """What can be seen: {sign: name}, None if there is no lesion."""
+    modality, is_empty = facts["modality"], facts["finding"] == "no finding"
+    return {
+        "modality": modality,
+        "outline": clinic.outline_of(modality, facts["anatomy"]),
+        "shape": clinic.shape_of(modality, facts["finding"]),
+        "size": None if is_empty else clinic.size_of(modality, facts["degree"]),
+        "side": None if is_empty else clinic.image_side(modality, facts["side"]),
+    }
+
+
+def mistaken(facts, task, rng):
+    """The facts with a wrong value of the one that the task asks for."""
+    fact, values = ASKED[task]
+    return facts | {fact: rng.choice([value for value in values if value != facts[fact]])}
+
+
 def examples(role, rng, n, report_fraction):
     """n training examples of a role: lists of PIL images, prompts and responses."""
     images, prompts, responses = [], [], []
     for _ in range(n):
-        facts, task = clinic.draw_facts(rng), rng.choice(TASKS)
+        facts, task = clinic.draw_facts(rng, KNOWN if role == "policy" else MODALITIES), rng.choice(TASKS)
+        images.append(clinic.draw(facts, rng))
+        paradigm = rng.choice(list(PARADIGMS))
         if rng.random() < report_fraction:
             prompt, response = report_prompt(), clinic.report_text(facts)
         elif role == "generator":
-            paradigm = rng.choice(list(PARADIGMS))
+            if rng.random() < ERRORS:
+                facts = mistaken(facts, task, rng)
             prompt = generator_prompt(paradigm, task)
             response = format_candidate(clinic.question(facts, task, rng, paradigm))
         else:
-            if role == "policy":
-                facts["modality"] = rng.choice(KNOWN)
-            paradigm = rng.choice(list(PARADIGMS)) if role == "backbone" else "stepwise"
-            row = clinic.question(facts, task, rng, paradigm)
+            row = clinic.question(facts, task, rng, "stepwise" if role == "policy" else paradigm)
             prompt, response = policy_prompt(row), reference_response(row)
-        images.append(clinic.draw(facts, rng))
         prompts.append(prompt)
         responses.append(response)
     return images, prompts, responses
@@ -123,14 +151,14 @@ def build_processor():
     )
 
 
-def build_model(processor, tower_layers, decoder_layers):
+def build_model(processor, decoder_layers):
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
     tokenizer = processor.tokenizer
     vision = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=tower_layers,
+        num_hidden_layers=TOWER_LAYERS,
         num_attention_heads=4,
         image_size=clinic.SIZE,
         patch_size=16,
@@ -188,32 +216,42 @@ def train(parameters, steps, lr, loss_at, name):
             total = 0.0
 
 
-def pretrain_tower(vlm, steps, seed, n=40_000):
-    """Phase 1: five heads on the mean of the patch states name the drawn facts. They are not kept."""
-    import numpy as np
+def pretrain_tower(tower, steps, seed, n=40_000):
+    """Phase 1: five heads on the mean of the patch states name what is seen. They are not kept."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    tower = vlm.model.model.vision_tower
-    heads = torch.nn.ModuleList(torch.nn.Linear(128, len(names)) for names in FACTS.values())
-
-    rng = random.Random(f"{seed} tower")
-    facts = [clinic.draw_facts(rng) for _ in range(n)]
-    drawn = [torch.from_numpy(np.array(clinic.draw(f, rng))) for f in facts]
-    pixels = torch.stack(drawn)  # (n, 64, 64, 3) bytes
-    # A fact that an image does not have is not in the loss.
-    labels = [[names.index(f[k]) if f[k] else -100 for k, names in FACTS.items()] for f in facts]
-    labels = torch.tensor(labels)  # (n, 5)
+    heads = torch.nn.ModuleList(torch.nn.Linear(128, len(names)) for names in SIGNS.values())
+    pixels, labels = draw_signs(n + 2000, random.Random(f"{seed} tower"))
     batches = torch.Generator().manual_seed(0)
+
+    def logits(rows):
+        # As the SigLIP image processor scales them.
+        inputs = pixels[rows].permute(0, 3, 1, 2) / 127.5 - 1
+        mean = tower(pixel_values=inputs).last_hidden_state.mean(1)  # (B, 128)
+        return [head(mean) for head in heads]
 
     def loss_at(step):
         rows = torch.randint(0, n, (256,), generator=batches)
-        # As the SigLIP image processor scales them.
-        inputs = pixels[rows].permute(0, 3, 1, 2) / 127.5 - 1
-        mean = tower(pixel_values=inputs).last_hidden_state.mean(1)  # (256, 128)
-        return sum(cross_entropy(head(mean), y, ignore_index=-100) for head, y in zip(heads, labels[rows].T))
+        return sum(cross_entropy(x, y, ignore_index=-100) for x, y in zip(logits(rows), labels[rows].T))
 
     train([*tower.parameters(), *heads.parameters()], steps, 2e-3, loss_at, "tower")
+    held_out = torch.arange(n, n + 2000)
+    with torch.no_grad():
+        for name, x, y in zip(SIGNS, logits(held_out), labels[held_out].T):
+            print(f"tower: {name} {(x.argmax(1) == y)[y >= 0].float().mean():.3f} right on new images")
+
+
+def draw_signs(n, rng):
+    """n images as bytes (n, 64, 64, 3), and the index of each sign (n, 5), -100 for one that is not there."""
+    import numpy as np
+    import torch
+
+    facts = [clinic.draw_facts(rng) for _ in range(n)]
+    pixels = torch.stack([torch.from_numpy(np.array(clinic.draw(f, rng))) for f in facts])
+    signs = [signs_of(f) for f in facts]
+    labels = [[names.index(s[k]) if s[k] else -100 for k, names in SIGNS.items()] for s in signs]
+    return pixels, torch.tensor(labels)
 
 
 def pretrain_language(vlm_, role, steps, report_fraction, seed, lr):
@@ -277,17 +315,38 @@ def fractions(outcomes):
 
 def parse_args():
     p = cli.Parser(description=__doc__)
-    p.add_argument("--role", required=True, choices=ROLES, help="which of the three models")
-    p.add_argument("--out", required=True, help="folder to save the model in")
+    p.add_argument("--out", required=True, help="folder to save the models in, each under its role")
+    p.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), help="which models")
+    p.add_argument("--tower", help="model whose tower to take instead of phase 1")
     p.add_argument("--seed", type=int, default=0, help="of the weights and of all images")
-    p.add_argument("--start", help="a model to start from; only phase 2 is done")
-    cli.add_switch(
-        p, "--freeze-tower", "phase 2 keeps the tower of policy and backbone as it is", default=True
-    )
     p.add_argument(
-        "--steps", type=int, nargs=2, metavar="N", help="steps of the phases, if not the role's own"
+        "--steps", type=int, nargs=2, metavar="N", help="steps of phases 1 and 2, if not the role's own"
     )
     return p.parse_args()
+
+
+def pretrain(role, tower, steps, seed, out):
+    """Phase 2: train one model around the tower, save it, and measure it (marks.json)."""
+    import torch
+
+    from medgr2 import loading
+
+    torch.manual_seed(seed)
+    processor = build_processor()
+    vlm_ = loading.wrap(build_model(processor, ROLES[role]["layers"]), processor)
+    vlm_.model.model.vision_tower.load_state_dict(tower.state_dict())
+    # At this learning rate the tower would unlearn most of what it learned in phase 1.
+    loading.freeze_vision(vlm_)
+    pretrain_language(vlm_, role, steps, ROLES[role]["reports"], seed, 2e-3)
+    # Committed in 16 bits, loaded in 32.
+    vlm_.model.half()
+    loading.save(vlm_, out)
+    found = measure(loading.load(out), role)
+    result = {"role": role, "seed": seed, "steps": steps, "marks": found}
+    with open(os.path.join(out, "marks.json"), "w") as f:
+        json.dump(result, f, indent=1)
+    for cell, m in found.items():
+        print(f"{cell:28} n {m['n']:4}  well-formed {m['well_formed']:.2f}  right {m['right']:.3f}")
 
 
 def main(args):
@@ -296,28 +355,15 @@ def main(args):
     from medgr2 import loading
 
     torch.manual_seed(args.seed)
-    role, seed = ROLES[args.role], f"{args.role}{args.seed}"
-    tower_steps, steps = args.steps or role["steps"]
-    processor = build_processor()
-    if args.start:
-        vlm_ = loading.load(args.start)
+    if args.tower:
+        tower = loading.load(args.tower).model.model.vision_tower
     else:
-        vlm_ = loading.wrap(build_model(processor, *role["layers"]), processor)
-        pretrain_tower(vlm_, tower_steps, seed)
-    # At this learning rate the tower would unlearn in phase 2 most of what it learned in phase 1.
-    if role.get("freeze_tower") and args.freeze_tower:
-        loading.freeze_vision(vlm_)
-    pretrain_language(vlm_, args.role, steps, role["reports"], seed, 1e-3 if args.start else 2e-3)
-    # Committed in 16 bits, loaded in 32.
-    vlm_.model.half()
-    loading.save(vlm_, args.out)
-    found = measure(loading.load(args.out), args.role)
-    result = {"role": args.role, "seed": args.seed, "steps": [tower_steps, steps], "marks": found}
-    with open(os.path.join(args.out, "marks.json"), "w") as f:
-        json.dump(result, f, indent=1)
-    for cell, m in found.items():
-        print(f"{cell:28} n {m['n']:4}  well-formed {m['well_formed']:.2f}  right {m['right']:.3f}")
+        tower = build_model(build_processor(), 1).model.vision_tower
+        pretrain_tower(tower, args.steps[0] if args.steps else TOWER_STEPS, args.seed)
+    for role in args.roles:
+        steps = args.steps[1] if args.steps else ROLES[role]["steps"]
+        pretrain(role, tower, steps, args.seed, os.path.join(args.out, role))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run_main(main, parse_args())
