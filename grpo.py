@@ -4,9 +4,10 @@ For each of P questions the policy samples G responses at temperature 1. Each ge
 
     r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],        R̄ = (R + 6) / 16
 
-but a malformed response gets r_i = 0, even if its answer is right. (Malformed: not exactly one <think> part
-and one <answer> part, or an answer that names no option.) The advantage is relative to the group,
-Â_i = (r_i - mean_group r) / (std_group r + 1e-4). The policy then maximises, over the N = P·G responses,
+but a malformed response gets r_i = 0, even if its answer is right. (Malformed: anything but one <answer>
+part, alone or after one <think> part, or an answer that names no option.) The advantage is relative to the
+group, Â_i = (r_i - mean_group r) / (std_group r + 1e-4). The policy then maximises, over the N = P·G
+responses,
 
     J = 1/N Σ_i 1/|y_i| Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it ]
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = π_ref/π - log(π_ref/π) - 1      (k3, Schulman 2020)

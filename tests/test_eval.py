@@ -248,7 +248,7 @@ def test_option_scores_equal_a_plain_forward_of_each_option_on_its_own(asked):
         for option, logp, tokens in zip(r["options"], r["option_logps"], r["option_tokens"]):
             ids = [
                 vlm_.tokenizer(t, add_special_tokens=False)["input_ids"]
-                for t in ("<think></think><answer>", option + "</answer>")
+                for t in ("<answer>", option + "</answer>")
             ]
             whole = prompt | {"input_ids": torch.cat([prompt["input_ids"], torch.tensor([sum(ids, [])])], 1)}
             whole["attention_mask"] = torch.ones_like(whole["input_ids"])

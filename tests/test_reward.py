@@ -68,7 +68,7 @@ def test_perturbed_changes_one_detail_of_the_rationale_and_keeps_the_answer():
 
 
 def test_perturbed_of_a_longer_answer_leaves_the_rest_right_and_of_a_report_one_term():
-    assert draws(levels.perturbed, OPEN) == {"<think></think><answer>right lung</answer>"}
+    assert draws(levels.perturbed, OPEN) == {"<answer>right lung</answer>"}
     assert draws(levels.perturbed, REPORT) == {
         "MRI of the chest. A mass on the left.",
         "CT of the chest. A cyst on the left.",
@@ -115,7 +115,7 @@ def test_incoherent_sets_the_answer_against_the_rationale():
     assert draws(levels.incoherent, REASONED) == {
         "<think>CT shows a mass on the left side.</think><answer>cyst</answer>"
     }
-    assert draws(levels.incoherent, PLAIN) == {"<think></think><answer>cyst, mass</answer>"}
+    assert draws(levels.incoherent, PLAIN) == {"<answer>cyst, mass</answer>"}
     assert draws(levels.incoherent, REPORT) == {
         text
         for strange in ("MRI of the knee.", "No finding.")
@@ -177,6 +177,7 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
         ("<think>a</think><answer>mass</answer>", "expert"),
         ("<think>a</think><answer>cyst</answer>", "expert"),
         ("<answer>mass</answer>", "expert"),
+        ("mass", "expert"),
         ("<think>a</think><answer>mass</answer>", "generated"),
     ]
     with open(tmp_path / "rollouts.jsonl", "w") as file:
@@ -184,7 +185,12 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
             rollout = REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}
             file.write(json.dumps(rollout) + "\n")
     ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")])
-    assert sorted(outcome for outcome, _ in labelled) == ["malformed", "right", "wrong"]
+    assert labelled == [
+        ("malformed", "mass"),
+        ("right", "<answer>mass</answer>"),
+        ("right", "<think>a</think><answer>mass</answer>"),
+        ("wrong", "<think>a</think><answer>cyst</answer>"),
+    ]
 
 
 def test_targets_are_those_of_the_levels():
