@@ -363,6 +363,8 @@ def ours(row, folder, steps, cuda, check=False):
         groups = grpo.with_advantages(groups, args)
         counts = grpo.count_batch(groups, C, accelerator)
         if check:
+            # TRL's log-probs are over all tokens, banned ones included.
+            policy = replace(policy, banned_ids=[])
             _, metrics = grpo.policy_gradient(policy, groups, counts, args, accelerator)
             torch.save({n: p.grad for n, p in parameters.items()}, os.path.join(folder, "gradient.pt"))
             return {"loss": metrics["loss"], "grad_norm": norm_of(p.grad for p in parameters.values())}

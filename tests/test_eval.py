@@ -253,9 +253,11 @@ def test_option_scores_equal_a_plain_forward_of_each_option_on_its_own(asked):
             whole = prompt | {"input_ids": torch.cat([prompt["input_ids"], torch.tensor([sum(ids, [])])], 1)}
             whole["attention_mask"] = torch.ones_like(whole["input_ids"])
             with torch.no_grad():
-                logits = vlm_.model(**whole).logits[0].log_softmax(-1)  # (P + C, V)
+                logits = vlm_.model(**whole).logits[0]  # (P + C, V)
+            # What is never sampled has no probability.
+            logits[:, vlm_.banned_ids] = -torch.inf
             # The logits before each token of the option and its closing tag.
-            last = logits[-len(ids[1]) - 1 : -1]
+            last = logits.log_softmax(-1)[-len(ids[1]) - 1 : -1]
             assert tokens == len(ids[1]) and logp == pytest.approx(
                 sum(row[i].item() for row, i in zip(last, ids[1])), abs=1e-3
             )

@@ -275,8 +275,10 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
                 "input_ids": torch.cat([prompt["input_ids"], ids], 1),
                 "attention_mask": torch.ones(1, prompt["input_ids"].shape[1] + ids.shape[1]),
             }
-            logits = policy.model(**inputs).logits[:, -ids.shape[1] - 1 : -1].log_softmax(-1)
-            (-g.advantages[k] * logits.gather(2, ids[..., None]).mean() / 24).backward()
+            logits = policy.model(**inputs).logits[:, -ids.shape[1] - 1 : -1]
+            # What is never sampled has no probability.
+            logps = logits.index_fill(2, torch.tensor(policy.banned_ids), -torch.inf).log_softmax(-1)
+            (-g.advantages[k] * logps.gather(2, ids[..., None]).mean() / 24).backward()
     want = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     policy.model.zero_grad()
     assert_same(want, {n: grads[n] for n in want}, 1e-4)

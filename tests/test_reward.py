@@ -254,7 +254,10 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
             attention_mask=torch.ones_like(full),
             output_hidden_states=True,
         )
-    logps = out.logits[0, -ids.shape[1] - 1 : -1].log_softmax(-1)
+    logits = out.logits[0, -ids.shape[1] - 1 : -1]
+    # What is never sampled has no probability.
+    logits[:, backbone.banned_ids] = -torch.inf
+    logps = logits.log_softmax(-1)
     seen = logps.gather(1, ids[0][:, None])[:, 0]
     start = (ids[0] == backbone.tokenizer.convert_tokens_to_ids("<answer>")).nonzero().item()
     width = out.hidden_states[-1].shape[-1]
@@ -262,7 +265,7 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
     assert got[width].item() == pytest.approx(seen[:start].sum().item(), abs=1e-3)
     assert got[width + 5 + 1].item() == pytest.approx(seen[start:].mean().item(), abs=1e-4)
     assert got[width + 2].item() == pytest.approx(seen[:start].min().item(), abs=1e-3)
-    surprise = seen - (logps.exp() * logps).sum(-1)
+    surprise = seen + torch.special.entr(logps.exp()).sum(-1)
     assert got[width + 10].item() == pytest.approx(surprise[:start].sum().item(), abs=1e-3)
 
 
