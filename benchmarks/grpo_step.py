@@ -351,8 +351,8 @@ def ours(row, folder, steps, cuda, check=False):
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
     rows, meter = questions(folder), Meter(cuda)
-    loss = {"loss": "grpo", "epsilon": 0.2, "epsilon_high": None, "kl": 0.0, "mask_truncated": False}
-    groups = {"scale_rewards": "group", "drop_zero_variance": False}
+    loss = {"loss": "grpo", "epsilon": 0.2, "epsilon_high": None, "kl": 0.0, "kl_estimator": "k3"}
+    groups = {"mask_truncated": False, "scale_rewards": "group", "drop_zero_variance": False}
     args = argparse.Namespace(micro_batch=8, clip=1.0, **loss, **groups)
     for step in range(1 + steps):
         part = rows[step * row.prompts : (step + 1) * row.prompts]
