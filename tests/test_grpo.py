@@ -790,8 +790,11 @@ def test_with_two_processes_metrics_are_of_all_responses(folder, tmp_path):
         assert line["reward"] == pytest.approx(sum(r["rollout_reward"] for r in mine) / 12, abs=1e-4)
         assert line["match"] == pytest.approx(sum(r["correct"] for r in mine) / 12, abs=1e-6)
         assert line["unparsed"] == pytest.approx(sum(r["prediction"] is None for r in mine) / 12, abs=1e-6)
-    for name in ("watch_accuracy", "watch_reward", "tokens", "length", "loss", "zero_variance"):
+    for name in ("watch_accuracy", "watch_reward", "tokens", "length", "zero_variance"):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
+    # Equal responses have rewards that differ by rounding alone, and the loss is then what rounding leaves.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=1e-3)
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=0.01) and one[0]["grad_norm"] > 0
 
 
 def test_a_copy_of_the_script_beside_the_others_runs_under_its_own_name(folder, tmp_path):
