@@ -157,15 +157,15 @@ def compute_option_logps(vlm_, images, questions):
     """Σ log π (nats) and number of tokens of each option of B questions with n options each: two lists (B,
     n).
 
-    An option follows the prompt and empty reasoning, where a response would have it, and ends with its
-    closing tag: without the tag, `CT` would be as probable as all that begins with `CT`. Only the option and
-    the tag count. Image and question are encoded once for all options.
+    An option follows the prompt as an answer without reasoning, and ends with its closing tag: without the
+    tag, `CT` would be as probable as all that begins with `CT`. Only the option and the tag count. Image and
+    question are encoded once for all options.
     """
     import torch
 
     from medgr2 import vlm
 
-    head, tail = format_response("", "\n").split("\n")
+    head, tail = format_response(None, "\n").split("\n")
     n = len(questions[0]["options"])
     options = [option + tail for question in questions for option in question["options"]]
     option_ids, option_mask = vlm.encode_continuations(vlm_, options, end=False)  # (B·n, C)

@@ -4,12 +4,13 @@ For each of P questions the policy samples G responses at temperature 1. Each ge
 
     r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],        R̄ = (R + 6) / 16
 
-but a malformed response gets r_i = 0, even if its answer is right. (Malformed: not exactly one <think> part
-and one <answer> part, or an answer that names no option.) The advantage is relative to the group,
-Â_i = (r_i - mean_group r) / (std_group r + 1e-4). The policy then maximises, over the N = P·G responses,
+but a malformed response gets r_i = 0, even if its answer is right. (Malformed: anything but one <answer>
+part, alone or after one <think> part, or an answer that names no option.) The advantage is relative to the
+group, Â_i = (r_i - mean_group r) / (std_group r + 1e-4). The policy then maximises, over the N = P·G
+responses,
 
     J = 1/N Σ_i 1/|y_i| Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it ]
-    ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = π_ref/π - log(π_ref/π) - 1      (k3, Schulman 2020)
+    ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = ρ_it · k3_it        k3_it = π_ref/π - log(π_ref/π) - 1
 
     --loss grpo      as above (DeepSeekMath, arXiv 2402.03300)
     --loss dapo      1 / Σ|y_i| in place of 1/N · 1/|y_i|: every token weighs the same. DAPO's other parts are
@@ -18,6 +19,12 @@ and one <answer> part, or an answer that names no option.) The advantage is rela
                      (arXiv 2503.20783)
     --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio per sequence. Its ε is far smaller, about 3e-4
                      (arXiv 2507.18071)
+
+    --kl-estimator   KL_it, and of which divergence of the next token it has the gradient in expectation (k3
+                     and k2 only while ρ is 1):
+        k3_unbiased  ρ_it · k3_it            KL(π, π_ref)        DeepSeek-V3.2, arXiv 2512.02556
+        k3           k3_it                   KL(π_ref, π)        Schulman 2020, and in DeepSeekMath
+        k2           1/2 · log²(π_ref/π)     KL(π, π_ref)        Schulman 2020; gradient: arXiv 2510.01555
 
 β_KL is --kl; --beta is the paper's weight of the answer match. With one update per batch of rollouts
 (--iterations 1, the default) every ρ is 1 and nothing is clipped.
@@ -64,6 +71,8 @@ def parse_args():
     p.add_argument("--epsilon", type=cli.number(float, 0, 1), default=0.2, help="clip the ratio at 1 - this")
     p.add_argument("--epsilon-high", type=positive, help="clip the ratio at 1 + this (1 + --epsilon)")
     p.add_argument("--kl", type=positive, default=0.02, help="weight of the KL term; 0 loads no reference")
+    estimators = ("k3", "k3_unbiased", "k2")
+    p.add_argument("--kl-estimator", choices=estimators, default="k3_unbiased", help="see above")
     p.add_argument("--alpha", type=positive, default=0.8, help="weight of the reward model")
     p.add_argument("--beta", type=positive, default=0.2, help="weight of the answer match (not of the KL)")
     p.add_argument("--reward-scale", choices=("unit", "raw"), default="unit", help="R in [0, 1] or [-6, 10]")
@@ -129,7 +138,9 @@ class Counts(NamedTuple):
     max_new_tokens: int
 
 
-def grpo_loss(logps, inputs, counts, *, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0):
+def grpo_loss(
+    logps, inputs, counts, *, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0, kl_estimator="k3_unbiased"
+):
     """-J of the module docstring, summed over S of the batch's N responses → (loss, {metric: token sum}).
 
     logps (S, C), C response tokens with the end of turn; inputs: LossInputs of the same S responses; counts:
@@ -139,17 +150,21 @@ def grpo_loss(logps, inputs, counts, *, loss="grpo", epsilon=0.2, epsilon_high=N
     mask, advantages = inputs.mask, inputs.advantages[:, None]  # (S, C), (S, 1)
     lengths = mask.sum(1).clamp(min=1)  # (S,) tokens of each response
     log_ratio = (logps - inputs.old_logps) * mask  # (S, C)
+    # For the KL term, with gspo too.
+    token_ratio = log_ratio.exp()
     if loss == "gspo":
         # One ratio per sequence, the same at each of its tokens.
         log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand_as(mask)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # (S, C)
-    k3 = torch.zeros_like(objective)
+    k3 = kl_term = torch.zeros_like(objective)
     if kl:
         log_ref_ratio = (inputs.ref_logps - logps) * mask
         k3 = log_ref_ratio.exp() - log_ref_ratio - 1
-    per_token = -(objective - kl * k3) * mask  # (S, C)
+        estimators = {"k3_unbiased": token_ratio * k3, "k3": k3, "k2": log_ref_ratio**2 / 2}
+        kl_term = estimators[kl_estimator]
+    per_token = -(objective - kl * kl_term) * mask  # (S, C)
     if loss in ("grpo", "gspo"):
         # The mean over responses of the mean over tokens.
         total = (per_token.sum(1) / lengths).sum() / counts.sequences
@@ -304,7 +319,8 @@ def accumulate_gradient(policy, groups, counts, args):
     # State t predicts token t. The first is the prompt's last; the one after the last token predicts nothing.
     states = vlm.hidden_states(policy, inputs, ids, mask)[:, :-1]  # (B·G, C, D)
     hidden, weight, head_options = vlm.lm_head(policy, states)  # weight (V, D)
-    options = {"loss": args.loss, "epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "kl": args.kl}
+    options = {"loss": args.loss, "epsilon": args.epsilon, "epsilon_high": args.epsilon_high}
+    options |= {"kl": args.kl, "kl_estimator": args.kl_estimator}
     # The same as these three lines, but the logits (B·G, C, V) never exist (triton_ops.py). At the first
     # update old_logps is None and stands for logps.detach(): the ratio is 1.
     #     logps = log_softmax(hidden @ weight.T, -1).gather(-1, ids[..., None])[..., 0]

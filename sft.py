@@ -3,7 +3,8 @@
     loss = - Σ_i Σ_t log π(y_it | image_i, prompt_i, y_i<t) / Σ_i |y_i|
 
 over the batch, for response tokens only: the end of turn included, prompt and padding not. The denominator
-counts the whole batch, so a step does not depend on micro-batches or processes.
+counts the whole batch, so a step does not depend on micro-batches or processes. A record without a rationale
+teaches the policy the bare answer, not an empty <think></think> (medgr2/prompts.py).
 
 Reads   question or report records (JSONL), one file or several; --val, the same
 Writes  OUT/ in the Hugging Face format, metrics.jsonl, metrics.json (docs/metrics.md explains each metric)

@@ -5,6 +5,8 @@
     logps_i   = z_i[y_i] - log sum_j exp z_ij            d logps_i   / d z_ij = 1[j = y_i] - p_ij
     entropy_i = - sum_j p_ij log p_ij                    d entropy_i / d z_ij = - p_ij (log p_ij + entropy_i)
 
+A bias of -inf excludes a token: there z is -inf, with a softcap too, and p and d loss / d x are 0.
+
 Each function is a drop-in for the lines that a reader would write:
 
     linear_logprob(hidden, weight, targets)              logps = log_softmax(hidden @ weight.T, -1)
@@ -67,9 +69,10 @@ def _statistics_torch(x, targets, temperature, softcap, with_entropy=True):
     """x (n, V), targets (n,) -> (logps, entropy), (n,) each, and what the gradient needs. Unwanted: NaN."""
     slope = None
     if softcap:
+        excluded = x == -torch.inf  # (n, V)
         x.div_(softcap).tanh_()
         slope = 1 - x * x  # (n, V)
-        x.mul_(softcap)
+        x.mul_(softcap).masked_fill_(excluded, -torch.inf)
     z = x if temperature == 1 else x.div_(temperature)  # (n, V)
     z.sub_(z.amax(-1, keepdim=True))
     z_target = z.gather(-1, targets[:, None])[:, 0]  # (n,)
@@ -108,9 +111,9 @@ def _gradient_torch(x, saved, targets, entropy, grad_logps, grad_entropy, temper
 
 @_jit
 def _capped(x, softcap):
-    """softcap · tanh(x / softcap), or x if softcap is 0."""
+    """softcap · tanh(x / softcap), or x if softcap is 0 or x is -inf."""
     if softcap > 0:
-        x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)
+        x = tl.where(x > float("-inf"), softcap * (2 * tl.sigmoid(2 * x / softcap) - 1), x)
     return x
 
 
@@ -176,7 +179,9 @@ def _gradient_kernel(x_ptr, grad_ptr, targets_ptr, row_max_ptr, log_sum_ptr, ent
         d_entropy = -p * tl.where(p > 0, log_p + entropy, 0.0)
         grad = (grad_logp * d_logp + grad_entropy * d_entropy) / temperature
         if softcap > 0:
-            grad *= 1 - (capped / softcap) * (capped / softcap)
+            slope = 1 - (capped / softcap) * (capped / softcap)
+            # This one too: an excluded token's slope would be -inf.
+            grad *= tl.where(capped > float("-inf"), slope, 0.0)
         # 4 V bytes written per row, 2 V in bf16
         tl.store(grad_ptr + cols, grad, mask=cols < V)
 

@@ -351,8 +351,8 @@ def ours(row, folder, steps, cuda, check=False):
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
     rows, meter = questions(folder), Meter(cuda)
-    loss = {"loss": "grpo", "epsilon": 0.2, "epsilon_high": None, "kl": 0.0, "mask_truncated": False}
-    groups = {"scale_rewards": "group", "drop_zero_variance": False}
+    loss = {"loss": "grpo", "epsilon": 0.2, "epsilon_high": None, "kl": 0.0, "kl_estimator": "k3"}
+    groups = {"mask_truncated": False, "scale_rewards": "group", "drop_zero_variance": False}
     args = argparse.Namespace(micro_batch=8, clip=1.0, **loss, **groups)
     for step in range(1 + steps):
         part = rows[step * row.prompts : (step + 1) * row.prompts]
@@ -363,6 +363,8 @@ def ours(row, folder, steps, cuda, check=False):
         groups = grpo.with_advantages(groups, args)
         counts = grpo.count_batch(groups, C, accelerator)
         if check:
+            # TRL's log-probs are over all tokens, banned ones included.
+            policy = replace(policy, banned_ids=[])
             _, metrics = grpo.policy_gradient(policy, groups, counts, args, accelerator)
             torch.save({n: p.grad for n, p in parameters.items()}, os.path.join(folder, "gradient.pt"))
             return {"loss": metrics["loss"], "grad_norm": norm_of(p.grad for p in parameters.values())}

@@ -6,8 +6,8 @@
     irrelevant  -6   belongs to another image, and its answer is wrong for this one
 
 One short function makes each level, for each kind of record: a question with or without rationale, open or
-with options, or a report. No text has two levels: if a replaced detail happens to be another image's answer,
-the text is irrelevant.
+with options, or a report. Without a rationale a response is the bare answer. No text has two levels: if a
+replaced detail happens to be another image's answer, the text is irrelevant.
 
 The policy's own responses to expert questions (rollouts) are a second source. Their truth is known from the
 expert's answer: right and well-formed 10, wrong 0, malformed -6.

@@ -45,8 +45,12 @@ def report_prompt():
 
 
 def format_response(rationale, answer):
-    """A perfect reply to `policy_prompt`; `rationale` may be empty or None."""
-    return f"<think>{rationale or ''}</think><answer>{answer}</answer>"
+    """A perfect reply to `policy_prompt`: the bare answer if `rationale` is empty or None.
+
+    An empty <think></think> would teach the policy that its reasoning may be empty.
+    """
+    reasoning = f"<think>{rationale}</think>" if rationale else ""
+    return f"{reasoning}<answer>{answer}</answer>"
 
 
 def reference_response(record):
@@ -63,12 +67,12 @@ class ParsedResponse(NamedTuple):
     prediction: str | None
     reason: str | None
     rationale: str | None
-    # There is a prediction, in exactly the form that the prompt asks for.
+    # There is a prediction, in exactly the form that the prompt asks for; the <think> part may be missing.
     well_formed: bool
 
 
 RESPONSE = re.compile(
-    r"\s*<think>(?P<rationale>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL
+    r"\s*(?:<think>(?P<rationale>.*?)</think>\s*)?<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL
 )
 # "C", "(C)", "C." or "C) CT": the letter, and what follows it.
 LETTERED = re.compile(r"\(?([A-Za-z])(?:[).:]+|\s*$)\s*(.*)", re.DOTALL)
@@ -101,17 +105,19 @@ def match_option(answer, options):
 def parse_response(text, options=None):
     """Parse a reply to `policy_prompt`. Returns a ParsedResponse.
 
-    The answer may be the option's text, its letter, `C) CT` or `(C)`, in any case, with stray punctuation. If
-    the reasoning is missing there is still a prediction, but the response is not `well_formed`.
+    The answer may be the option's text, its letter, `C) CT` or `(C)`, in any case, with stray punctuation. A
+    bare answer is well formed; its rationale is None. An answer with other text around it, or in another
+    order, is still a prediction, but the response is not `well_formed`.
     """
     behind_tag = text.partition("<answer>")[2]
     is_closed = "</answer>" in behind_tag
     if text.count("<answer>") != 1 or not is_closed:
         return ParsedResponse(None, "several answers" if is_closed else "no answer", None, False)
     form = RESPONSE.fullmatch(text)
-    # More than the form's own four tags: a part holds another part.
-    is_formed = form is not None and len(TAG.findall(text)) == 4
-    rationale = form["rationale"].strip() if is_formed else None
+    # More tags than two per part of the form: a part holds another part.
+    has_reasoning = form is not None and form["rationale"] is not None
+    is_formed = form is not None and len(TAG.findall(text)) == (4 if has_reasoning else 2)
+    rationale = form["rationale"].strip() if is_formed and has_reasoning else None
     answer = behind_tag.partition("</answer>")[0].strip()
     if not normalise(answer):
         return ParsedResponse(None, "empty answer", rationale, False)
@@ -148,9 +154,10 @@ def generator_prompt(paradigm, task=None):
 
 
 def format_candidate(record):
-    """A perfect reply to `generator_prompt`, made of a question record."""
+    """A perfect reply to `generator_prompt`, made of a question record. It always has a <think> part."""
     options = f"<options>{' | '.join(record['options'])}</options>" if "options" in record else ""
-    return f"<question>{record['question']}</question>{options}{reference_response(record)}"
+    response = f"<think>{record.get('rationale') or ''}</think><answer>{record['answer']}</answer>"
+    return f"<question>{record['question']}</question>{options}{response}"
 
 
 CANDIDATE = re.compile(
@@ -166,7 +173,7 @@ CANDIDATE_TAGS = (
 
 
 def parse_candidate(text):
-    """Parse a reply to `generator_prompt`.
+    """Parse a reply to `generator_prompt`, which must have a <think> part.
 
     Returns ({question, rationale, answer, options if there are any}, None), or (None, the reason).
     """

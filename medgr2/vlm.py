@@ -34,7 +34,7 @@ class VLM:
     end_id: int
     # Every token that ends a turn when sampled.
     stop_ids: list
-    # Image placeholders, other special tokens, rows of the embedding that no token has: never sampled.
+    # Image placeholders, other special tokens, rows of the embedding that no token has: of probability 0.
     banned_ids: list
     # Finds the names of special tokens in a text.
     special_names: re.Pattern
@@ -348,14 +348,18 @@ def plain_hidden_states(vlm, inputs, ids, mask):
 
 
 def lm_head(vlm, states, temperature=1.0):
-    """The arguments of triton_ops.py in autocast's dtype: states, weight, {temperature, bias, softcap}."""
-    device, bias = states.device.type, getattr(vlm.head, "bias", None)
+    """The arguments of triton_ops.py in autocast's dtype: states, weight, {temperature, bias, softcap}.
+
+    The bias of a banned token is -inf, so that these are the probabilities that `sample` draws from.
+    """
+    device, weight, bias = states.device.type, vlm.head.weight, getattr(vlm.head, "bias", None)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     divisor, softcap = vlm.logit_rule
-    options = {"temperature": temperature * divisor, "softcap": softcap, "bias": None}
-    if bias is not None:
-        options["bias"] = bias.to(dtype)
-    return states.to(dtype), vlm.head.weight.to(dtype), options
+    banned = torch.tensor(vlm.banned_ids, dtype=torch.long, device=weight.device)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias  # (V,)
+    bias = bias.index_fill(0, banned, -torch.inf).to(dtype)
+    options = {"temperature": temperature * divisor, "softcap": softcap, "bias": bias}
+    return states.to(dtype), weight.to(dtype), options
 
 
 def apply_logit_rule(logits, rule):
@@ -367,6 +371,7 @@ def apply_logit_rule(logits, rule):
 def token_logps(vlm, inputs, ids, mask, temperature=1.0, states=None):
     """Log-probability and entropy of every continuation token: (N, C) each, zero where `mask` is 0.
 
+    They are of the distribution that `sample` draws from at this temperature: a banned token's is -inf.
     Only positions under the mask reach the LM head: the N·C × V logits never exist (triton_ops.py).
     """
     states = hidden_states(vlm, inputs, ids, mask) if states is None else states
@@ -386,8 +391,8 @@ def sample(vlm, inputs, seeds, max_new_tokens, temperature=1.0, group=1):
     """Sample `group` continuations of each of B prompts → ids (N, C), mask (N, C), truncated (N,).
 
     The end-of-turn token is included. A continuation that reaches max_new_tokens without one is truncated.
-    No top-k, no top-p: these are the model's own samples, less the tokens that must never be one
-    (`banned_ids`). `temperature=0` is greedy. Each row draws from a generator of its own, seeded by `seeds`
+    No top-k, no top-p: these are the model's own samples, but the `banned_ids` have no probability, as in
+    token_logps. `temperature=0` is greedy. Each row draws from a generator of its own, seeded by `seeds`
     (N ints), so a row does not depend on its batch.
     """
     N = inputs["attention_mask"].shape[0] * group

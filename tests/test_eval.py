@@ -248,14 +248,16 @@ def test_option_scores_equal_a_plain_forward_of_each_option_on_its_own(asked):
         for option, logp, tokens in zip(r["options"], r["option_logps"], r["option_tokens"]):
             ids = [
                 vlm_.tokenizer(t, add_special_tokens=False)["input_ids"]
-                for t in ("<think></think><answer>", option + "</answer>")
+                for t in ("<answer>", option + "</answer>")
             ]
             whole = prompt | {"input_ids": torch.cat([prompt["input_ids"], torch.tensor([sum(ids, [])])], 1)}
             whole["attention_mask"] = torch.ones_like(whole["input_ids"])
             with torch.no_grad():
-                logits = vlm_.model(**whole).logits[0].log_softmax(-1)  # (P + C, V)
+                logits = vlm_.model(**whole).logits[0]  # (P + C, V)
+            # What is never sampled has no probability.
+            logits[:, vlm_.banned_ids] = -torch.inf
             # The logits before each token of the option and its closing tag.
-            last = logits[-len(ids[1]) - 1 : -1]
+            last = logits.log_softmax(-1)[-len(ids[1]) - 1 : -1]
             assert tokens == len(ids[1]) and logp == pytest.approx(
                 sum(row[i].item() for row, i in zip(last, ids[1])), abs=1e-3
             )

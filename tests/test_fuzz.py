@@ -84,7 +84,8 @@ def test_any_reply_is_parsed_as_one_of_the_options_or_has_a_reason(text, options
     parsed = parse_response(text, options)
     assert (parsed.prediction is None) == (parsed.reason is not None)
     assert parsed.prediction is None or options is None or parsed.prediction in options
-    assert not parsed.well_formed or (parsed.prediction is not None and parsed.rationale is not None)
+    assert not parsed.well_formed or parsed.prediction is not None
+    assert not parsed.well_formed or (parsed.rationale is not None) == ("<think>" in text)
 
 
 @few
@@ -100,10 +101,10 @@ def test_any_candidate_that_is_kept_makes_a_valid_record(text):
 @given(texts | st.just(""), texts, st.lists(words, min_size=2, max_size=5, unique_by=normalise), st.data())
 def test_a_response_is_parsed_as_it_was_formatted(rationale, answer, options, data):
     parsed = parse_response(format_response(rationale, answer))
-    assert parsed == (answer.strip(), None, rationale.strip(), True)
+    assert parsed == (answer.strip(), None, rationale.strip() if rationale else None, True)
     answer = data.draw(st.sampled_from(options))
     parsed = parse_response(format_response(rationale, answer), options)
-    assert parsed == (answer, None, rationale.strip(), True)
+    assert parsed == (answer, None, rationale.strip() if rationale else None, True)
 
 
 @few

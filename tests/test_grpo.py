@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 # ---- the loss, number by number, in plain Python
 
 
-def by_hand(logps, old, ref, advantages, mask, counts, loss, low, high, beta):
+def by_hand(logps, old, ref, advantages, mask, counts, loss, low, high, beta, estimator):
     sequences, tokens, longest = counts
     total = 0.0
     for i, a in enumerate(advantages):
@@ -47,7 +47,9 @@ def by_hand(logps, old, ref, advantages, mask, counts, loss, low, high, beta):
             kl = 0.0
             if beta:
                 d = ref[i][t] - logps[i][t]
-                kl = math.exp(d) - d - 1
+                k3 = math.exp(d) - d - 1
+                own_ratio = math.exp(logps[i][t] - old[i][t])
+                kl = {"k3": k3, "k3_unbiased": own_ratio * k3, "k2": d * d / 2}[estimator]
             term = -(gain - beta * kl)
             total += (
                 term
@@ -75,13 +77,15 @@ BRANCHES = {"inside": 0.05, "below": -0.5, "above": 0.5}
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_loss_equals_a_computation_by_hand_in_every_branch_of_the_clip(loss, branch, sign, beta):
+@pytest.mark.parametrize(
+    "beta, estimator", [(0.0, "k3_unbiased"), (0.3, "k3"), (0.3, "k3_unbiased"), (0.3, "k2")]
+)
+def test_loss_equals_a_computation_by_hand_in_every_branch_of_the_clip(loss, branch, sign, beta, estimator):
     logps = [[o + BRANCHES[branch] for o in row] for row in OLD]
     # tokens of a sequence differ, or gspo could not be told from grpo
     logps[1][0] -= 0.03
     mask, advantages, counts = [[1, 1, 1], [1, 1, 0]], [0.7 * sign, 1.3 * sign], (2, 5, 8)
-    want = by_hand(logps, OLD, REF, advantages, mask, counts, loss, 0.2, 0.28, beta)
+    want = by_hand(logps, OLD, REF, advantages, mask, counts, loss, 0.2, 0.28, beta, estimator)
     t = torch.tensor
     got, metrics = loss_of(
         t(logps),
@@ -94,6 +98,7 @@ def test_loss_equals_a_computation_by_hand_in_every_branch_of_the_clip(loss, bra
         epsilon=0.2,
         epsilon_high=0.28,
         kl=beta,
+        kl_estimator=estimator,
     )
     assert got.item() == pytest.approx(want, rel=1e-5)
     clipped = {("below", -1.0): "clip_low", ("above", 1.0): "clip_high"}.get((branch, sign))
@@ -129,6 +134,72 @@ def test_epsilon_high_is_epsilon_unless_given_even_when_it_is_zero():
         return loss_of(logps, torch.tensor(OLD), None, *same, **options)[0].item()
 
     assert run() == pytest.approx(-math.exp(0.1), rel=1e-5) and run(epsilon_high=0.0) == pytest.approx(-1.0)
+
+
+# ---- the expected gradient of the KL term, over all 9 sequences of two tokens of a vocabulary of three
+
+
+def tables(seed):
+    """Log-probs of a policy: of the first token (3,), and of the second one after each first one (3, 3)."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((3,), (3, 3))]
+    return [x.requires_grad_() for x in logits], [x.log_softmax(-1) for x in logits]
+
+
+def expected_kl_term(policy, sampler, ref, loss, estimator):
+    """Σ over all sequences of their probability under the sampler · grpo_loss of no advantage."""
+    total = 0.0
+    for a in range(3):
+        for b in range(3):
+            logps, old, ref_logps = (torch.stack([x[a], y[a, b]])[None] for x, y in (policy, sampler, ref))
+            nothing, ones = torch.zeros(1, dtype=torch.float64), torch.ones(1, 2)
+            options = {"loss": loss, "kl": 1.0, "kl_estimator": estimator}
+            value, _ = loss_of(logps, old.detach(), ref_logps.detach(), nothing, ones, (1, 2, 2), **options)
+            total = total + old.detach().sum().exp() * value
+    return total
+
+
+def exact_kl(p, q, sampler):
+    """Mean over the two tokens of KL(p, q) of the next token; prefixes are the sampler's, a constant."""
+    first = (p[0].exp() * (p[0] - q[0])).sum()
+    second = sampler[0].detach().exp() @ (p[1].exp() * (p[1] - q[1])).sum(-1)
+    return (first + second) / 2
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+@pytest.mark.parametrize(
+    "estimator, on_policy, is_gradient",
+    [
+        ("k3_unbiased", True, True),
+        ("k3_unbiased", False, True),
+        ("k2", True, True),
+        ("k2", False, False),
+        ("k3", True, False),
+        ("k3", False, False),
+    ],
+)
+def test_which_estimators_have_the_gradient_of_the_kl_in_expectation(loss, estimator, on_policy, is_gradient):
+    logits, policy = tables(0)
+    sampler, ref = policy if on_policy else tables(1)[1], tables(2)[1]
+    estimate = expected_kl_term(policy, sampler, ref, loss, estimator)
+    want = exact_kl(policy, [x.detach() for x in ref], sampler)
+    got, wanted = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(x, logits, retain_graph=True)])
+        for x in (estimate, want)
+    )
+    assert ((got - wanted).norm() < 1e-12) == is_gradient
+    # If it is not, it is not by far.
+    assert is_gradient or (got - wanted).norm() > 0.1 * wanted.norm()
+    if estimator == "k3_unbiased" or (estimator == "k3" and on_policy):
+        assert estimate.item() == pytest.approx(want.item(), rel=1e-12)
+
+
+def test_the_expected_gradient_of_k3_is_that_of_the_kl_the_other_way_round():
+    logits, policy = tables(0)
+    ref = [x.detach() for x in tables(2)[1]]
+    got = torch.autograd.grad(expected_kl_term(policy, policy, ref, "grpo", "k3"), logits, retain_graph=True)
+    wanted = torch.autograd.grad(exact_kl(ref, policy, policy), logits)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(got, wanted))
 
 
 def test_a_masked_token_and_an_all_masked_row_do_not_count():
@@ -184,6 +255,7 @@ def flags(**over):
             "epsilon": 0.2,
             "epsilon_high": None,
             "kl": 0.0,
+            "kl_estimator": "k3_unbiased",
         }
         | over
     )
@@ -275,16 +347,18 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
                 "input_ids": torch.cat([prompt["input_ids"], ids], 1),
                 "attention_mask": torch.ones(1, prompt["input_ids"].shape[1] + ids.shape[1]),
             }
-            logits = policy.model(**inputs).logits[:, -ids.shape[1] - 1 : -1].log_softmax(-1)
-            (-g.advantages[k] * logits.gather(2, ids[..., None]).mean() / 24).backward()
+            logits = policy.model(**inputs).logits[:, -ids.shape[1] - 1 : -1]
+            # What is never sampled has no probability.
+            logps = logits.index_fill(2, torch.tensor(policy.banned_ids), -torch.inf).log_softmax(-1)
+            (-g.advantages[k] * logps.gather(2, ids[..., None]).mean() / 24).backward()
     want = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     policy.model.zero_grad()
     assert_same(want, {n: grads[n] for n in want}, 1e-4)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
-@pytest.mark.parametrize("kl", [0.0, 0.1])
-def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, loss, kl):
+@pytest.mark.parametrize("kl, estimator", [(0.0, "k3_unbiased"), (0.1, "k3_unbiased"), (0.1, "k2")])
+def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, loss, kl, estimator):
     """Off the policy that sampled. Two groups have no advantage, and without a reference no forward pass."""
     # in the order in which they are learned
     some = sorted((copy.copy(g) for g in groups), key=lambda g: -int(g.mask.sum(1).max()))
@@ -300,10 +374,11 @@ def test_a_later_update_is_grpo_loss_of_all_log_probs_at_once(policy, groups, lo
         old = (vlm.token_logps(policy, prompts, ids, mask)[0] + 0.3 * noise) * mask
     computed = mask.bool() & ((advantages != 0) | (kl > 0))[:, None]
     some = [replace(g, old_logps=own) for g, own in zip(some, old.split(4))]
-    grads, metrics, after = gradient(policy, some, reference=reference if kl else None, loss=loss, kl=kl)
+    options = {"loss": loss, "kl": kl, "kl_estimator": estimator}
+    grads, metrics, after = gradient(policy, some, reference=reference if kl else None, **options)
     policy.model.zero_grad()
     logps, entropy = vlm.token_logps(policy, prompts, ids, mask)
-    want, sums = loss_of(logps, old, ref_logps, advantages, mask, (24, int(mask.sum()), 24), loss=loss, kl=kl)
+    want, sums = loss_of(logps, old, ref_logps, advantages, mask, (24, int(mask.sum()), 24), **options)
     want.backward()
     assert_same({n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}, grads)
     policy.model.zero_grad()
@@ -715,8 +790,11 @@ def test_with_two_processes_metrics_are_of_all_responses(folder, tmp_path):
         assert line["reward"] == pytest.approx(sum(r["rollout_reward"] for r in mine) / 12, abs=1e-4)
         assert line["match"] == pytest.approx(sum(r["correct"] for r in mine) / 12, abs=1e-6)
         assert line["unparsed"] == pytest.approx(sum(r["prediction"] is None for r in mine) / 12, abs=1e-6)
-    for name in ("watch_accuracy", "watch_reward", "tokens", "length", "loss", "zero_variance"):
+    for name in ("watch_accuracy", "watch_reward", "tokens", "length", "zero_variance"):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
+    # Equal responses have rewards that differ by rounding alone, and the loss is then what rounding leaves.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=1e-3)
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=0.01) and one[0]["grad_norm"] > 0
 
 
 def test_a_copy_of_the_script_beside_the_others_runs_under_its_own_name(folder, tmp_path):

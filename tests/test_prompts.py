@@ -32,7 +32,7 @@ some_options = st.lists(one_line, min_size=2, max_size=6, unique_by=normalise)
 @given(plain, filled)
 def test_an_open_response_is_parsed_as_it_was_formatted(rationale, answer):
     parsed = parse_response(format_response(rationale, answer))
-    assert parsed == (answer.strip(), None, rationale.strip(), True)
+    assert parsed == (answer.strip(), None, rationale.strip() if rationale else None, True)
 
 
 @few
@@ -40,7 +40,27 @@ def test_an_open_response_is_parsed_as_it_was_formatted(rationale, answer):
 def test_each_option_is_parsed_as_it_was_formatted(rationale, options, data):
     answer = data.draw(st.sampled_from(options))
     parsed = parse_response(format_response(rationale, answer), options)
-    assert parsed == (answer, None, rationale.strip(), True)
+    assert parsed == (answer, None, rationale.strip() if rationale else None, True)
+
+
+@pytest.mark.parametrize("rationale", [None, ""])
+def test_a_response_without_a_rationale_is_the_bare_answer_and_well_formed(rationale):
+    assert format_response(rationale, "CT") == "<answer>CT</answer>"
+    assert parse_response("<answer>CT</answer>", OPTIONS) == ("CT", None, None, True)
+    assert parse_response(" <answer>CT</answer>\n") == ("CT", None, None, True)
+
+
+def test_an_empty_think_part_is_well_formed_and_its_rationale_is_empty():
+    assert parse_response("<think> </think><answer>CT</answer>", OPTIONS) == ("CT", None, "", True)
+
+
+@pytest.mark.parametrize("rationale", [{}, {"rationale": ""}])
+def test_a_candidate_always_has_a_think_part(rationale):
+    record = {"question": "Zq?", "options": ["CT", "MRI"], "answer": "CT"} | rationale
+    text = format_candidate(record)
+    assert text.endswith("<think></think><answer>CT</answer>")
+    assert parse_candidate(text) == (record | {"rationale": ""}, None)
+    assert parse_candidate(text.replace("<think></think>", "")) == (None, "malformed")
 
 
 @few
@@ -132,7 +152,11 @@ def test_a_response_without_a_prediction_has_a_reason(text, reason):
 @pytest.mark.parametrize(
     "text",
     [
-        "<answer>CT</answer>",
+        "Sure! <answer>CT</answer>",
+        "<answer>CT</answer> Bye",
+        "<think>t<answer>CT</answer>",
+        "t</think><answer>CT</answer>",
+        "<think>s</think><think>t</think><answer>CT</answer>",
         "Sure! <think>t</think><answer>CT</answer>",
         "<think>t</think><answer>CT</answer> Bye",
         "<think>a<think>b</think><answer>CT</answer>",

@@ -68,7 +68,7 @@ def test_perturbed_changes_one_detail_of_the_rationale_and_keeps_the_answer():
 
 
 def test_perturbed_of_a_longer_answer_leaves_the_rest_right_and_of_a_report_one_term():
-    assert draws(levels.perturbed, OPEN) == {"<think></think><answer>right lung</answer>"}
+    assert draws(levels.perturbed, OPEN) == {"<answer>right lung</answer>"}
     assert draws(levels.perturbed, REPORT) == {
         "MRI of the chest. A mass on the left.",
         "CT of the chest. A cyst on the left.",
@@ -115,7 +115,7 @@ def test_incoherent_sets_the_answer_against_the_rationale():
     assert draws(levels.incoherent, REASONED) == {
         "<think>CT shows a mass on the left side.</think><answer>cyst</answer>"
     }
-    assert draws(levels.incoherent, PLAIN) == {"<think></think><answer>cyst, mass</answer>"}
+    assert draws(levels.incoherent, PLAIN) == {"<answer>cyst, mass</answer>"}
     assert draws(levels.incoherent, REPORT) == {
         text
         for strange in ("MRI of the knee.", "No finding.")
@@ -177,6 +177,7 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
         ("<think>a</think><answer>mass</answer>", "expert"),
         ("<think>a</think><answer>cyst</answer>", "expert"),
         ("<answer>mass</answer>", "expert"),
+        ("mass", "expert"),
         ("<think>a</think><answer>mass</answer>", "generated"),
     ]
     with open(tmp_path / "rollouts.jsonl", "w") as file:
@@ -184,7 +185,12 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
             rollout = REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}
             file.write(json.dumps(rollout) + "\n")
     ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")])
-    assert sorted(outcome for outcome, _ in labelled) == ["malformed", "right", "wrong"]
+    assert labelled == [
+        ("malformed", "mass"),
+        ("right", "<answer>mass</answer>"),
+        ("right", "<think>a</think><answer>mass</answer>"),
+        ("wrong", "<think>a</think><answer>cyst</answer>"),
+    ]
 
 
 def test_targets_are_those_of_the_levels():
@@ -248,7 +254,10 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
             attention_mask=torch.ones_like(full),
             output_hidden_states=True,
         )
-    logps = out.logits[0, -ids.shape[1] - 1 : -1].log_softmax(-1)
+    logits = out.logits[0, -ids.shape[1] - 1 : -1]
+    # What is never sampled has no probability.
+    logits[:, backbone.banned_ids] = -torch.inf
+    logps = logits.log_softmax(-1)
     seen = logps.gather(1, ids[0][:, None])[:, 0]
     start = (ids[0] == backbone.tokenizer.convert_tokens_to_ids("<answer>")).nonzero().item()
     width = out.hidden_states[-1].shape[-1]
@@ -256,7 +265,7 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
     assert got[width].item() == pytest.approx(seen[:start].sum().item(), abs=1e-3)
     assert got[width + 5 + 1].item() == pytest.approx(seen[start:].mean().item(), abs=1e-4)
     assert got[width + 2].item() == pytest.approx(seen[:start].min().item(), abs=1e-3)
-    surprise = seen - (logps.exp() * logps).sum(-1)
+    surprise = seen + torch.special.entr(logps.exp()).sum(-1)
     assert got[width + 10].item() == pytest.approx(surprise[:start].sum().item(), abs=1e-3)
 
 

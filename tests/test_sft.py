@@ -104,6 +104,14 @@ def test_the_generator_learns_what_its_parser_accepts(data):
         assert reason is None and {k: record[k] for k in candidate} == candidate and record["task"] in prompt
 
 
+def test_without_a_rationale_the_policy_learns_the_bare_answer_and_the_generator_an_empty_think_part(data):
+    record = next(records.read_records(data / "expert.jsonl"))
+    del record["rationale"]
+    policy, generator = (sft.make_example(record, r, "e.jsonl").response for r in ("policy", "generator"))
+    assert policy == f"<answer>{record['answer']}</answer>"
+    assert generator.endswith(f"</options><think></think>{policy}")
+
+
 def test_both_roles_learn_a_report(data):
     record = next(records.read_records(data / "reports.jsonl"))
     expected = record["image"], report_prompt(), record["report"]

@@ -385,6 +385,58 @@ def test_bias_and_softcap_give_the_float64_values_and_gradients(where, with_bias
     assert_gradients(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_bias_of_minus_infinity_leaves_a_softmax_over_the_other_tokens(
+    where, softcap, dtype, tolerance, monkeypatch
+):
+    # The first block holds excluded tokens only.
+    monkeypatch.setattr(triton_ops, "MAX_BLOCK", 4)
+    hidden, weight, _ = make(7, 4, 13, dtype)
+    excluded, allowed = [0, 1, 2, 3, 9], [4, 5, 6, 7, 8, 10, 11, 12]
+    # They would be the most probable.
+    weight[excluded] *= 8
+    bias = make(1, 13, 1, dtype)[0][0].index_fill(0, torch.tensor(excluded), -torch.inf)
+    # The target's place among the allowed tokens.
+    place = torch.tensor([0, 3, 4, 5, 7, 1, 2])
+    targets, grads = torch.tensor(allowed)[place], cotangents(7)
+    theirs = exact(hidden, weight[allowed], bias[allowed])
+    logits = full_logits(*theirs, softcap, 0.7)
+    want = (
+        logits.log_softmax(-1)[torch.arange(7), place],
+        torch.distributions.Categorical(logits=logits).entropy(),
+    )
+    torch.autograd.backward(want, tuple(grads))
+    mine = leaves(where, hidden, weight, bias)
+    arguments = *mine[:2], targets.to(where[0])
+    options = {"temperature": 0.7, "bias": mine[2], "softcap": softcap, "chunk": 3, "backend": where[1]}
+    got = linear_logprob(*arguments, **options)
+    torch.autograd.backward(got, tuple(grads.float().to(where[0])))
+    assert_equal([x.detach().cpu() for x in got], [x.detach() for x in want], tolerance)
+    for ours, wanted in zip(mine, (theirs[0].grad, *(x.grad for x in theirs[1:])), strict=True):
+        found = ours.grad.cpu().double()
+        if ours is not mine[0]:
+            assert (found[excluded] == 0).all()
+            found = found[allowed]
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    loss = linear_cross_entropy(*arguments, **options)
+    torch.testing.assert_close(
+        loss.detach().cpu().double(), -want[0].mean().detach(), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_an_excluded_target_has_log_probability_minus_infinity(where):
+    hidden, weight, targets = make(3, 4, 13)
+    bias = torch.zeros(13).index_fill(0, targets[:1], -torch.inf)
+    mine = leaves(where, hidden, weight)
+    logps, entropy = linear_logprob(
+        *mine, targets.to(where[0]), 1.0, bias.to(where[0]), 2.0, backend=where[1]
+    )
+    assert logps[0] == -torch.inf and entropy.isfinite().all()
+    (logps[1:].sum() + entropy.sum()).backward()
+    assert all(x.grad.isfinite().all() for x in mine)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("with_bias, softcap", [(False, None), (True, None), (False, 2.0), (True, 2.0)])
 def test_cross_entropy_equals_pytorch_s_through_full_float64_logits(where, reduction, with_bias, softcap):

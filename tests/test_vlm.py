@@ -10,6 +10,7 @@ import json
 import shutil
 import socket
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,8 @@ from PIL import Image
 
 from medgr2 import loading, vlm
 from medgr2.errors import ModelError
+
+TOY = Path(__file__).parent.parent / "toy" / "policy"
 
 # ---------------------------------------------------------------------------------------------------------
 # The models.
@@ -482,14 +485,18 @@ def plain_prompt(vlm_, image, text):
 
 
 def plain_logits(vlm_, image, text, ids):
-    """(C+1, V): row c is the distribution of token c, row C that of the token after `ids`."""
+    """(C+1, V): row c is the distribution of token c, row C that of the token after `ids`.
+
+    A banned token has none.
+    """
     inputs = plain_prompt(vlm_, image, text)
     width = inputs["input_ids"].shape[1]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[None]], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for kind in {"token_type_ids", "mm_token_type_ids"} & set(inputs):
         inputs[kind] = torch.nn.functional.pad(inputs[kind], (0, len(ids)))
-    return vlm_.model(**inputs, use_cache=False).logits[0, width - 1 :]
+    logits = vlm_.model(**inputs, use_cache=False).logits[0, width - 1 :]
+    return logits.index_fill(1, torch.tensor(vlm_.banned_ids, dtype=torch.long), -torch.inf)
 
 
 def plain_logps(vlm_, images, texts, ids, mask, temperature=1.0):
@@ -502,6 +509,7 @@ def plain_logps(vlm_, images, texts, ids, mask, temperature=1.0):
             plain_logits(vlm_, images[n // group], texts[n // group], row)[:-1] / temperature
         ).log_softmax(-1)
         logps[n, : len(row)] = log_p[range(len(row)), row]
+        log_p = log_p[:, log_p[0] > -torch.inf]
         entropy[n, : len(row)] = -(log_p.exp() * log_p).sum(-1)
     return logps, entropy
 
@@ -762,7 +770,6 @@ def test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm
         uniform = torch.rand(5, generator=torch.Generator().manual_seed(seeds[n]))
         with torch.no_grad():
             logits = plain_logits(vlm_, IMAGES[n // 2], TEXTS[n // 2], torch.tensor(row))[:-1] / temperature
-        logits[:, vlm_.banned_ids] = -torch.inf
         cdf = logits.double().softmax(-1).cumsum(-1)
         assert row == torch.searchsorted(cdf, uniform[: len(row), None].double(), right=True)[:, 0].tolist()
 
@@ -1133,7 +1140,9 @@ def test_a_prompt_without_an_image_is_encoded_alike_before_and_after_one_with(vl
         for n in range(4):
             prompt = text["input_ids"][n // 2][text["attention_mask"][n // 2].bool()]
             row = ids[n][mask[n].bool()]
-            log_p = vlm_.model(torch.cat([prompt, row])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logits = vlm_.model(torch.cat([prompt, row])[None]).logits[0, len(prompt) - 1 : -1]
+            logits[:, vlm_.banned_ids] = -torch.inf
+            log_p = logits.log_softmax(-1)
             assert largest(log_p[range(len(row)), row] - logps[n, : len(row)]) < 1e-5
 
 
@@ -1486,9 +1495,44 @@ def test_capped_and_scaled_logits_and_a_bias_reach_the_log_probabilities(llava):
         for n, row in enumerate(ids):
             row = row[: mask[n].sum()]
             logits = 3 * torch.tanh(plain_logits(llava, IMAGES[n], TEXTS[n], row)[:-1] / 3) / 0.5 / 0.7
+            logits[:, llava.banned_ids] = -torch.inf
             log_p = logits.log_softmax(-1)
             assert largest(logps[n, : len(row)] - log_p[range(len(row)), row]) < 1e-5
+            log_p = log_p[:, log_p[0] > -torch.inf]
             assert largest(entropy[n, : len(row)] + (log_p.exp() * log_p).sum(-1)) < 1e-5
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("rule", [(1.0, None), (0.5, 3.0), (16.0, None)])
+@pytest.mark.parametrize("name", ["the toy", "llava", "gemma3"])
+def test_log_probabilities_of_samples_are_over_the_allowed_tokens_only(name, rule, bf16, built):
+    folder = TOY if name == "the toy" else built(name)
+    vlm_ = replace(loading.load(str(folder), "cpu"), logit_rule=rule)
+    divisor, softcap = rule
+    rows = len(vlm_.head.weight)
+    allowed = [i for i in range(rows) if i not in set(vlm_.banned_ids)]
+    # The banned tokens' logits are by far the largest.
+    bias = torch.linspace(-1, 1, rows)
+    bias[vlm_.banned_ids] = 50.0
+    vlm_.head.bias = torch.nn.Parameter(bias)
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    ids, mask, _ = vlm.sample(vlm_, prompts, range(6), 6, 1.0, 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask)
+        unbanned, _ = vlm.token_logps(replace(vlm_, banned_ids=[]), prompts, ids, mask)
+    assert (logps - unbanned)[mask.bool()].min() > 0.1, "the bias is too weak to test anything"
+    for n, row in enumerate(kept(ids, mask)):
+        with torch.no_grad():
+            logits = plain_logits(
+                replace(vlm_, banned_ids=[]), IMAGES[n // 2], TEXTS[n // 2], torch.tensor(row)
+            )
+        logits = (softcap * torch.tanh(logits / softcap) if softcap else logits)[:-1] / divisor
+        wanted = torch.distributions.Categorical(logits=logits[:, allowed])
+        places = torch.tensor([allowed.index(token) for token in row])
+        differences = torch.stack(
+            [logps[n, : len(row)] - wanted.log_prob(places), entropy[n, : len(row)] - wanted.entropy()]
+        )
+        assert differences.abs().mean() < (0.2 if bf16 else 1e-4)
 
 
 def test_capped_and_scaled_logits_are_what_is_sampled_from(llava):
