@@ -40,6 +40,31 @@ def interval(values, images, seed, resamples=RESAMPLES):
     return float(low), float(high)
 
 
+def two_level_interval(values, images, runs, seed, resamples=RESAMPLES):
+    """95% bootstrap interval (low, high) of the mean over training runs of each run's mean of `values` (n,).
+
+    Runs are drawn with replacement; then, in every drawn run, its images, each with all its questions
+    (Davison & Hinkley 1997, 3.8). `images` and `runs` (n,) name those of each question; equal names in two
+    runs are two images. A single run gives the interval over its images; a single image, (None, None).
+
+    With S runs the variance between runs counts (S - 1) / S of its unbiased estimate: three runs are few.
+    """
+    names, index = np.unique(runs, return_inverse=True)
+    if len(names) == 1 and len(np.unique(images)) == 1:
+        return None, None
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(names), size=(resamples, len(names)))  # (resamples, S) number of the run
+    means = np.empty(drawn.shape)
+    for run in range(len(names)):
+        image = np.unique(images[index == run], return_inverse=True)[1]
+        sums, counts = np.bincount(image, values[index == run]), np.bincount(image)  # (I,) per image
+        # Every time the run was drawn, its images are drawn anew.
+        again = rng.integers(len(sums), size=(np.count_nonzero(drawn == run), len(sums)))  # (times, I)
+        means[drawn == run] = sums[again].sum(axis=1) / counts[again].sum(axis=1)
+    low, high = np.percentile(means.mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def mcnemar(corrected, introduced):
     """Exact two-sided p that corrected and introduced errors are equally likely (McNemar 1947); 1 for none.
 

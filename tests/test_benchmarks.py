@@ -1,6 +1,7 @@
 """benchmarks/: processes are measured from outside, stages are matched, tables are those of the files."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import cycle
 import readme
 import seeds
 
-from medgr2.errors import RunError
+from medgr2.errors import RunError, UserError
 
 ARGS = argparse.Namespace(
     items=[],
@@ -315,62 +316,303 @@ def write_json(path, value):
     path.write_text(json.dumps(value))
 
 
-def write_run(folder, seed, out, correct, commit="c" * 40):
-    """A finished run of two cycles: `correct` is that of the one test question at each stage, in order."""
-    for minute, (part, right) in enumerate(zip(seeds.STAGES.values(), correct, strict=True)):
-        meta = {"args": {"seed": seed, "out": f"{out}/{part}"}, **HERE, "git": {"commit": commit}}
+SFT, GRPO = "cycle 1: SFT on accepted", "cycle 1: + GRPO"
+
+
+def mark_of(right, auroc):
+    return {"right_scored": right, "right_accepted": 0.9, "auroc": auroc, "candidates": 8, "accepted": 4}
+
+
+def write_cycle(folder, marks, frozen):
+    """What a cycle leaves beside its evaluations; `marks`, `frozen`: (right share, AUROC) of its one task."""
+    paradigms = {f"right_{name}": 0.25 for name in ("direct", "stepwise", "metacognitive")}
+    for name, given in (("marks", marks), ("frozen", frozen)):
+        mark = mark_of(*given) | {"right_random": 0.5, "by_task": {"a task": mark_of(*given)}}
+        write_json(folder / f"{name}.json", mark | paradigms)
+    write_json(folder / "reward" / "metrics.json", {"auroc": 0.75, "image_swap_drop": 2.0})
+    write_json(folder / "candidates" / "metrics.json", {"kept": 6, "asked": 8})
+    write_json(folder / "grpo" / "metrics.json", {})
+
+
+def list_stages(cycles):
+    """The folders of a run's evaluations, in the order of the tables."""
+    names = ("eval_sft_random", "eval_sft", "eval_sft_more", "eval_grpo")
+    parts = ["eval_base", "eval_sft_expert", "eval_ceiling"]
+    return parts + [f"cycle{c + 1}/{name}" for c in range(cycles) for name in names]
+
+
+def write_run(folder, seed=0, right=None, cycles=2, commit="c" * 40):
+    """A finished run with its controls.
+
+    `right`: {folder of an evaluation: correct of each test question}; two about image x, one about y. The
+    second is of task B, the others of A. A folder that is not given has none right.
+    """
+    for minute, part in enumerate(list_stages(cycles)):
+        meta = {"args": {"seed": seed, "out": f"runs/seed{seed}/{part}"}, **HERE, "git": {"commit": commit}}
         times = {
             "started": f"2026-01-01T00:{minute:02}:00+00:00",
             "ended": f"2026-01-01T00:{minute:02}:30+00:00",
         }
         write_json(folder / part / "args.json", meta | times)
-        write_json(folder / part / "metrics.json", {"accuracy": right, "questions": 1})
-        record = {"id": "a", "image": "i.png", "image_hash": "h", "correct": bool(right)}
-        write_json(folder / part / "predictions.jsonl", record)
-    for part in ("reward/metrics", "marks", "candidates/metrics", "grpo/metrics"):
-        for c in (1, 2):
-            write_json(folder / f"cycle{c}" / f"{part}.json", {"file": part, "cycle": c})
+        lines = []
+        for k, correct in enumerate((right or {}).get(part, (0, 0, 0))):
+            asked = {"id": str(k), "image": "i.png", "image_hash": "xxy"[k], "task": "ABA"[k]}
+            lines.append(json.dumps(asked | {"correct": bool(correct)}) + "\n")
+        (folder / part / "predictions.jsonl").write_text("".join(lines))
+    for c in range(cycles):
+        write_cycle(folder / f"cycle{c + 1}", (0.5 + 0.1 * c, 0.8), (0.5, 0.8 + (seed + 1) * c / 100))
+    return str(folder)
 
 
 def test_runs_are_collected_with_the_commit_time_and_command_that_they_wrote_down(tmp_path):
-    write_run(tmp_path / "x", 3, "runs/toy", [0, 0, 0, 0, 0, 0, 0, 0, 0, 1])
-    write_run(tmp_path / "y", 4, "runs/more", [0, 0, 1, 0, 0, 0, 0, 0, 0, 1])
-    folders = [str(tmp_path / name) for name in "xy"]
+    folders = [write_run(tmp_path / "x", 3), write_run(tmp_path / "y", 4)]
     flags = ["--collect", "--out", tmp_path / "r.json", "--runs", *folders]
-    done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "benchmarks", "seeds.py"), *flags], cwd=tmp_path
-    )
+    script = os.path.join(ROOT, "benchmarks", "seeds.py")
+    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path)
     found = json.loads((tmp_path / "r.json").read_text())
     assert done.returncode == 0
-    assert found["command"] == "OUT=runs/toy SEED=3 bash cycle.sh; OUT=runs/more SEED=4 bash cycle.sh"
-    assert found["seeds"] == [3, 4] and found["seconds"] == [9 * 60 + 30] * 2
+    commands = [f"CONTROLS=1 OUT=runs/seed{seed} SEED={seed} bash cycle.sh" for seed in (3, 4)]
+    assert found["command"] == "; ".join(commands)
+    assert found["seeds"] == [3, 4] and found["questions"] == 3
+    assert found["seconds"] == [10 * 60 + 30] * 2
     assert found["git"] == {"commit": "c" * 40} and found["versions"] == HERE["versions"]
-    assert found["accuracy"]["base"] == [0, 0] and found["accuracy"]["cycle 1: SFT on random"] == [0, 1]
-    assert found["cycles"][1][1]["marks"] == {"file": "marks", "cycle": 2}
-    paired = {(p["from"], p["to"]): (p["difference"], p["by_seed"]) for p in found["paired"]}
-    assert paired["base", "cycle 2: + GRPO"] == (1, [1, 1])
-    assert paired["cycle 1: SFT on random", "cycle 1: SFT on accepted"] == (-0.5, [0, -1])
+    assert found["cycles"][1][1]["marks"]["right_scored"] == 0.6
+
+
+def test_accuracies_and_paired_differences_are_means_over_runs_overall_and_by_task(tmp_path):
+    first = write_run(tmp_path / "0", right={"cycle1/eval_sft": (1, 0, 0), "cycle1/eval_grpo": (1, 1, 1)})
+    second = write_run(tmp_path / "1", right={"cycle1/eval_sft": (1, 1, 0), "cycle1/eval_grpo": (0, 1, 0)})
+    found = seeds.collect([first, second], [1, 1])
+    accuracy = found["accuracy"][SFT]
+    assert accuracy["mean"] == 0.5 and accuracy["by_seed"] == pytest.approx([1 / 3, 2 / 3])
+    assert accuracy["by_task"]["A"]["by_seed"] == [0.5, 0.5]
+    assert accuracy["by_task"]["B"]["by_seed"] == [0, 1]
+    paired = {(pair["from"], pair["to"]): pair for pair in found["paired"]}
+    change = paired[SFT, GRPO]
+    assert change["mean"] == pytest.approx(1 / 6) and change["by_seed"] == pytest.approx([2 / 3, -1 / 3])
+    # Each run has two images of unequal size: the mean change of a draw is one of these.
+    draws = [sum(pair) / 2 for pair in itertools.product([1 / 2, 2 / 3, 1, -1 / 2, -1 / 3, 0], repeat=2)]
+    assert min(draws) <= change["low"] < change["mean"] < change["high"] <= max(draws)
+    by_task = {task: (part["mean"], part["by_seed"]) for task, part in change["by_task"].items()}
+    assert by_task == {"A": (0, [0.5, -0.5]), "B": (0.5, [1, 0])}
+    # Of task B each run has one question, so only the runs vary: +1 and +0.
+    assert (change["by_task"]["B"]["low"], change["by_task"]["B"]["high"]) == (0, 1)
+
+
+def test_every_gain_is_paired_with_what_could_explain_it(tmp_path):
+    found = seeds.collect([write_run(tmp_path / "x", cycles=3)], [1])
+    assert [(pair["from"], pair["to"]) for pair in found["paired"]] == [
+        ("base", "cycle 3: SFT on accepted"),
+        ("base", "cycle 3: + GRPO"),
+        ("SFT on expert data", "cycle 1: SFT on accepted"),
+        ("cycle 1: SFT on accepted", "cycle 2: SFT on accepted"),
+        ("cycle 2: SFT on accepted", "cycle 3: SFT on accepted"),
+        ("cycle 1: + GRPO", "cycle 2: + GRPO"),
+        ("cycle 2: + GRPO", "cycle 3: + GRPO"),
+        *[(f"cycle {c}: SFT on random", f"cycle {c}: SFT on accepted") for c in (1, 2, 3)],
+        *[(f"cycle {c}: SFT on accepted", f"cycle {c}: + GRPO") for c in (1, 2, 3)],
+        *[(f"cycle {c}: + as many SFT steps", f"cycle {c}: + GRPO") for c in (1, 2, 3)],
+        ("cycle 3: + GRPO", "ceiling: SFT on plenty of expert data"),
+    ]
+
+
+def test_changes_since_cycle_1_are_by_seed_with_their_mean(tmp_path):
+    folders = [write_run(tmp_path / str(seed), seed, cycles=3) for seed in (0, 1)]
+    changes = seeds.collect(folders, [1, 1])["changes"]
+    named = {(change["file"], change["field"], change["cycle"]): change for change in changes}
+    assert set(named) == {
+        (*mark, cycle) for mark in (("marks", "right_scored"), ("frozen", "auroc")) for cycle in (2, 3)
+    }
+    assert named["marks", "right_scored", 3]["by_seed"] == pytest.approx([0.2, 0.2])
+    drift = named["frozen", "auroc", 3]
+    assert drift["by_seed"] == pytest.approx([0.02, 0.04]) and drift["mean"] == pytest.approx(0.03)
+    assert drift["by_task"]["a task"]["by_seed"] == pytest.approx([0.02, 0.04])
+
+
+def test_a_task_without_a_value_in_one_run_has_the_mean_of_the_others(tmp_path):
+    folders = [write_run(tmp_path / str(seed), seed) for seed in (0, 1)]
+    path = tmp_path / "1" / "cycle2" / "frozen.json"
+    frozen = json.loads(path.read_text())
+    frozen["by_task"]["a task"]["auroc"] = None
+    path.write_text(json.dumps(frozen))
+    result = seeds.collect(folders, [1, 1])
+    drift = next(change for change in result["changes"] if change["file"] == "frozen")
+    assert drift["by_task"]["a task"] == {"mean": pytest.approx(0.01), "by_seed": [pytest.approx(0.01), None]}
+    # Cycle 2: the frozen AUROC is in the last column, of one run.
+    assert "| cycle 2: a task | 0.600 | 0.900 | 0.800 | 0.810 |" in seeds.candidates_task_table(result)
+
+
+def remove_controls(folder):
+    for part in list_stages(2):
+        if os.path.basename(part) in ("eval_ceiling", "eval_sft_random", "eval_sft_more"):
+            shutil.rmtree(folder / part)
+    for frozen in folder.glob("cycle*/frozen.json"):
+        frozen.unlink()
+
+
+def test_a_control_that_no_run_has_is_left_out(tmp_path):
+    folders = [write_run(tmp_path / name) for name in "xy"]
+    for name in "xy":
+        remove_controls(tmp_path / name)
+    result = seeds.collect(folders, [1, 1])
+    rows = ["SFT on accepted", "+ GRPO"]
+    rows = ["base", "SFT on expert data", *[f"cycle {c}: {row}" for c in (1, 2) for row in rows]]
+    assert list(result["accuracy"]) == rows
+    assert {row for pair in result["paired"] for row in (pair["from"], pair["to"])} == set(rows)
+    assert [change["file"] for change in result["changes"]] == ["marks"]
+    assert result["command"].startswith("OUT=")
+    assert "of cycle 1" not in seeds.candidates_table(result)
+    assert "| cycle 1: a task | 0.500 | 0.900 | 0.800 |  |" in seeds.candidates_task_table(result)
+
+
+@pytest.mark.parametrize(
+    "missing, why",
+    [
+        ("cycle2/eval_grpo", "no cycle2/eval_grpo: the run is not finished"),
+        ("cycle1/eval_sft_random", "no cycle1/eval_sft_random: other runs have this control"),
+        ("cycle2", "1, 2 cycles"),
+        ("cycle2/eval_sft/predictions.jsonl", "cycle2/eval_sft/predictions.jsonl: "),
+        ("cycle2/reward", "cycle2/reward/metrics.json: "),
+    ],
+)
+def test_what_one_run_lacks_is_an_error_in_one_line(tmp_path, missing, why):
+    folders = [write_run(tmp_path / name) for name in "xy"]
+    path = tmp_path / "y" / missing
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(UserError, match=why) as caught:
+        seeds.collect(folders, [1, 1])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_is_no_control_must_be_in_every_run_even_if_all_lack_it(tmp_path):
+    folders = [write_run(tmp_path / name) for name in "xy"]
+    for name in "xy":
+        shutil.rmtree(tmp_path / name / "eval_sft_expert")
+    with pytest.raises(RunError, match="no eval_sft_expert: the run is not finished"):
+        seeds.collect(folders, [1, 1])
+
+
+def test_a_folder_without_a_run_is_an_error_in_one_line(tmp_path):
+    for error in (seeds.collect, lambda folders, _: seeds.count_seconds(folders[0])):
+        with pytest.raises(RunError, match="nowhere: "):
+            error([str(tmp_path / "nowhere")], [1])
+
+
+def test_rows_about_other_test_questions_are_not_compared(tmp_path):
+    folder = write_run(tmp_path / "x")
+    path = tmp_path / "x" / "cycle1" / "eval_grpo" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"id": "2"', '"id": "other"'))
+    with pytest.raises(RunError, match="cycle 1: . GRPO: not the test questions of base"):
+        seeds.collect([folder], [1])
 
 
 def test_runs_of_two_commits_are_not_one_result(tmp_path):
-    write_run(tmp_path / "x", 0, "runs/x", [0] * 10)
-    write_run(tmp_path / "y", 1, "runs/y", [0] * 10, commit="d" * 40)
+    folders = [write_run(tmp_path / "x", 0), write_run(tmp_path / "y", 1, commit="d" * 40)]
     with pytest.raises(RunError, match="2 commits, machines or sets of versions"):
-        seeds.collect([str(tmp_path / "x"), str(tmp_path / "y")], [1, 1])
+        seeds.collect(folders, [1, 1])
 
 
-def test_the_numbers_of_the_rerun_in_the_readme_are_those_of_its_result_file():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        text = " ".join(f.read().split())
-    again, first = seeds.read_json(seeds.AGAIN)["accuracy"], seeds.read_json(seeds.RESULT)["accuracy"]
-    after = text.split("In one more run of the default cycle")[1].split(" - ")[0]
-    assert "benchmarks/results/toy_cycle_again.json" in after
-    wanted = [again["cycle 1: + GRPO"][0], first["cycle 1: + GRPO"][0]]
-    wanted += [again["cycle 1: SFT on accepted + expert"][0]]
-    wanted += [again[f"cycle 2: {row}"][0] for row in ("+ GRPO", "SFT on accepted + expert")]
-    assert re.findall(r"0\.\d{3}", after) == [f"{accuracy:.3f}" for accuracy in wanted]
-    for stage in [stage for stage in seeds.STAGES if "cycle 2" not in stage and "GRPO" not in stage]:
-        assert again[stage][0] == first[stage][0]
+def cells_of(table):
+    """{first cell: the other cells} of the lines of a Markdown table."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len({len(line) for line in lines}) == 1
+    return {line[0]: line[1:] for line in lines if line[0] != "---"}
+
+
+def test_the_tables_show_every_number_under_its_name(tmp_path):
+    first = write_run(tmp_path / "0", 0, {"cycle1/eval_sft": (1, 0, 0), "cycle1/eval_grpo": (1, 1, 1)})
+    second = write_run(tmp_path / "1", 1, {"cycle1/eval_sft": (1, 1, 1), "cycle1/eval_grpo": (1, 1, 1)})
+    result = seeds.collect([first, second], [60, 90])
+    accuracy = cells_of(seeds.accuracy_table(result))
+    assert accuracy["stage"] == ["accuracy", "95% interval", "A", "B"]
+    # The first run's draws of two images give 0, 1/3, 1/3 or 1/2, the second's 1. In 16 of 64 draws both runs
+    # are the first: the mean is then 0 in 1 of them and 1/6 in 4.
+    assert accuracy[SFT] == ["**0.667**", "0.167 to 1.000", "0.750", "0.500"]
+    assert cells_of(seeds.seeds_table(result))[SFT] == ["0.333", "1.000", "**0.667**"]
+    paired = cells_of(seeds.paired_table(result))
+    assert paired[f"{SFT} → {GRPO}"] == ["+0.333", "+0.000 to +0.833", "+0.667, +0.000"]
+    by_task = cells_of(seeds.paired_task_table(result))
+    assert by_task[f"{SFT} → {GRPO}"] == ["+0.250 (+0.000 to +0.750)", "+0.500 (+0.000 to +1.000)"]
+    candidates = cells_of(seeds.candidates_table(result))
+    assert candidates["right, of all"] == ["0.500 (0.500 to 0.500)", "0.600 (0.600 to 0.600)"]
+    assert candidates["share accepted"][0].startswith("0.500 ")
+    assert candidates["share that the parser keeps"][0].startswith("0.750 ")
+    assert candidates["the same on the candidates of cycle 1"][1] == "0.815 (0.810 to 0.820)"
+    changes = cells_of(seeds.changes_table(result))
+    drift = changes["reward AUROC on the candidates of cycle 1, cycle 2"]
+    assert drift == ["+0.015", "+0.010, +0.020", "+0.015"]
+
+
+def test_the_tables_of_a_result_file_are_written_into_their_blocks(tmp_path, pages):
+    names = ("results", "results-seeds", "results-detail")
+    pages[1].write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
+    result = seeds.collect([write_run(tmp_path / "x")], [90])
+    write_json(tmp_path / "r.json", result)
+    seeds.write_tables(str(tmp_path / "r.json"))
+    blocks = {name: text for name, _, text in BLOCK.findall(pages[1].read_text())}
+    assert list(blocks) == list(names)
+    assert seeds.accuracy_table(result) in blocks["results"]
+    assert seeds.seeds_table(result) in blocks["results-seeds"]
+    for table in (seeds.paired_table, seeds.paired_task_table, seeds.candidates_table):
+        assert table(result) in blocks["results-detail"]
+    for table in (seeds.candidates_task_table, seeds.changes_table):
+        assert table(result) in blocks["results-detail"]
+    assert all("commit `cccccccccc`" in text and "1.5 minutes" in text for text in blocks.values())
+
+
+# A cycle that waits until as many runs as COUNT says have started.
+WAITING = """
+mkdir -p "$OUT" && echo "$SEED $CONTROLS $OMP_NUM_THREADS" > "$OUT/said"
+for wait in $(seq 500); do [ "$(ls -d runs/*/ | wc -l)" -ge "$COUNT" ] && break; sleep 0.02; done
+[ "$(ls -d runs/*/ | wc -l)" -ge "$COUNT" ] || exit 4
+echo "hello from $SEED"; exit $((SEED == 9 ? 3 : 0))
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path, monkeypatch):
+    """A project whose cycle waits for another run. It has four cores."""
+    (tmp_path / "cycle.sh").write_text(WAITING)
+    (tmp_path / "setup.sh").write_text("touch installed")
+    monkeypatch.setattr(seeds, "ROOT", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    return tmp_path
+
+
+def test_runs_go_side_by_side_with_their_share_of_the_cores_and_a_log_each(waiting, monkeypatch):
+    monkeypatch.setenv("COUNT", "2")
+    folders, seconds = seeds.run_cycles([5, 6], 2)
+    assert folders == [str(waiting / "runs" / f"seed{seed}") for seed in (5, 6)] and min(seconds) > 0
+    for seed in (5, 6):
+        assert (waiting / "runs" / f"seed{seed}" / "said").read_text() == f"{seed} 1 2\n"
+        assert (waiting / "runs" / f"seed{seed}.log").read_text() == f"hello from {seed}\n"
+    assert (waiting / "installed").exists()
+
+
+def test_the_result_names_the_command_with_its_jobs_and_another_out_changes_no_table(tmp_path, monkeypatch):
+    folders = [write_run(tmp_path / str(seed), seed) for seed in (0, 1)]
+    monkeypatch.setattr(seeds, "run_cycles", lambda numbers, jobs: (folders, [60, 60]))
+    monkeypatch.setattr(readme, "write_block", lambda name, text: pytest.fail("a table was written"))
+    monkeypatch.setattr(sys, "argv", f"seeds.py --seeds 0 1 --jobs 2 --out {tmp_path}/r.json".split())
+    seeds.main(seeds.parse_args())
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["command"] == "python benchmarks/seeds.py --seeds 0 1 --jobs 2"
+
+
+def test_one_run_at_a_time_has_all_cores(waiting, monkeypatch):
+    monkeypatch.setenv("COUNT", "1")
+    seeds.run_cycles([5, 6], 1)
+    assert (waiting / "runs" / "seed6" / "said").read_text() == "6 1 4\n"
+
+
+def test_a_run_that_fails_is_an_error_that_names_its_log_and_a_folder_that_is_there_too(waiting, monkeypatch):
+    monkeypatch.setenv("COUNT", "1")
+    with pytest.raises(RunError, match="seed9.log: cycle.sh: exit status 3"):
+        seeds.run_cycles([9], 1)
+    assert (waiting / "runs" / "seed9.log").read_text() == "hello from 9\n"
+    with pytest.raises(RunError, match="seed9: there already"):
+        seeds.run_cycles([8, 9], 1)
+    assert not (waiting / "runs" / "seed8").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -121,29 +121,53 @@ def test_the_right_option_has_every_position_equally_often():
     assert all(0.2 < places.count(i) / 2000 < 0.3 for i in range(4))
 
 
-def test_measures_of_four_candidates_computed_by_hand(tmp_path):
-    facts = {"modality": "CT", "anatomy": "knee", "finding": "mass", "degree": "mild", "side": "left"}
+FACTS = {"modality": "CT", "anatomy": "knee", "finding": "mass", "degree": "mild", "side": "left"}
+TEXTS = {
+    "Disease Diagnosis": "Which finding is present?",
+    "Anatomy Identification": "Which anatomy is shown?",
+}
 
-    def candidate(k, answer, score):
-        return {
-            "id": str(k),
-            "image": "x.png",
-            "parent": "p",
-            "question": "Which finding is present?",
-            "options": ["mass", "cyst"],
-            "answer": answer,
-            "task": "Lesion Grading",
-            "paradigm": "direct",
-            "reward": {"overall": score},
-        }
 
-    given = [("mass", 3.0), ("cyst", 2.0), ("mass", 1.0), ("cyst", 1.0)]
-    rows = [candidate(k, answer, score) for k, (answer, score) in enumerate(given)]
-    for name, part in (("scored", rows), ("accepted", rows[:2]), ("random", rows[1:2])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
-    found = mark.check_candidates(str(tmp_path), {"p": facts})
-    assert (found["right_scored"], found["right_accepted"], found["right_random"]) == (0.5, 0.5, 0.0)
-    assert found["auroc"] == (1 + 1 + 0 + 0.5) / 4
+def write_scored(folder, given, accepted, drawn):
+    """What `reward.py score` leaves: `given` is (task, answer, R) of each, the others are indices into it."""
+    rows = []
+    for k, (task, answer, score) in enumerate(given):
+        row = {"id": str(k), "image": "x.png", "parent": "p", "question": TEXTS[task], "answer": answer}
+        row |= {"options": [answer, "other"], "task": task, "paradigm": "direct"}
+        rows.append(row | {"reward": {"overall": score}})
+    for name, part in (("scored", range(len(rows))), ("accepted", accepted), ("random", drawn)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(rows[k]) + "\n" for k in part))
+
+
+def test_measures_of_candidates_computed_by_hand(tmp_path):
+    finding, anatomy = TEXTS
+    given = [(finding, "mass", 3.0), (finding, "cyst", 2.0), (finding, "mass", 1.0), (finding, "cyst", 1.0)]
+    write_scored(tmp_path, [*given, (anatomy, "knee", 0.0)], accepted=[0, 1], drawn=[1])
+    found = mark.check_candidates(str(tmp_path), {"p": FACTS})
+    assert (found["right_scored"], found["right_accepted"], found["right_random"]) == (0.6, 0.5, 0.0)
+    assert (found["right_direct"], found["right_stepwise"]) == (0.6, None)
+    # Of the six pairs of a right and a wrong one, two are ordered by R and one is a tie.
+    assert found["auroc"] == (1 + 1 + 0 + 0.5 + 0 + 0) / 6
+    assert (found["candidates"], found["accepted"]) == (5, 2)
+    of_finding = {
+        "right_scored": 0.5,
+        "right_accepted": 0.5,
+        "auroc": 2.5 / 4,
+        "candidates": 4,
+        "accepted": 2,
+    }
+    of_anatomy = {"right_scored": 1, "right_accepted": None, "auroc": None, "candidates": 1, "accepted": 0}
+    assert found["by_task"] == {finding: of_finding, anatomy: of_anatomy}
+
+
+def test_marks_are_written_from_any_folder_of_scored_candidates(tmp_path, capsys):
+    write_scored(tmp_path, [("Disease Diagnosis", "mass", 3.0)], accepted=[0], drawn=[0])
+    (tmp_path / "truth.jsonl").write_text(json.dumps({"id": "p", "facts": FACTS}))
+    paths = {"scored": tmp_path, "truth": tmp_path / "truth.jsonl", "out": tmp_path / "frozen.json"}
+    mark.main(argparse.Namespace(**{name: str(path) for name, path in paths.items()}))
+    found = json.loads((tmp_path / "frozen.json").read_text())
+    assert found == mark.check_candidates(str(tmp_path), {"p": FACTS}) and found["right_accepted"] == 1
+    assert "right_scored 1.000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("role", ["policy", "generator", "backbone"])

@@ -1,6 +1,7 @@
 """measures.py against counts over all cases, sums by hand and simulation."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -54,6 +55,93 @@ def test_the_interval_depends_on_the_seed_and_not_on_the_order_of_the_rows():
 
 def test_a_single_image_has_no_interval():
     assert measures.interval(np.array([1.0, 0.0]), np.array(["a", "a"]), 0) == (None, None)
+
+
+def make_runs(sizes, seed):
+    """(values, images, runs) of runs with these numbers of questions per image; the images' names repeat."""
+    rng = np.random.default_rng(seed)
+    values, images, runs = [], [], []
+    for run, questions in enumerate(sizes):
+        for image, count in enumerate(questions):
+            values += list(run + rng.normal(size=count))
+            images += [f"image {image}"] * count
+            runs += [f"run {run}"] * count
+    return np.array(values), np.array(images), np.array(runs)
+
+
+def draw_two_levels(values, images, runs, rng):
+    """The mean of one draw of runs and of their images, one question at a time."""
+    names, means = sorted(set(runs)), []
+    for _ in names:
+        run, drawn = rng.choice(names), []
+        own = [(value, image) for value, image, name in zip(values, images, runs) if name == run]
+        distinct = sorted({image for _, image in own})
+        for _ in distinct:
+            chosen = rng.choice(distinct)
+            drawn += [value for value, image in own if image == chosen]
+        means.append(sum(drawn) / len(drawn))
+    return sum(means) / len(means)
+
+
+def test_the_two_level_interval_is_that_of_draws_of_runs_then_images_one_at_a_time():
+    data = make_runs([[1, 4, 2], [3, 1], [1, 1, 2, 5, 1]], seed=3)
+    rng = random.Random(0)
+    draws = [draw_two_levels(*data, rng) for _ in range(20000)]
+    got = measures.two_level_interval(*data, seed=0, resamples=20000)
+    # The width is about 2.6; the error of either side's quantiles about 0.015.
+    assert got == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.06)
+
+
+def test_the_two_level_interval_of_one_run_is_that_over_its_images():
+    values, images, runs = make_runs([[1, 4, 2, 1, 3, 1, 2, 2]], seed=4)
+    over_images = measures.interval(values, images, seed=1, resamples=20000)
+    got = measures.two_level_interval(values, images, runs, seed=2, resamples=20000)
+    assert got == pytest.approx(over_images, abs=0.02)
+
+
+def test_the_two_level_interval_of_runs_whose_images_agree_is_that_of_all_draws_of_runs():
+    effects = [0.1, 0.4, 0.2, 0.8]
+    runs = np.repeat(range(4), 50)
+    values, images = np.array(effects)[runs], np.arange(200)
+    draws = [np.mean(drawn) for drawn in itertools.product(effects, repeat=4)]
+    got = measures.two_level_interval(values, images, runs, seed=0, resamples=20000)
+    assert got == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.011)
+
+
+def test_the_two_level_interval_covers_the_variation_between_runs_and_one_over_images_does_not():
+    rng = np.random.default_rng(5)
+    runs, images = np.repeat(range(10), 40), np.arange(400)
+    covered = {"two levels": 0, "images": 0}
+    for _ in range(200):
+        # The mean of all possible runs is 0. A run's effect varies as much as its images do.
+        values = rng.normal(size=10)[runs] + rng.normal(size=400)
+        low, high = measures.two_level_interval(values, images, runs, seed=0, resamples=500)
+        covered["two levels"] += low <= 0 <= high
+        low, high = measures.interval(values, images, seed=0, resamples=500)
+        covered["images"] += low <= 0 <= high
+    assert covered["two levels"] / 200 > 0.85 and covered["images"] / 200 < 0.5
+
+
+def test_the_two_level_interval_counts_every_run_once_however_many_questions_it_has():
+    # The one run whose answers are wrong has most of the questions.
+    runs = np.array([*range(9), *[9] * 1000])
+    got = measures.two_level_interval(1.0 * (runs < 9), np.arange(1009), runs, seed=0, resamples=20000)
+    # Quantiles of a binomial share with n = 10, p = 0.9: P(6 or fewer) = 0.013, P(7 or fewer) = 0.070.
+    assert got == pytest.approx((0.7, 1))
+
+
+def test_the_two_level_interval_depends_on_the_seed_and_not_on_the_order_of_the_rows():
+    data = make_runs([[1, 4, 2], [3, 1, 1]], seed=6)
+    order = np.random.default_rng(7).permutation(len(data[0]))
+    first = measures.two_level_interval(*data, seed=0)
+    assert measures.two_level_interval(*(column[order] for column in data), seed=0) == pytest.approx(first)
+    assert measures.two_level_interval(*data, seed=1) != first
+
+
+def test_a_single_image_of_a_single_run_has_no_two_level_interval_and_one_image_per_run_has():
+    values, image = np.array([0.0, 1.0]), np.array(["a", "a"])
+    assert measures.two_level_interval(values, image, np.array([0, 0]), seed=0) == (None, None)
+    assert measures.two_level_interval(values, image, np.array([0, 1]), seed=0) == (0, 1)
 
 
 @pytest.mark.parametrize("corrected, introduced", [(0, 0), (1, 0), (5, 0), (3, 3), (2, 7), (9, 4)])
