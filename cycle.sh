@@ -31,7 +31,7 @@ GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py}
 EVAL=${EVAL:-eval.py}
 # Their flags, split at spaces.
 GENERATE_FLAGS=${GENERATE_FLAGS:-} REWARD_FLAGS=${REWARD_FLAGS:-} SCORE_FLAGS=${SCORE_FLAGS:---threshold 8}
-SFT_FLAGS=${SFT_FLAGS:-} GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-}
+SFT_FLAGS=${SFT_FLAGS:-} GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:-}
 EVAL_FLAGS=${EVAL_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
@@ -56,6 +56,13 @@ launch() {
 sft() {
   local folder=$1; shift
   launch "$folder" "$SFT" --model "$POLICY" --data "$@" --test "$TEST" $SFT_FLAGS
+  evaluate "$folder"
+}
+
+# continue_sft FOLDER MODEL STEPS DATA...: train a policy further, as long as GRPO did, and evaluate it.
+continue_sft() {
+  local folder=$1 model=$2 steps=$3; shift 3
+  launch "$folder" "$SFT" --model "$model" --data "$@" --test "$TEST" $SFT_FLAGS --steps "$steps" $MORE_FLAGS
   evaluate "$folder"
 }
 
@@ -84,7 +91,7 @@ done
 settings=$(
   for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST PLENTY CYCLES CONTROLS \
     GENERATE REWARD SFT GRPO EVAL GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS \
-    GRPO_FLAGS EVAL_FLAGS; do
+    GRPO_FLAGS MORE_FLAGS EVAL_FLAGS; do
     echo "$v=${!v}"
   done
 )
@@ -130,9 +137,14 @@ for c in $(seq "$CYCLES"); do
     rows+=("cycle $c: + GRPO=$d/marks.json")
   fi
   if [ -n "$CONTROLS" ]; then
-    # As many candidates at random; as many more steps of SFT as GRPO had, on its questions.
+    # As many candidates at random. Then as many more steps as GRPO had, on SFT's data and on GRPO's.
     sft "$d/sft_random" "${random[@]}" "$EXPERT"
-    sft_more "$d"
+    steps=$(wc -l < "$d/grpo/metrics.jsonl")
+    continue_sft "$d/sft_more" "$d/sft" "$steps" "${accepted[@]}" "$EXPERT"
+    continue_sft "$d/sft_same" "$d/sft" "$steps" "$d/scored/scored.jsonl" "$EXPERT"
+    rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json"
+           "cycle $c: + as many SFT steps=$d/eval_sft_more/metrics.json"
+           "cycle $c: + SFT on GRPO's data=$d/eval_sft_same/metrics.json")
     # The same candidates in each cycle, to see whether the reward model drifts.
     stage "$d/frozen_scored" "$REWARD" score --model "$d/reward" --data "$OUT/cycle1/candidates/candidates.jsonl" \
       $SCORE_FLAGS

@@ -210,6 +210,7 @@ class Group:
     ref_logps: torch.Tensor = None  # (G, C)
     old_logps: torch.Tensor = None  # (G, C)
 
+
 def sample_groups(policy, batch, group, max_new_tokens, seed):
     """G responses to each of the batch's records. A row's randomness does not depend on the batch."""
     prompts = vlm.encode_images(policy, batch.inputs)

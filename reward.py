@@ -2,8 +2,8 @@
 
     R(image, question, response) in [-6, 10]   and   P(relevant), P(coherent), P(faithful), which say why
 
-A VLM backbone encodes image, question and response. Small heads take its last hidden state and the
-log-probabilities that it gives the response's tokens, with the image and with a blank one in its place. The
+A VLM backbone encodes image, question and response. Small heads take the log-probabilities that it gives the
+response's tokens, with the image and with a blank one in its place. The
 expert records give four levels of responses (medgr2/levels.py), drawn anew `--resamples` times:
 
     original 10     perturbed 6     incoherent 0     irrelevant -6
@@ -16,7 +16,8 @@ Writes  train: OUT/backbone/, OUT/heads.safetensors, heads.json, metrics.jsonl, 
         rejected.jsonl if --on-error skip finds unreadable images
 
 Departs from the paper:
-1. The heads take log-probabilities beside the hidden state. --no-likelihood is the paper's plain head.
+1. The heads take log-probabilities. --no-likelihood is the paper's plain head on the last hidden state, which
+   few expert records train badly (docs/results.md).
 2. Three more heads say why R is as it is.
 3. The backbone is frozen (--freeze nothing: it learns too). The heads evolve with the policy's rollouts.
 4. The same share of each task and modality is accepted (--per). --threshold is the paper's τ.
@@ -63,7 +64,9 @@ def parse_args():
     t.add_argument("--holdout", type=share, default=0.2, help="share of the images held out to evaluate on")
     freeze = ("backbone", "nothing")
     t.add_argument("--freeze", choices=freeze, default="backbone", help="what does not learn")
-    cli.add_switch(t, "--likelihood", "the heads take token log-probabilities too", default=True)
+    cli.add_switch(
+        t, "--likelihood", "the heads take token log-probabilities, not the last hidden state", default=True
+    )
     t.add_argument("--resamples", type=count, default=3, help="times that each record's levels are drawn")
     t.add_argument("--hidden", type=count, default=64, help="width of the heads' shared layer")
     t.add_argument("--steps", type=count, default=800, help="steps of training")
@@ -133,7 +136,7 @@ def token_statistics(x, part):
 
 
 def compute_features(backbone, images, prompts, responses, likelihood):
-    """B images and prompts, N = B·G responses → the heads' features: (N, D), or (N, D + 30) with likelihoods.
+    """B images and prompts, N = B·G responses → the heads' features: (N, 30) likelihoods, or states (N, D).
 
     Three series over the tokens: log p; log p + entropy, how much less likely a token is than the backbone
     expected there (free wording costs nothing, contradicting the image does); log p with the image less log p
@@ -142,10 +145,9 @@ def compute_features(backbone, images, prompts, responses, likelihood):
     ids, mask = vlm.encode_continuations(backbone, responses)  # (N, C)
     inputs = vlm.encode_prompts(backbone, images, prompts)  # (B, P)
     states = vlm.hidden_states(backbone, inputs, ids, mask)  # (N, C+1, D)
-    # The state after the end of turn.
-    last = states[torch.arange(len(ids)), mask.sum(1)].float()  # (N, D)
     if not likelihood:
-        return last
+        # The state after the end of turn.
+        return states[torch.arange(len(ids)), mask.sum(1)].float()  # (N, D)
     blank_images = [Image.new("RGB", image.size, GREY) for image in images]
     blank_inputs = vlm.encode_prompts(backbone, blank_images, prompts)
     logps, entropy = vlm.token_logps(backbone, inputs, ids, mask, states=states)  # (N, C)
@@ -154,11 +156,11 @@ def compute_features(backbone, images, prompts, responses, likelihood):
     # The reasoning (or the whole report) and the answer.
     parts = mask.bool() & ~answer, mask.bool() & answer
     series = logps, logps + entropy, logps - blank_logps
-    return torch.cat([last, *(token_statistics(x, part) for x in series for part in parts)], 1)
+    return torch.cat([token_statistics(x, part) for x in series for part in parts], 1)
 
 
 def feature_width(backbone, likelihood):
-    return backbone.head.weight.shape[1] + (LIKELIHOOD_FEATURES if likelihood else 0)
+    return LIKELIHOOD_FEATURES if likelihood else backbone.head.weight.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------------------

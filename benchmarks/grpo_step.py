@@ -352,14 +352,15 @@ def ours(row, folder, steps, cuda, check=False):
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
     rows, meter = questions(folder), Meter(cuda)
     loss = {"loss": "grpo", "epsilon": 0.2, "epsilon_high": None, "kl": 0.0, "kl_estimator": "k3"}
-    groups = {"mask_truncated": False, "scale_rewards": "group", "drop_zero_variance": False}
+    groups = {"mask_truncated": False, "scale_rewards": "group"}
     args = argparse.Namespace(micro_batch=8, clip=1.0, **loss, **groups)
     for step in range(1 + steps):
         part = rows[step * row.prompts : (step + 1) * row.prompts]
         batch = rollouts.Batch(step, part, rollouts.preprocess(policy, part))
         with accelerator.autocast():
             groups = given_groups(policy, batch) if check else grpo.sample_groups(policy, batch, G, C, SEED)
-        groups = [replace(g, rewards=torch.tensor([reward(ids) for ids in g.ids.tolist()])) for g in groups]
+        rewards = [torch.tensor([reward(ids) for ids in g.ids.tolist()]) for g in groups]
+        groups = [replace(g, rewards=r, informative=True) for g, r in zip(groups, rewards)]
         groups = grpo.with_advantages(groups, args)
         counts = grpo.count_batch(groups, C, accelerator)
         if check:
@@ -368,7 +369,7 @@ def ours(row, folder, steps, cuda, check=False):
             _, metrics = grpo.policy_gradient(policy, groups, counts, args, accelerator)
             torch.save({n: p.grad for n, p in parameters.items()}, os.path.join(folder, "gradient.pt"))
             return {"loss": metrics["loss"], "grad_norm": norm_of(p.grad for p in parameters.values())}
-        grpo.update_policy(policy, optimizer, groups, counts, args, accelerator)
+        grpo.update_policy(policy, optimizer, groups, counts, LR, args, accelerator)
         meter.tick()
     prompt_tokens = max(g.prompt.inputs["input_ids"].shape[1] for g in groups)
     size = {"parameters": sum(p.numel() for p in policy.model.parameters()), "prompt_tokens": prompt_tokens}

@@ -41,10 +41,11 @@ CYCLE_STAGES = {
     "SFT on random": "eval_sft_random",
     "SFT on accepted": "eval_sft",
     "+ as many SFT steps": "eval_sft_more",
+    "+ SFT on GRPO's data": "eval_sft_same",
     "+ GRPO": "eval_grpo",
 }
 # Runs with CONTROLS=1 have these too.
-CONTROLS = ("eval_ceiling", "eval_sft_random", "eval_sft_more")
+CONTROLS = ("eval_ceiling", "eval_sft_random", "eval_sft_more", "eval_sft_same")
 # Measures of toy/mark.py whose change over the cycles is reported. frozen.json is about cycle 1's candidates.
 CHANGES = {
     ("marks", "right_scored"): "right, of all candidates",
@@ -110,6 +111,7 @@ def list_pairs(rows, count):
         ("SFT on random", "SFT on accepted"),
         ("SFT on accepted", "+ GRPO"),
         ("+ as many SFT steps", "+ GRPO"),
+        ("+ SFT on GRPO's data", "+ GRPO"),
     ):
         pairs += [(of(before, c), of(after, c)) for c in range(1, count + 1)]
     pairs += [(of("+ GRPO"), "ceiling: SFT on plenty of expert data")]

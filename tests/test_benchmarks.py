@@ -336,7 +336,7 @@ def write_cycle(folder, marks, frozen):
 
 def list_stages(cycles):
     """The folders of a run's evaluations, in the order of the tables."""
-    names = ("eval_sft_random", "eval_sft", "eval_sft_more", "eval_grpo")
+    names = ("eval_sft_random", "eval_sft", "eval_sft_more", "eval_sft_same", "eval_grpo")
     parts = ["eval_base", "eval_sft_expert", "eval_ceiling"]
     return parts + [f"cycle{c + 1}/{name}" for c in range(cycles) for name in names]
 
@@ -412,6 +412,7 @@ def test_every_gain_is_paired_with_what_could_explain_it(tmp_path):
         *[(f"cycle {c}: SFT on random", f"cycle {c}: SFT on accepted") for c in (1, 2, 3)],
         *[(f"cycle {c}: SFT on accepted", f"cycle {c}: + GRPO") for c in (1, 2, 3)],
         *[(f"cycle {c}: + as many SFT steps", f"cycle {c}: + GRPO") for c in (1, 2, 3)],
+        *[(f"cycle {c}: + SFT on GRPO's data", f"cycle {c}: + GRPO") for c in (1, 2, 3)],
         ("cycle 3: + GRPO", "ceiling: SFT on plenty of expert data"),
     ]
 
@@ -444,7 +445,7 @@ def test_a_task_without_a_value_in_one_run_has_the_mean_of_the_others(tmp_path):
 
 def remove_controls(folder):
     for part in list_stages(2):
-        if os.path.basename(part) in ("eval_ceiling", "eval_sft_random", "eval_sft_more"):
+        if os.path.basename(part) in ("eval_ceiling", "eval_sft_random", "eval_sft_more", "eval_sft_same"):
             shutil.rmtree(folder / part)
     for frozen in folder.glob("cycle*/frozen.json"):
         frozen.unlink()

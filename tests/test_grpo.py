@@ -266,7 +266,7 @@ def batch_of(policy, rows):
 
 
 def with_advantages(groups, **over):
-    given = {"scale_rewards": "group", "drop_zero_variance": False, "mask_truncated": False} | over
+    given = {"scale_rewards": "group", "mask_truncated": False} | over
     return grpo.with_advantages(groups, argparse.Namespace(**given))
 
 
@@ -574,18 +574,28 @@ def test_the_hybrid_reward_by_hand_and_malformed_gets_the_least_there_is(groups)
     def model(images, prompts, texts):
         return {"overall": [10.0, 2.0, 10.0, -6.0]}
 
-    (unit,) = grpo.score_groups(model, [g], 0.8, 0.2, "unit")
+    args = argparse.Namespace(alpha=0.8, beta=0.2, reward_scale="unit", min_spread=0.1)
+    (unit,) = grpo.score_groups(model, [g], args)
     assert unit.rewards.tolist() == pytest.approx([1.0, 0.4, 0.0, 0.0])
-    (raw,) = grpo.score_groups(model, [g], 0.8, 0.2, "raw")
+    args.reward_scale = "raw"
+    (raw,) = grpo.score_groups(model, [g], args)
     assert raw.rewards.tolist() == pytest.approx([8.2, 1.6, -4.8, -4.8])
 
 
-def test_spread_is_of_outcomes_not_of_the_continuous_reward(groups):
+def test_a_group_is_informative_if_its_rewards_differ_by_more_than_noise(groups):
     g = copy.copy(groups[0])
-    g.match = [True] * 4
-    assert not g.has_spread
-    g.match = [True, False, True, True]
-    assert g.has_spread
+    formed = parse_response("<think>x</think><answer>a</answer>", ["a", "b"])
+    g.parsed, g.match, g.texts = [formed] * 4, [True] * 4, ["w"] * 4
+    args = argparse.Namespace(alpha=0.8, beta=0.2, reward_scale="unit", min_spread=0.1)
+
+    def is_informative(*R):
+        (scored,) = grpo.score_groups(lambda *_: {"overall": list(R)}, [g], args)
+        return scored.informative
+
+    # In units of the reward the std of (9.9, 10, 9.8, 10) is 0.005, that of (10, 0, 10, 10) is 0.25.
+    assert not is_informative(9.9, 10.0, 9.8, 10.0)
+    # All answers match, and the reward model still tells them apart.
+    assert is_informative(10.0, 0.0, 10.0, 10.0)
 
 
 def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
@@ -673,7 +683,7 @@ def folder(policy, tmp_path_factory):
     clinic.write_clinic(str(out), (5, 1, 1, 4, 1), seed=8)
     torch.manual_seed(0)
     (out / "rm").mkdir()
-    RewardModel(policy, Heads(policy.head.weight.shape[1] + 30, 8), True).save(str(out / "rm"))
+    RewardModel(policy, Heads(30, 8), True).save(str(out / "rm"))
     return out
 
 
@@ -686,7 +696,8 @@ def folder(policy, tmp_path_factory):
             "2",
             "--loss",
             "gspo",
-            "--drop-zero-variance",
+            "--min-spread",
+            "0.01",
             "--scale-rewards",
             "batch",
             "--kl",
@@ -719,9 +730,10 @@ def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypat
     ]
 
 
-def test_if_no_group_has_spread_one_fills_the_step_and_teaches_nothing(monkeypatch, folder, tmp_path, policy):
-    monkeypatch.setattr(grpo.Group, "has_spread", False)
-    run_grpo(monkeypatch, folder, tmp_path / "run", "--drop-zero-variance", "--kl", "0")
+def test_if_no_group_is_informative_one_fills_the_step_and_teaches_nothing(
+    monkeypatch, folder, tmp_path, policy
+):
+    run_grpo(monkeypatch, folder, tmp_path / "run", "--min-spread", "9")
     after = loading.load(str(tmp_path / "run")).model.state_dict()
     assert all(before.equal(after[name]) for name, before in policy.model.state_dict().items())
     rows = list(records.read_records(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
@@ -790,7 +802,7 @@ def test_with_two_processes_metrics_are_of_all_responses(folder, tmp_path):
         assert line["reward"] == pytest.approx(sum(r["rollout_reward"] for r in mine) / 12, abs=1e-4)
         assert line["match"] == pytest.approx(sum(r["correct"] for r in mine) / 12, abs=1e-6)
         assert line["unparsed"] == pytest.approx(sum(r["prediction"] is None for r in mine) / 12, abs=1e-6)
-    for name in ("watch_accuracy", "watch_reward", "tokens", "length", "zero_variance"):
+    for name in ("watch_accuracy", "watch_reward", "tokens", "length", "informative"):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
     # Equal responses have rewards that differ by rounding alone, and the loss is then what rounding leaves.
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=1e-3)

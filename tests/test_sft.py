@@ -12,7 +12,7 @@ from helpers import ROOT
 from PIL import Image
 
 import sft
-from medgr2 import loading, records, vlm
+from medgr2 import loading, records, training, vlm
 from medgr2.errors import ModelError, RecordError, RunError
 from medgr2.images import open_image
 from medgr2.prompts import parse_candidate, report_prompt
@@ -127,7 +127,7 @@ def test_records_are_not_mutated(data):
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
-    rates = [sft.learning_rate(s, 100, 1.0, 0.1) for s in range(100)]
+    rates = [training.learning_rate(s, 100, 1.0, 0.1) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[99] < 1e-3
     assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and rates[55] == pytest.approx(0.5)
 
