@@ -87,9 +87,10 @@ from medgr2 import loading, vlm
 
 
 def read_images(path, skip=False, root=None, part=(1, 1)):
-    """One record per image: in a file of questions, the first about each. `part` (k, n): every n-th from k on.
+    """One record per image: in a file of questions, the first about each.
 
-    Raises RecordError for a missing file now rather than after hours, unless `skip`.
+    `part` (k, n): every n-th image from the k-th on. Raises RecordError for a missing file now rather than
+    after hours, unless `skip`.
     """
     images = {}
     for record in records.read_records(path, ("image",), root):

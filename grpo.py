@@ -6,17 +6,18 @@ For each of P questions the policy samples G responses at temperature 1. Each ge
 
 but a malformed response gets r_i = 0, even if its answer is right. (Malformed: anything but one <answer>
 part, alone or after one <think> part, or an answer that names no option.) The advantage is relative to the
-group, Â_i = (r_i - mean_group r) / (std_group r + 1e-4). The policy then maximises, over the N = P·G
-responses,
+group, Â_i = r_i - mean_group r. A group whose rewards differ by no more than the reward model's noise
+teaches nothing, so others are sampled in its place (--min-spread). The policy then maximises, over the
+N = P·G responses,
 
-    J = 1/N Σ_i 1/|y_i| Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it ]
+    J = 1 / Σ_i |y_i| · Σ_i Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it ]
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = ρ_it · k3_it        k3_it = π_ref/π - log(π_ref/π) - 1
 
-    --loss grpo      as above (DeepSeekMath, arXiv 2402.03300)
-    --loss dapo      1 / Σ|y_i| in place of 1/N · 1/|y_i|: every token weighs the same. DAPO's other parts are
-                     --epsilon-high 0.28 and --drop-zero-variance (arXiv 2503.14476)
-    --loss dr_grpo   1 / (N · max_new_tokens) in place of it: no length bias. Use with --scale-rewards none
-                     (arXiv 2503.20783)
+    --loss dapo      as above: every token weighs the same. DAPO's other part is --epsilon-high 0.28
+                     (arXiv 2503.14476)
+    --loss grpo      1/N Σ_i 1/|y_i| in place of 1 / Σ_i |y_i| · Σ_i. With --scale-rewards group, which
+                     divides Â_i by std_group r + 1e-4, it is DeepSeekMath's (arXiv 2402.03300)
+    --loss dr_grpo   1 / (N · max_new_tokens) in place of it: no length bias (arXiv 2503.20783)
     --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio per sequence. Its ε is far smaller, about 3e-4
                      (arXiv 2507.18071)
 
@@ -29,10 +30,10 @@ responses,
 β_KL is --kl; --beta is the paper's weight of the answer match. With one update per batch of rollouts
 (--iterations 1, the default) every ρ is 1 and nothing is clipped.
 
-N and Σ|y_i| are totals over all processes, so a step does not depend on micro-batches or processes (but with
---drop-zero-variance each process refills its own share). With --mask-truncated they count the responses that
-are left. The vision tower and its projector stay as SFT left them (--freeze images), so an image is encoded
-once for its samples, the reference and every update; otherwise every pass encodes it again.
+N and Σ|y_i| are totals over all processes, so a step does not depend on micro-batches or processes (but each
+process refills its own share of the groups). With --mask-truncated they count the responses that are left.
+The vision tower and its projector stay as SFT left them (--freeze images), so an image is encoded once for
+its samples, the reference and every update; otherwise every pass encodes it again.
 
 Reads   question records; a reward model; expert records for the watch
 Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl (docs/metrics.md explains each metric)
@@ -40,7 +41,8 @@ Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl (docs/met
 Departs from the paper:
   1. R is normalised to [0, 1]. With `--reward-scale raw`, as the paper writes it, the match term is 1.5% of
      the reward's range, and a malformed response gets α · (-6).
-  2. A watch compares the reward with the truth on expert questions and warns of reward hacking.
+  2. The advantage is not divided by the group's std, which would blow up the reward model's noise.
+  3. A watch compares the reward with the truth on expert questions and warns of reward hacking.
 
     python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --out runs/mine \\
         --data runs/toy/cycle1/scored/accepted.jsonl --val runs/toy/data/val.jsonl --image-root runs/toy
@@ -67,7 +69,7 @@ def parse_args():
     p.add_argument("--group", type=cli.number(int, 2), default=8, help="G, responses to each")
     p.add_argument("--iterations", type=count, default=1, help="updates on each batch of rollouts")
     p.add_argument("--max-new-tokens", type=count, default=96, help="longest response")
-    p.add_argument("--loss", choices=("grpo", "dr_grpo", "dapo", "gspo"), default="grpo", help="see above")
+    p.add_argument("--loss", choices=("grpo", "dr_grpo", "dapo", "gspo"), default="dapo", help="see above")
     p.add_argument("--epsilon", type=cli.number(float, 0, 1), default=0.2, help="clip the ratio at 1 - this")
     p.add_argument("--epsilon-high", type=positive, help="clip the ratio at 1 + this (1 + --epsilon)")
     p.add_argument("--kl", type=positive, default=0.02, help="weight of the KL term; 0 loads no reference")
@@ -76,9 +78,7 @@ def parse_args():
     p.add_argument("--alpha", type=positive, default=0.8, help="weight of the reward model")
     p.add_argument("--beta", type=positive, default=0.2, help="weight of the answer match (not of the KL)")
     p.add_argument("--reward-scale", choices=("unit", "raw"), default="unit", help="R in [0, 1] or [-6, 10]")
-    p.add_argument(
-        "--scale-rewards", choices=("group", "batch", "none"), default="group", help="by whose std"
-    )
+    p.add_argument("--scale-rewards", choices=("group", "batch", "none"), default="none", help="by whose std")
     cli.add_switch(p, "--mask-truncated", "leave responses cut at --max-new-tokens out of the loss")
     spread = "sample others for groups whose rewards' std is not above this; -1 keeps every group"
     p.add_argument("--min-spread", type=cli.number(float, -1), default=0.1, help=spread)

@@ -740,7 +740,7 @@ def test_if_no_group_is_informative_one_fills_the_step_and_teaches_nothing(
     assert (
         len(rows) == 3 * 4
         and {r["advantage"] for r in rows} == {0.0}
-        and len({r["rollout_reward"] for r in rows}) > 3
+        and len({r["rollout_reward"] for r in rows}) > 1
     )
 
 

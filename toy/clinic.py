@@ -7,8 +7,8 @@ purpose): no fact can be guessed from another, so a model can know it only from 
 
 What a sign means depends on the modality, as in medicine. The modalities form three families. In each, a
 finding has another shape; the same degree is larger in the magnifying families; an organ has another outline
-in the optical one; and radiographs show the patient's right on the left. A model that was taught one family reads the others wrongly, although it sees
-them well. The rationale names the sign, then draws the conclusion.
+in the optical one; and radiographs show the patient's right on the left. A model that was taught one family
+reads the others wrongly, although it sees them well. The rationale names the sign, then draws the conclusion.
 
 Writes into --out:
     expert.jsonl             question records; few, because experts' time is scarce
