@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The self-improving cycle: the stages in sequence, CYCLES times. By default on the toy clinic, into runs/toy.
 #
-#   bash cycle.sh                                  about 15 minutes on 2 CPU cores
+#   bash cycle.sh                                  about 12 minutes on 2 CPU cores
 #   OUT=runs/seed1 SEED=1 bash cycle.sh            another seed
 #   GRPO=my_grpo.py OUT=runs/mine bash cycle.sh    an ablation: any stage's script can be replaced by another
 #
@@ -30,8 +30,9 @@ TRUTH=                        # the drawn facts of the toy's images
 GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py} GRPO=${GRPO:-grpo.py}
 EVAL=${EVAL:-eval.py}
 # Their flags, split at spaces.
-GENERATE_FLAGS=${GENERATE_FLAGS:-} REWARD_FLAGS=${REWARD_FLAGS:-} SCORE_FLAGS=${SCORE_FLAGS:---threshold 8}
-SFT_FLAGS=${SFT_FLAGS:-} GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:-}
+GENERATE_FLAGS=${GENERATE_FLAGS:---per-image 2} REWARD_FLAGS=${REWARD_FLAGS:-}
+SCORE_FLAGS=${SCORE_FLAGS:---threshold 8} SFT_FLAGS=${SFT_FLAGS:---steps 1000}
+GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:---lr 3e-4}
 EVAL_FLAGS=${EVAL_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
@@ -52,17 +53,11 @@ launch() {
   [ -e "$folder" ] || run ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 
-# sft FOLDER DATA...: train the policy from its base and evaluate it. --test refuses data with test images.
+# [FROM=MODEL] [MORE=FLAGS] sft FOLDER DATA...: train the policy, from its base unless FROM is given, and
+# evaluate it. --test refuses data with test images.
 sft() {
   local folder=$1; shift
-  launch "$folder" "$SFT" --model "$POLICY" --data "$@" --test "$TEST" $SFT_FLAGS
-  evaluate "$folder"
-}
-
-# continue_sft FOLDER MODEL STEPS DATA...: train a policy further, as long as GRPO did, and evaluate it.
-continue_sft() {
-  local folder=$1 model=$2 steps=$3; shift 3
-  launch "$folder" "$SFT" --model "$model" --data "$@" --test "$TEST" $SFT_FLAGS --steps "$steps" $MORE_FLAGS
+  launch "$folder" "$SFT" --model "${FROM:-$POLICY}" --data "$@" --test "$TEST" $SFT_FLAGS ${MORE:-}
   evaluate "$folder"
 }
 
@@ -73,7 +68,7 @@ evaluate() {
 
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
-  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 15 minutes on 2 CPU cores."
+  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 12 minutes on 2 CPU cores."
   "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CONTROLS:+--plenty 1000} ${CLINIC_FLAGS:-}
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
@@ -110,7 +105,7 @@ evaluate "$POLICY" "$OUT/eval_base"
 sft "$OUT/sft_expert" "$EXPERT"
 rows=("base=$OUT/eval_base/metrics.json" "SFT on expert data=$OUT/eval_sft_expert/metrics.json")
 if [ -n "$CONTROLS" ] && [ -n "$PLENTY" ]; then
-  sft "$OUT/ceiling" "$PLENTY"
+  MORE="--steps 2000" sft "$OUT/ceiling" "$PLENTY"
   rows+=("ceiling: SFT on plenty of expert data=$OUT/eval_ceiling/metrics.json")
 fi
 
@@ -140,8 +135,8 @@ for c in $(seq "$CYCLES"); do
     # As many candidates at random. Then as many more steps as GRPO had, on SFT's data and on GRPO's.
     sft "$d/sft_random" "${random[@]}" "$EXPERT"
     steps=$(wc -l < "$d/grpo/metrics.jsonl")
-    continue_sft "$d/sft_more" "$d/sft" "$steps" "${accepted[@]}" "$EXPERT"
-    continue_sft "$d/sft_same" "$d/sft" "$steps" "$d/scored/scored.jsonl" "$EXPERT"
+    FROM=$d/sft MORE="--steps $steps $MORE_FLAGS" sft "$d/sft_more" "${accepted[@]}" "$EXPERT"
+    FROM=$d/sft MORE="--steps $steps $MORE_FLAGS" sft "$d/sft_same" "$d/scored/scored.jsonl" "$EXPERT"
     rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json"
            "cycle $c: + as many SFT steps=$d/eval_sft_more/metrics.json"
            "cycle $c: + SFT on GRPO's data=$d/eval_sft_same/metrics.json")

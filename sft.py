@@ -43,7 +43,7 @@ def parse_args():
     p.add_argument("--role", choices=("policy", "generator"), default="policy", help=role)
     p.add_argument("--epochs", type=positive, default=6, help="times through the data")
     p.add_argument("--steps", type=count, help="steps, instead of --epochs")
-    p.add_argument("--batch", type=count, default=32, help="examples per step")
+    p.add_argument("--batch", type=count, default=8, help="examples per step")
     p.add_argument("--micro-batch", type=count, default=32, help="examples at a time; same result")
     p.add_argument("--lr", type=positive, default=1e-3, help="peak rate (the toy's; about 1e-5 for 7B)")
     share = cli.number(float, 0, 1)
