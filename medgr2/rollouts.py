@@ -116,7 +116,6 @@ def rollout_rows(groups, step, folder):
         record = records.with_relative_image(g.record, folder)
         for k, text in enumerate(g.texts):
             response = {
-                "id": f"{g.record['id']}/{step}/{k}",
                 "record": g.record["id"],
                 "step": step,
                 "response": text,
@@ -128,4 +127,5 @@ def rollout_rows(groups, step, folder):
                 "rollout_scores": {head: round(values[k], 4) for head, values in g.scores.items()},
             }
             rows.append(record | response)
-    return gather_object(rows)
+    # The step may have drawn a record twice, so its responses are numbered over the whole step.
+    return [row | {"id": f"{row['record']}/{step}/{i}"} for i, row in enumerate(gather_object(rows))]

@@ -374,7 +374,7 @@ def test_runs_are_collected_with_the_commit_time_and_command_that_they_wrote_dow
     commands = [f"CONTROLS=1 OUT=runs/seed{seed} SEED={seed} bash cycle.sh" for seed in (3, 4)]
     assert found["command"] == "; ".join(commands)
     assert found["seeds"] == [3, 4] and found["questions"] == 3
-    assert found["seconds"] == [10 * 60 + 30] * 2
+    assert found["seconds"] == [12 * 60 + 30] * 2
     assert found["git"] == {"commit": "c" * 40} and found["versions"] == HERE["versions"]
     assert found["cycles"][1][1]["marks"]["right_scored"] == 0.6
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("clinic") / "data"
     sizes = (20, 10, 10, 10, 30)
     heldout = {"heldout_modality": "OCT", "heldout_task": "Lesion Grading"}
-    clinic.main(argparse.Namespace(out=str(out), seed=1, sizes=sizes, **heldout))
+    clinic.main(argparse.Namespace(out=str(out), seed=1, sizes=sizes, plenty=0, **heldout))
     return out
 
 
@@ -93,9 +93,46 @@ def test_the_lesion_is_drawn_on_its_side_and_grows_with_its_degree(modality, fin
             facts |= {"finding": finding, "degree": degree, "side": side}
             mask = np.mean([clinic.lesion_mask(facts, random.Random(k)) for k in range(20)], 0)
             left, right = mask[:, :32].sum(), mask[:, 32:].sum()
-            assert (left > 5 * right) if side == "left" else (right > 5 * left)
+            # Radiographs show the patient's right on the left.
+            is_left = (side == "left") != (modality in ("CT", "X-Ray"))
+            assert (left > 5 * right) if is_left else (right > 5 * left)
             area[degree] = mask.sum()
     assert area["mild"] < area["moderate"] < area["severe"]
+
+
+@pytest.mark.parametrize("fact", ["finding", "anatomy", "degree"])
+def test_the_same_sign_is_another_fact_in_another_family(fact):
+    signs = {
+        "finding": (clinic.shape_of, clinic.FINDINGS[:4]),
+        "anatomy": (clinic.outline_of, clinic.ANATOMIES),
+        "degree": (clinic.size_of, clinic.DEGREES),
+    }
+    sign_of, values = signs[fact]
+    readings = []
+    for modality in ("X-Ray", "Ultrasound", "Dermoscopy"):
+        reading = {sign_of(modality, value): value for value in values}
+        # Within a modality a sign has one meaning.
+        assert len(reading) == len(values)
+        readings.append(reading)
+    radiographic, acoustic, optical = readings
+    differing = {
+        "finding": [(radiographic, acoustic), (radiographic, optical), (acoustic, optical)],
+        "anatomy": [(radiographic, optical), (acoustic, optical)],
+        "degree": [(radiographic, acoustic), (radiographic, optical)],
+    }
+    for one, other in differing[fact]:
+        shared = one.keys() & other.keys()
+        assert shared and all(one[sign] != other[sign] for sign in shared)
+
+
+def test_plenty_has_questions_on_images_of_its_own(tmp_path):
+    sizes = (2, 1, 1, 1, 2)
+    given = {"seed": 1, "sizes": sizes, "plenty": 4, "heldout_modality": "OCT", "heldout_task": TASKS[3]}
+    clinic.main(argparse.Namespace(out=str(tmp_path / "clinic"), **given))
+    plenty = list(records.read_records(tmp_path / "clinic" / "plenty.jsonl"))
+    assert len(plenty) == 4 * 3
+    others = [records.read_records(tmp_path / "clinic" / f"{name}.jsonl") for name in ("expert", "test")]
+    assert not {r["image"] for r in plenty} & {r["image"] for rows in others for r in rows}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -270,9 +270,16 @@ def with_advantages(groups, **over):
     return grpo.with_advantages(groups, argparse.Namespace(**given))
 
 
+def load_policy():
+    """The toy's policy with smaller logits: less sure, so that the responses of a group differ."""
+    policy = loading.load(str(ROOT / "toy" / "policy"))
+    policy.model.model.language_model.norm.weight.data.mul_(0.7)
+    return policy
+
+
 @pytest.fixture(scope="module")
 def policy():
-    return loading.load(str(ROOT / "toy" / "policy"))
+    return load_policy()
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +290,8 @@ def groups(policy, tmp_path_factory):
     rows = list(records.read_records(folder / "expert.jsonl"))[:6]
     made = grpo.sample_groups(policy, batch_of(policy, rows), 4, 24, 0)
     scale = torch.tensor([0.1, 0.5, 0.4, 0.9])
-    return with_advantages([replace(g, rewards=scale * (k + 1)) for k, g in enumerate(made)])
+    scored = [replace(g, rewards=scale * (k + 1), informative=True) for k, g in enumerate(made)]
+    return with_advantages(scored)
 
 
 def gradient(policy, groups, accelerator=None, reference=None, **over):
@@ -475,7 +483,7 @@ def test_micro_batches_hold_groups_of_one_length_whatever_order_they_come_in(pol
 def test_with_frozen_images_the_tower_encodes_each_image_once_for_samples_reference_and_updates(
     policy, groups, kl
 ):
-    frozen = loading.load(str(ROOT / "toy" / "policy"))
+    frozen = load_policy()
     loading.freeze_images(frozen)
     reference = loading.frozen_copy(frozen) if kl else None
     read = []
@@ -730,12 +738,11 @@ def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypat
     ]
 
 
-def test_if_no_group_is_informative_one_fills_the_step_and_teaches_nothing(
-    monkeypatch, folder, tmp_path, policy
-):
+def test_if_no_group_is_informative_one_fills_the_step_and_teaches_nothing(monkeypatch, folder, tmp_path):
     run_grpo(monkeypatch, folder, tmp_path / "run", "--min-spread", "9")
+    before = loading.load(str(ROOT / "toy" / "policy")).model.state_dict()
     after = loading.load(str(tmp_path / "run")).model.state_dict()
-    assert all(before.equal(after[name]) for name, before in policy.model.state_dict().items())
+    assert all(weight.equal(after[name]) for name, weight in before.items())
     rows = list(records.read_records(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
     assert (
         len(rows) == 3 * 4
@@ -745,7 +752,7 @@ def test_if_no_group_is_informative_one_fills_the_step_and_teaches_nothing(
 
 
 def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path):
-    run_grpo(monkeypatch, folder, tmp_path / "run")
+    run_grpo(monkeypatch, folder, tmp_path / "run", "--min-spread", "-1")
     rows = list(records.read_records(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
     assert len(rows) == 3 * 3 * 4
     for r in rows:
@@ -786,7 +793,7 @@ def test_with_two_processes_metrics_are_of_all_responses(folder, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     command = f"{tmp_path}/ranks.py {tmp_path} grpo.py --model toy/policy --reward {folder}/rm"
     command += f" --data {folder}/expert.jsonl --val {folder}/val.jsonl"
-    command += " --steps 2 --prompts 3 --group 4 --watch-every 1"
+    command += " --steps 2 --prompts 3 --group 4 --watch-every 1 --min-spread -1"
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for start, out in ((launch, "two"), ([sys.executable], "one")):

@@ -218,7 +218,7 @@ def backbone():
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clinic")
-    clinic.write_clinic(str(folder), (8, 4, 1, 1, 1), seed=11)
+    clinic.write_clinic(str(folder), (12, 4, 1, 1, 1), seed=11)
     return list(records.read_records(folder / "expert.jsonl")) + list(
         records.read_records(folder / "reports.jsonl")
     )
@@ -260,13 +260,14 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
     logps = logits.log_softmax(-1)
     seen = logps.gather(1, ids[0][:, None])[:, 0]
     start = (ids[0] == backbone.tokenizer.convert_tokens_to_ids("<answer>")).nonzero().item()
-    width = out.hidden_states[-1].shape[-1]
-    assert torch.allclose(got[:width], out.hidden_states[-1][0, -1], atol=1e-4)
-    assert got[width].item() == pytest.approx(seen[:start].sum().item(), abs=1e-3)
-    assert got[width + 5 + 1].item() == pytest.approx(seen[start:].mean().item(), abs=1e-4)
-    assert got[width + 2].item() == pytest.approx(seen[:start].min().item(), abs=1e-3)
+    assert got[0].item() == pytest.approx(seen[:start].sum().item(), abs=1e-3)
+    assert got[5 + 1].item() == pytest.approx(seen[start:].mean().item(), abs=1e-4)
+    assert got[2].item() == pytest.approx(seen[:start].min().item(), abs=1e-3)
     surprise = seen + torch.special.entr(logps.exp()).sum(-1)
-    assert got[width + 10].item() == pytest.approx(surprise[:start].sum().item(), abs=1e-3)
+    assert got[10].item() == pytest.approx(surprise[:start].sum().item(), abs=1e-3)
+    # Without likelihoods: the last hidden state.
+    (state,) = reward.compute_features(backbone, [image], [policy_prompt(record)], [response], False)
+    assert torch.allclose(state, out.hidden_states[-1][0, -1], atol=1e-4)
 
 
 def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbone, rows):
