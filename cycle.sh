@@ -33,6 +33,7 @@ EVAL=${EVAL:-eval.py}
 GENERATE_FLAGS=${GENERATE_FLAGS:---per-image 2} REWARD_FLAGS=${REWARD_FLAGS:-}
 SCORE_FLAGS=${SCORE_FLAGS:---threshold 8} SFT_FLAGS=${SFT_FLAGS:---steps 1000}
 GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:---lr 3e-4}
+CEILING_FLAGS=${CEILING_FLAGS:---steps 2000}
 EVAL_FLAGS=${EVAL_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
@@ -86,7 +87,7 @@ done
 settings=$(
   for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST PLENTY CYCLES CONTROLS \
     GENERATE REWARD SFT GRPO EVAL GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS \
-    GRPO_FLAGS MORE_FLAGS EVAL_FLAGS; do
+    GRPO_FLAGS MORE_FLAGS CEILING_FLAGS EVAL_FLAGS; do
     echo "$v=${!v}"
   done
 )
@@ -105,7 +106,7 @@ evaluate "$POLICY" "$OUT/eval_base"
 sft "$OUT/sft_expert" "$EXPERT"
 rows=("base=$OUT/eval_base/metrics.json" "SFT on expert data=$OUT/eval_sft_expert/metrics.json")
 if [ -n "$CONTROLS" ] && [ -n "$PLENTY" ]; then
-  MORE="--steps 2000" sft "$OUT/ceiling" "$PLENTY"
+  MORE=$CEILING_FLAGS sft "$OUT/ceiling" "$PLENTY"
   rows+=("ceiling: SFT on plenty of expert data=$OUT/eval_ceiling/metrics.json")
 fi
 

@@ -38,7 +38,8 @@ KINDS = ("metrics", "predictions", "scored", "figures")
 POINTS = 200
 # The runs of a cycle, in order.
 RUNS = (
-    "reward scored sft_random eval_sft_random sft eval_sft sft_both eval_sft_both grpo eval_grpo generator"
+    "reward scored sft_random eval_sft_random sft eval_sft sft_more eval_sft_more sft_same eval_sft_same "
+    "grpo eval_grpo generator"
 ).split()
 # Metrics whose curves are shown first; the others are folded away.
 MAIN_CURVES = "reward reward_model match watch_accuracy watch_reward loss kl entropy length".split()
@@ -64,7 +65,7 @@ def find_cycle_files(folder):
     """What cycle.sh leaves in `folder`, in the order of its stages. Raises RunError if that is nothing."""
     count = len(glob.glob(os.path.join(glob.escape(folder), "cycle[0-9]*")))
     cycles = [f"cycle{c + 1}" for c in range(count)]
-    names = ["eval_base", "sft_expert", "eval_sft_expert"]
+    names = ["eval_base", "sft_expert", "eval_sft_expert", "ceiling", "eval_ceiling"]
     names += [f"{cycle}/{run}" for cycle in cycles for run in RUNS]
     with_tables = [n for n in names if os.path.basename(n).startswith(("eval", "reward", "scored"))]
 

@@ -29,11 +29,11 @@ SOURCES = {
     "draft": ("generate.py", "build_drafts", '"id":', 5),
     "parse": ("medgr2/prompts.py", "parse_candidate", 'candidate = {"question"', 2),
     "score": ("reward.py", "RewardModel.__call__", "out = ", 3),
-    "select": ("reward.py", "select_candidates", "# The best first", 2),
+    "select": ("reward.py", "select_candidates", "if threshold is not None", 2),
     "levels": ("medgr2/levels.py", "build_levels", "for make in", 3),
     "reference": ("medgr2/prompts.py", "reference_response", 'if "report"', 3),
     "reward": ("grpo.py", "score_groups", "R_bar, lowest =", 2),
-    "advantage": ("grpo.py", "compute_advantages", "std = ", 2),
+    "advantage": ("grpo.py", "compute_advantages", "centred = ", 1),
     "match": ("medgr2/prompts.py", "is_match", "return ", 1),
 }
 # The image is the first one that the first of these is true of. The next one serves if no image fits.
@@ -246,22 +246,22 @@ def show_levels(folder, page):
 
 def show_rollouts(folder, candidate, rollouts):
     args, rows = read_json(folder, "args.json")["args"], []
-    if (args["reward_scale"], args["scale_rewards"]) != ("unit", "group"):
-        raise RunError(f"{folder}: the page explains only --reward-scale unit and --scale-rewards group")
+    if (args["reward_scale"], args["scale_rewards"]) != ("unit", "none"):
+        raise RunError(f"{folder}: the page explains only --reward-scale unit and --scale-rewards none")
     # The first group of the candidate. If GRPO did not train on it, the first group.
     first = next((row for row in rollouts if row["record"] == candidate["id"]), rollouts[0])
     group = [row for row in rollouts if (row["record"], row["step"]) == (first["record"], first["step"])]
     rewards = [row["rollout_reward"] for row in group]
-    mean, std = statistics.mean(rewards), statistics.stdev(rewards)
+    mean = statistics.mean(rewards)
     for row, reward in zip(group, rewards):
         parsed = prompts.parse_response(row["response"], row.get("options"))
         outcome = row["rollout_scores"]["overall"], "yes" if parsed.well_formed else "no", int(row["correct"])
-        recomputed = f"{(reward - mean) / (std + 1e-4):.3f}"
+        recomputed = f"{reward - mean:.3f}"
         rows.append([code(row["response"]), *outcome, reward, row["advantage"], recomputed])
     headers = ["response", "R", "well-formed", "match", "reward", "advantage", "recomputed"]
     found = {"G": len(group), "step": first["step"], "rollout_id": first["record"]}
     found |= {"rollouts": table(headers, rows)}
-    found |= {"alpha": args["alpha"], "beta": args["beta"], "mean": f"{mean:.4f}", "std": f"{std:.4f}"}
+    found |= {"alpha": args["alpha"], "beta": args["beta"], "mean": f"{mean:.4f}"}
     prompt, response = prompts.policy_prompt(candidate), prompts.reference_response(candidate)
     return found | {"policy_prompt": fence(prompt), "reference": fence(response)}
 

@@ -27,7 +27,9 @@ def test_the_cycle_finishes_and_ends_with_its_table(finished):
         "SFT on expert data",
         "cycle 1: SFT on random",
         "cycle 1: SFT on accepted",
-        "cycle 1: SFT on accepted + expert",
+        "cycle 1: + as many SFT steps",
+        "cycle 1: + SFT on GRPO's data",
+        "ceiling: SFT on plenty of expert data",
         "cycle 1: + GRPO",
     ):
         assert label in table
@@ -141,7 +143,7 @@ def test_a_cycle_that_was_killed_and_stopped_gives_the_files_of_an_undisturbed_o
     shutil.copytree(out, again)
     for name in ("settings", "table.txt", "report.html"):
         (again / name).unlink()
-    for path in [*again.glob("cycle1/*sft_both"), *again.glob("cycle1/*grpo")]:
+    for path in [*again.glob("cycle1/*sft"), *again.glob("cycle1/*grpo")]:
         shutil.rmtree(path)
     for path in again.rglob("args.json"):
         path.write_text(path.read_text().replace(str(out), str(again)))
@@ -211,7 +213,7 @@ def test_a_stage_runs_without_any_network_interface_and_writes_the_same_records(
         pytest.skip("no network namespaces here (unshare --net)")
     out, _ = finished
     images = out / "data" / "unlabelled" / "images.jsonl"
-    flags = ["--model", "toy/generator", "--images", images, "--out", tmp_path / "out"]
+    flags = ["--model", "toy/generator", "--images", images, "--per-image", "2", "--out", tmp_path / "out"]
     subprocess.run([*unshare, sys.executable, "generate.py", *flags], cwd=ROOT, check=True)
     folders = (out / "cycle1" / "candidates", tmp_path / "out")
     there, here = (list(records.read_records(folder / "candidates.jsonl", root=out)) for folder in folders)

@@ -40,17 +40,22 @@ def test_an_accepted_sample_is_traced_to_its_image_generator_score_and_every_run
         f"by toy/generator, paradigm {sample['paradigm']}, seed {sample['seed']}, cycle 1; "
         "cycle1/candidates/candidates.jsonl"
     )
-    (scored,) = texts(lines, "scored")
-    assert scored == f"{sample['reward']['overall']} by {d}/reward; cycle1/scored/scored.jsonl"
-    assert texts(lines, "accepted") == ["cycle1/scored/accepted.jsonl"] and not texts(lines, "random")
+    # The frozen set of a cycle's reward model is scored and filtered as its candidates are.
+    folders = ("cycle1/frozen_scored", "cycle1/scored")
+    reward = f"{sample['reward']['overall']} by {d}/reward"
+    assert sorted(texts(lines, "scored")) == [f"{reward}; {folder}/scored.jsonl" for folder in folders]
+    assert sorted(texts(lines, "accepted")) == [f"{folder}/accepted.jsonl" for folder in folders]
+    assert not texts(lines, "random")
     rollouts = sum(r["record"] == sample["id"] for r in read_lines(d / "grpo" / "rollouts.jsonl"))
     source = "from cycle1/scored/accepted.jsonl"
-    assert texts(lines, "read by") == [
+    scored = "from cycle1/scored/scored.jsonl"
+    assert sorted(texts(lines, "read by")) == [
+        f"cycle1/grpo (grpo.py), {scored}, {rollouts} rollouts on it",
         f"cycle1/sft (sft.py), {source}",
-        f"cycle1/sft_both (sft.py), {source}",
-        f"cycle1/grpo (grpo.py), {source}, {rollouts} rollouts on it",
+        f"cycle1/sft_more (sft.py), {source}",
+        f"cycle1/sft_same (sft.py), {scored}",
     ]
-    evaluated = ("sft", "sft_both", "grpo")
+    evaluated = ("sft", "sft_more", "sft_same", "grpo")
     assert set(texts(lines, "then by")) == {f"cycle1/eval_{name} (eval.py)" for name in evaluated}
 
 
@@ -62,13 +67,15 @@ def test_the_trace_says_that_a_sample_was_not_accepted_or_why_it_was_rejected(fi
     )
     left = next(name for name in scored if name not in accepted + drawn)
     lines = provenance.trace(left, str(out))
-    assert texts(lines, "accepted") == ["no"] and not texts(lines, "read by")
+    assert texts(lines, "accepted") == ["no"]
+    # GRPO and its control read what was not accepted too.
+    assert {read.split()[0] for read in texts(lines, "read by")} == {"cycle1/grpo", "cycle1/sft_same"}
     bad = read_lines(d / "candidates" / "rejected.jsonl")[0]
     lines = provenance.trace(bad["id"], str(out))
     assert texts(lines, "rejected") == [f"cycle1/candidates/rejected.jsonl ({bad['reason']})"]
     assert not texts(lines, "accepted")
     status, shown, _ = command("trace", left, "--in", out)
-    assert status == 0 and f"sample     {left}\n" in shown and shown.endswith("accepted   no\n")
+    assert status == 0 and f"sample     {left}\n" in shown and "accepted   no\n" in shown
 
 
 @pytest.fixture
@@ -90,15 +97,15 @@ def test_all_inputs_of_a_cycle_hold_after_a_move_too_and_each_that_changed_is_na
     changes, counts = provenance.verify(str(moved))
     assert {(run, Path(path).name) for run, path, _ in changes} == {
         ("cycle1/sft", "accepted.jsonl"),
-        ("cycle1/sft_both", "accepted.jsonl"),
-        ("cycle1/grpo", "accepted.jsonl"),
+        ("cycle1/sft_more", "accepted.jsonl"),
         ("cycle1/grpo", "reward"),
         ("cycle1/scored", "reward"),
+        ("cycle1/frozen_scored", "reward"),
     }
     assert (counts["changed"], counts["same"]) == (5, total - 5)
     assert all(what.startswith("changed: ") for _, _, what in changes)
     status, shown, _ = command("verify", moved)
-    assert status == 1 and "5 changed" in shown and shown.count("\n") == 2 + 5 + 1
+    assert status == 1 and f"{len(changes)} changed" in shown and shown.count("\n") == 2 + len(changes) + 1
 
 
 def a_run(folder, **inputs):
