@@ -17,10 +17,11 @@ Writes  train: OUT/backbone/, OUT/heads.safetensors, heads.json, metrics.jsonl, 
 
 Departs from the paper:
 1. The heads take log-probabilities. --no-likelihood is the paper's plain head on the last hidden state, which
-   few expert records train badly (docs/results.md).
+   needs more expert records.
 2. Three more heads say why R is as it is.
 3. The backbone is frozen (--freeze nothing: it learns too). The heads evolve with the policy's rollouts.
-4. The same share of each task and modality is accepted (--per). --threshold is the paper's τ.
+4. --threshold is the paper's τ. --cap, --top-k and --keep divide what they accept over tasks and modalities
+   (--per).
 
     python reward.py train --model toy/backbone --data runs/toy/data/expert.jsonl --out runs/mine
     python reward.py score --model runs/mine --data runs/toy/cycle1/candidates/candidates.jsonl --keep 0.5 \\

@@ -21,10 +21,11 @@ export LAUNCH="accelerate launch --num_processes $GPUS"
 export GENERATE_FLAGS="--max-new-tokens 512 --batch 4"
 export REWARD_FLAGS="--batch 4"
 export SCORE_FLAGS="--keep 0.5 --batch 4"
-export SFT_FLAGS="--lr 1e-5 --epochs 2 --micro-batch 4 --gradient-checkpointing"
-export GENERATOR_FLAGS="--lr 1e-5 --epochs 1 --micro-batch 4 --gradient-checkpointing"
-# Without a KL term no reference is loaded: it would not fit into 80 GB.
-export GRPO_FLAGS="--kl 0 --lr 1e-6 --steps 500 --max-new-tokens 512 --micro-batch 1 --watch-every 50"
+export SFT_FLAGS="--lr 1e-5 --epochs 2 --batch 32 --micro-batch 4 --gradient-checkpointing"
+export GENERATOR_FLAGS="--lr 1e-5 --epochs 1 --batch 32 --micro-batch 4 --gradient-checkpointing"
+# The default, no KL term, loads no reference: it would not fit into 80 GB.
+export GRPO_FLAGS="--lr 1e-6 --steps 500 --prompts 16 --max-new-tokens 512 --micro-batch 1 --watch-every 50"
+export MORE_FLAGS="--lr 3e-6"
 export EVAL_FLAGS="--max-new-tokens 512 --batch 16"
 
 records() { "$PYTHON" -m medgr2.records "$@"; }
