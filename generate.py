@@ -19,6 +19,7 @@ Departs from the paper:
     python generate.py --images runs/toy/data/unlabelled/images.jsonl --model toy/generator --out runs/mine
 """
 
+import argparse
 import functools
 import os
 import time
@@ -31,11 +32,11 @@ from medgr2.prompts import PARADIGMS, TASKS, generator_prompt, normalise, parse_
 
 
 def parse_part(text):
-    """`2/3` → (2, 3)."""
-    k, n = map(int, text.split("/"))
-    if not 1 <= k <= n:
-        raise ValueError(text)
-    return k, n
+    """`2/3` → (2, 3). Raises ArgumentTypeError for what is no such part."""
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text} is no part: give K/N with K from 1 to N, as 2/3")
+    return int(k), int(n)
 
 
 def parse_args():

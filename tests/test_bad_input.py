@@ -519,7 +519,7 @@ class Payload:
 def put_reward_model(folder):
     backbone = loading.load(str(ROOT / "toy" / "policy"))
     torch.manual_seed(0)
-    reward.RewardModel(backbone, reward.Heads(backbone.head.weight.shape[1] + 30, 4), True).save(str(folder))
+    reward.RewardModel(backbone, reward.Heads(reward.LIKELIHOOD_FEATURES, 4), True).save(str(folder))
 
 
 def change(name, **fields):

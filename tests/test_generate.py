@@ -1,5 +1,6 @@
 """generate.py: what it asks, of a local model and of a server; what it keeps, what it rejects; resuming."""
 
+import argparse
 import base64
 import io
 import itertools
@@ -24,6 +25,7 @@ from PIL import Image, ImageChops
 
 import generate
 from medgr2 import endpoint, loading, records, vlm
+from medgr2.errors import RecordError
 from medgr2.images import open_image
 from medgr2.prompts import MODALITIES, PARADIGMS, TASKS, generator_prompt
 
@@ -529,3 +531,21 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(flags, says, stage, tmp_p
     # argparse prints the usage first.
     message = err[err.index("generate.py: ") :]
     assert status == 2 and says in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_parts_of_the_images_share_none_and_leave_none_out(tmp_path):
+    path = write_images(tmp_path, 7)
+    parts = [[r["id"] for r in generate.read_images(path, part=(k, 3))] for k in (1, 2, 3)]
+    assert sorted(sum(parts, [])) == [r["id"] for r in records.read_records(path)]
+    assert sorted(map(len, parts)) == [2, 2, 3]
+
+
+def test_more_parts_than_images_is_one_line(tmp_path):
+    with pytest.raises(RecordError, match="2 images: too few for part 3 of 3"):
+        generate.read_images(write_images(tmp_path, 2), part=(3, 3))
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "2", "a/b", "1/", "-1/3", ""])
+def test_what_is_no_part_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="give K/N"):
+        generate.parse_part(text)

@@ -396,3 +396,26 @@ def test_a_file_without_questions_or_reports_is_one_line(monkeypatch, rows, tmp_
     records.write_records(tmp_path / "images.jsonl", [{"id": r["id"], "image": r["image"]} for r in rows[:4]])
     with pytest.raises(RecordError, match="neither questions with answers nor reports"):
         run(monkeypatch, TRAIN, tmp_path / "images.jsonl", tmp_path / "rm")
+
+
+def test_a_cap_takes_of_the_good_ones_those_nearest_to_half_and_at_most_so_many_per_cell():
+    def row(task, overall, pass_rate):
+        return {"task": task, "reward": {"overall": overall}, "pass_rate": pass_rate}
+
+    rows = [row("a", 9, 1.0), row("a", 8, 0.5), row("a", 10, 0.25), row("a", 5, 0.5), row("b", 9, 1.0)]
+    accepted, drawn = reward.select_candidates(rows, 0, ["task"], threshold=8, cap=2)
+    # The fourth is nearest to half, and not good enough.
+    assert accepted == [1, 2, 4]
+    assert sorted(rows[i]["task"] for i in drawn) == ["a", "a", "b"]
+    assert reward.select_candidates(rows, 0, ["task"], threshold=8)[0] == [0, 1, 2, 4]
+
+
+def test_the_pass_rate_is_the_share_of_samples_with_the_candidates_answer(tmp_path):
+    image = str(tmp_path / "x.png")
+    candidate = {"id": "x", "image": image, "question": "q", "answer": "cyst", "options": ["cyst", "mass"]}
+    answered = candidate | {"samples": ["cyst", "mass", None, "Cyst."]}
+    records.write_records(tmp_path / "predictions.jsonl", [answered])
+    (row,) = reward.with_pass_rates([candidate], tmp_path / "predictions.jsonl")
+    assert row == candidate | {"pass_rate": 0.5}
+    with pytest.raises(RecordError, match="no answers to y: run eval.py on the candidates"):
+        reward.with_pass_rates([candidate | {"id": "y"}], tmp_path / "predictions.jsonl")
