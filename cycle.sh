@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The self-improving cycle: the stages in sequence, CYCLES times. By default on the toy clinic, into runs/toy.
 #
-#   bash cycle.sh                                  about 15 minutes on 2 CPU cores
+#   bash cycle.sh                                  about 12 minutes on 2 CPU cores
 #   OUT=runs/seed1 SEED=1 bash cycle.sh            another seed
 #   GRPO=my_grpo.py OUT=runs/mine bash cycle.sh    an ablation: any stage's script can be replaced by another
 #
@@ -12,7 +12,7 @@ cd "$(dirname "$0")"
 . ./setup.sh requirements.txt
 
 OUT=${OUT:-runs/toy}
-CYCLES=${CYCLES:-3}
+CYCLES=${CYCLES:-3}           # fixed once a run has started, because each cycle has its part of IMAGES
 CONTROLS=${CONTROLS:-}        # if not empty, also train what each gain is compared with
 SEED=${SEED:-0}
 POLICY=${POLICY:-toy/policy}
@@ -29,7 +29,8 @@ TRUTH=                        # the drawn facts of the toy's images
 # The stages' scripts.
 GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py} GRPO=${GRPO:-grpo.py}
 EVAL=${EVAL:-eval.py}
-# Their flags, split at spaces.
+# Their flags, split at spaces. MORE_FLAGS: of the SFT that goes on as long as GRPO. CEILING_FLAGS: of the
+# ceiling's SFT.
 GENERATE_FLAGS=${GENERATE_FLAGS:---per-image 2} REWARD_FLAGS=${REWARD_FLAGS:-}
 SCORE_FLAGS=${SCORE_FLAGS:---threshold 8} SFT_FLAGS=${SFT_FLAGS:---steps 1000}
 GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:---lr 3e-4}
@@ -69,7 +70,7 @@ evaluate() {
 
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
-  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 15 minutes on 2 CPU cores."
+  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 12 minutes on 2 CPU cores."
   "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CONTROLS:+--plenty 1000} ${CLINIC_FLAGS:-}
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
@@ -141,11 +142,15 @@ for c in $(seq "$CYCLES"); do
     rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json"
            "cycle $c: + as many SFT steps=$d/eval_sft_more/metrics.json"
            "cycle $c: + SFT on GRPO's data=$d/eval_sft_same/metrics.json")
-    # The same candidates in each cycle, to see whether the reward model drifts.
-    stage "$d/frozen_scored" "$REWARD" score --model "$d/reward" --data "$OUT/cycle1/candidates/candidates.jsonl" \
-      $SCORE_FLAGS
+    # The same candidates in each cycle, those of cycle 1, to see whether the reward model drifts.
+    frozen=$d/scored
+    [ "$c" -eq 1 ] || {
+      frozen=$d/frozen_scored
+      stage "$frozen" "$REWARD" score --model "$d/reward" --data "$OUT/cycle1/candidates/candidates.jsonl" \
+        $SCORE_FLAGS
+    }
     [ -z "$TRUTH" ] || [ -e "$d/frozen.json" ] ||
-      "$PYTHON" toy/mark.py --scored "$d/frozen_scored" --truth "$TRUTH" --out "$d/frozen.json"
+      "$PYTHON" toy/mark.py --scored "$frozen" --truth "$TRUTH" --out "$d/frozen.json"
   fi
   # The next cycle's generator learns from what this one accepted.
   if [ "$c" -lt "$CYCLES" ]; then

@@ -43,7 +43,7 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     count, share = cli.number(int, 1), cli.number(float, 0, 1)
     p.add_argument("--images", required=True, help="image records (JSONL)")
-    part = "ask only about the k-th of n parts of the images: each cycle its own"
+    part = "ask only about part K of N of the images, so that each cycle has new ones"
     p.add_argument("--part", type=parse_part, default="1/1", metavar="K/N", help=part)
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="folder or hub name of the generator")

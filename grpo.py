@@ -27,8 +27,8 @@ N = P·G responses,
         k3           k3_it                   KL(π_ref, π)        Schulman 2020, and in DeepSeekMath
         k2           1/2 · log²(π_ref/π)     KL(π, π_ref)        Schulman 2020; gradient: arXiv 2510.01555
 
-β_KL is --kl; --beta is the paper's weight of the answer match. With one update per batch of rollouts
-(--iterations 1, the default) every ρ is 1 and nothing is clipped.
+β_KL is --kl, 0 by default; --beta is the paper's weight of the answer match. With one update per batch of
+rollouts (--iterations 1, the default) every ρ is 1 and nothing is clipped.
 
 N and Σ|y_i| are totals over all processes, so a step does not depend on micro-batches or processes (but each
 process refills its own share of the groups). With --mask-truncated they count the responses that are left.
@@ -41,7 +41,7 @@ Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl (docs/met
 Departs from the paper:
   1. R is normalised to [0, 1]. With `--reward-scale raw`, as the paper writes it, the match term is 1.5% of
      the reward's range, and a malformed response gets α · (-6).
-  2. The advantage is not divided by the group's std, which would blow up the reward model's noise.
+  2. The advantage is not divided by the group's std, which would magnify the reward model's noise.
   3. A watch compares the reward with the truth on expert questions and warns of reward hacking.
 
     python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --out runs/mine \\

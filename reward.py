@@ -3,8 +3,8 @@
     R(image, question, response) in [-6, 10]   and   P(relevant), P(coherent), P(faithful), which say why
 
 A VLM backbone encodes image, question and response. Small heads take the log-probabilities that it gives the
-response's tokens, with the image and with a blank one in its place. The
-expert records give four levels of responses (medgr2/levels.py), drawn anew `--resamples` times:
+response's tokens, with the image and with a blank one in its place. The expert records give four levels of
+responses (medgr2/levels.py), drawn anew `--resamples` times:
 
     original 10     perturbed 6     incoherent 0     irrelevant -6
 
@@ -16,8 +16,7 @@ Writes  train: OUT/backbone/, OUT/heads.safetensors, heads.json, metrics.jsonl, 
         rejected.jsonl if --on-error skip finds unreadable images
 
 Departs from the paper:
-1. The heads take log-probabilities. --no-likelihood is the paper's plain head on the last hidden state, which
-   needs more expert records.
+1. The heads take log-probabilities. --no-likelihood is the paper's plain head, on the last hidden state.
 2. Three more heads say why R is as it is.
 3. The backbone is frozen (--freeze nothing: it learns too). The heads evolve with the policy's rollouts.
 4. --threshold is the paper's τ. --cap, --top-k and --keep divide what they accept over tasks and modalities
@@ -81,7 +80,7 @@ def parse_args():
     keep.add_argument("--top-k", type=count, help="accept the k best")
     keep.add_argument("--keep", type=share, help="accept this share, the best")
     s.add_argument("--cap", type=count, help="with --threshold: at most this many per cell of --per")
-    answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`; the cap prefers a half"
+    answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`, which --cap reads"
     s.add_argument("--answered", help=answered)
     skip = "at an unreadable image: skip puts its candidates into rejected.jsonl"
     s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
@@ -91,7 +90,10 @@ def parse_args():
     for command in (t, s):
         command.add_argument("--batch", type=count, default=32, help="questions at a time")
         cli.add_run_arguments(command)
-    return p.parse_args()
+    args = p.parse_args()
+    if args.command == "score" and args.cap and args.threshold is None:
+        s.error("--cap goes with --threshold; --top-k and --keep say how many already")
+    return args
 
 
 if __name__ == "__main__":
@@ -433,30 +435,26 @@ def allocate(sizes, total):
 def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None, cap=None):
     """(accepted, random): indices of the best of each cell, and of as many of the same cell at random.
 
-    Best is the highest R. With a threshold all from it on are good enough, and a cap takes those that the
-    policy passes nearest to half of the time: what it always answers right teaches it nothing.
+    Best is the highest R; ties stay in the order of the file. With a threshold every candidate from it on is
+    good enough, and a cap takes those that the policy answers nearest to half of the time.
     """
     index = {}
     for i, row in enumerate(rows):
         index.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
-    cells, overall = list(index.values()), [row["reward"]["overall"] for row in rows]
-    difficulty = [abs(row.get("pass_rate", 0.5) - 0.5) for row in rows]
+    overall = [row["reward"]["overall"] for row in rows]
+    cells = [sorted(cell, key=lambda i: overall[i], reverse=True) for cell in index.values()]
     if threshold is not None:
-        places = [min(sum(overall[i] >= threshold for i in cell), cap or len(cell)) for cell in cells]
+        good = [[i for i in cell if overall[i] >= threshold] for cell in cells]
+        # What the policy always answers right teaches it nothing.
+        distance = [abs(row.get("pass_rate", 0.5) - 0.5) for row in rows]
+        best = [sorted(cell, key=lambda i: distance[i])[:cap] for cell in good]
     else:
         total = round(keep * len(rows)) if top_k is None else top_k
         places = allocate([len(cell) for cell in cells], min(len(rows), total))
+        best = [cell[:n] for cell, n in zip(cells, places)]
     rng = random.Random(runs.seed_of(seed, "random"))
-    accepted, drawn = [], []
-    for cell, n in zip(cells, places):
-        # The best first; ties stay in the order of the file.
-        best = sorted(cell, key=lambda i: overall[i], reverse=True)
-        if threshold is not None:
-            good = sum(overall[i] >= threshold for i in cell)
-            best = sorted(best[:good], key=lambda i: difficulty[i])
-        accepted += best[:n]
-        drawn += rng.sample(cell, n)
-    return sorted(accepted), sorted(drawn)
+    drawn = [i for cell, chosen in zip(index.values(), best) for i in rng.sample(cell, len(chosen))]
+    return sorted(itertools.chain(*best)), sorted(drawn)
 
 
 def print_selection(rows, accepted):

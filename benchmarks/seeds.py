@@ -287,6 +287,21 @@ def format_seeds(found, form):
     return ", ".join(format_number(value, form) or "none" for value in found["by_seed"])
 
 
+def summary_tables(result):
+    """The same means as accuracy_table without tasks: a row per stage, a column per cycle."""
+    cells, cycles = {}, [f"cycle {number}" for number in range(1, len(result["cycles"][0]) + 1)]
+    for stage, found in result["accuracy"].items():
+        cells[stage] = f"**{found['mean']:.3f}** ({format_interval(found, '.3f')})"
+    before = [[stage, cells[stage]] for stage in STAGES if stage in cells]
+    by_cycle = []
+    for stage in CYCLE_STAGES:
+        row = [cells.get(f"{cycle}: {stage}", "") for cycle in cycles]
+        if any(row):
+            by_cycle.append([stage, *row])
+    headers = ["stage", "accuracy (95% interval)"]
+    return "\n\n".join([readme.format_table(headers, before), readme.format_table(["", *cycles], by_cycle)])
+
+
 def accuracy_table(result):
     """Means over seeds, overall with the interval and by task."""
     tasks, rows = list(result["accuracy"]["base"]["by_task"]), []
@@ -403,9 +418,10 @@ def write_tables(path):
     result = read_json(path)
     source = provenance(result, path)
     tables = {
-        "results": [accuracy_table],
+        "results": [summary_tables],
         "results-seeds": [seeds_table],
         "results-detail": [
+            accuracy_table,
             paired_table,
             paired_task_table,
             candidates_table,

@@ -51,7 +51,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def step(optimizer, lr):
-    """One step of the optimiser at this learning rate; the gradients are used up."""
+    """One step of the optimiser at this learning rate; then the gradients are cleared."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

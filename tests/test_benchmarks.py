@@ -462,6 +462,7 @@ def test_a_control_that_no_run_has_is_left_out(tmp_path):
     assert {row for pair in result["paired"] for row in (pair["from"], pair["to"])} == set(rows)
     assert [change["file"] for change in result["changes"]] == ["marks"]
     assert result["command"].startswith("OUT=")
+    assert "random" not in seeds.summary_tables(result) and "ceiling" not in seeds.summary_tables(result)
     assert "of cycle 1" not in seeds.candidates_table(result)
     assert "| cycle 1: a task | 0.500 | 0.900 | 0.800 |  |" in seeds.candidates_task_table(result)
 
@@ -529,6 +530,9 @@ def test_the_tables_show_every_number_under_its_name(tmp_path):
     # The first run's draws of two images give 0, 1/3, 1/3 or 1/2, the second's 1. In 16 of 64 draws both runs
     # are the first: the mean is then 0 in 1 of them and 1/6 in 4.
     assert accuracy[SFT] == ["**0.667**", "0.167 to 1.000", "0.750", "0.500"]
+    before, by_cycle = map(cells_of, seeds.summary_tables(result).split("\n\n"))
+    assert list(before) == ["stage", *seeds.STAGES] and by_cycle[""] == ["cycle 1", "cycle 2"]
+    assert by_cycle["SFT on accepted"][0] == "**0.667** (0.167 to 1.000)"
     assert cells_of(seeds.seeds_table(result))[SFT] == ["0.333", "1.000", "**0.667**"]
     paired = cells_of(seeds.paired_table(result))
     assert paired[f"{SFT} → {GRPO}"] == ["+0.333", "+0.000 to +0.833", "+0.667, +0.000"]
@@ -552,9 +556,9 @@ def test_the_tables_of_a_result_file_are_written_into_their_blocks(tmp_path, pag
     seeds.write_tables(str(tmp_path / "r.json"))
     blocks = {name: text for name, _, text in BLOCK.findall(pages[1].read_text())}
     assert list(blocks) == list(names)
-    assert seeds.accuracy_table(result) in blocks["results"]
+    assert seeds.summary_tables(result) in blocks["results"]
     assert seeds.seeds_table(result) in blocks["results-seeds"]
-    for table in (seeds.paired_table, seeds.paired_task_table, seeds.candidates_table):
+    for table in (seeds.accuracy_table, seeds.paired_table, seeds.paired_task_table, seeds.candidates_table):
         assert table(result) in blocks["results-detail"]
     for table in (seeds.candidates_task_table, seeds.changes_table):
         assert table(result) in blocks["results-detail"]

@@ -738,6 +738,20 @@ def test_a_resumed_run_gives_the_same_rollouts_and_weights_bit_for_bit(monkeypat
     ]
 
 
+def test_the_learning_rate_of_a_step_rises_then_falls_and_is_the_optimisers(monkeypatch, folder, tmp_path):
+    stepped, real = [], torch.optim.AdamW.step
+
+    def step(optimizer, *args, **kwargs):
+        stepped.append(optimizer.param_groups[0]["lr"])
+        return real(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run_grpo(monkeypatch, folder, tmp_path / "run", "--lr", "4e-4", "--warmup", "0.34")
+    logged = [json.loads(line)["lr"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    # One of three steps rises to the peak. Of half a cosine over two steps, the places 0 and 1/2 are left.
+    assert stepped == pytest.approx([4e-4, 4e-4, 2e-4]) and logged == pytest.approx(stepped)
+
+
 def test_if_no_group_is_informative_one_fills_the_step_and_teaches_nothing(monkeypatch, folder, tmp_path):
     run_grpo(monkeypatch, folder, tmp_path / "run", "--min-spread", "9")
     before = loading.load(str(ROOT / "toy" / "policy")).model.state_dict()

@@ -40,12 +40,9 @@ def test_an_accepted_sample_is_traced_to_its_image_generator_score_and_every_run
         f"by toy/generator, paradigm {sample['paradigm']}, seed {sample['seed']}, cycle 1; "
         "cycle1/candidates/candidates.jsonl"
     )
-    # The frozen set of a cycle's reward model is scored and filtered as its candidates are.
-    folders = ("cycle1/frozen_scored", "cycle1/scored")
-    reward = f"{sample['reward']['overall']} by {d}/reward"
-    assert sorted(texts(lines, "scored")) == [f"{reward}; {folder}/scored.jsonl" for folder in folders]
-    assert sorted(texts(lines, "accepted")) == [f"{folder}/accepted.jsonl" for folder in folders]
-    assert not texts(lines, "random")
+    (scored,) = texts(lines, "scored")
+    assert scored == f"{sample['reward']['overall']} by {d}/reward; cycle1/scored/scored.jsonl"
+    assert texts(lines, "accepted") == ["cycle1/scored/accepted.jsonl"] and not texts(lines, "random")
     rollouts = sum(r["record"] == sample["id"] for r in read_lines(d / "grpo" / "rollouts.jsonl"))
     source = "from cycle1/scored/accepted.jsonl"
     scored = "from cycle1/scored/scored.jsonl"
@@ -100,9 +97,8 @@ def test_all_inputs_of_a_cycle_hold_after_a_move_too_and_each_that_changed_is_na
         ("cycle1/sft_more", "accepted.jsonl"),
         ("cycle1/grpo", "reward"),
         ("cycle1/scored", "reward"),
-        ("cycle1/frozen_scored", "reward"),
     }
-    assert (counts["changed"], counts["same"]) == (5, total - 5)
+    assert (counts["changed"], counts["same"]) == (4, total - 4)
     assert all(what.startswith("changed: ") for _, _, what in changes)
     status, shown, _ = command("verify", moved)
     assert status == 1 and f"{len(changes)} changed" in shown and shown.count("\n") == 2 + len(changes) + 1

@@ -419,3 +419,11 @@ def test_the_pass_rate_is_the_share_of_samples_with_the_candidates_answer(tmp_pa
     assert row == candidate | {"pass_rate": 0.5}
     with pytest.raises(RecordError, match="no answers to y: run eval.py on the candidates"):
         reward.with_pass_rates([candidate | {"id": "y"}], tmp_path / "predictions.jsonl")
+
+
+def test_a_cap_without_a_threshold_is_refused(monkeypatch, capsys):
+    flags = "reward.py score --model m --data d --out o --keep 0.5 --cap 3"
+    monkeypatch.setattr(sys, "argv", flags.split())
+    with pytest.raises(SystemExit):
+        reward.parse_args()
+    assert "--cap goes with --threshold" in capsys.readouterr().err

@@ -358,6 +358,12 @@ def exact(*tensors):
     return [x if x is None else x.detach().cpu().double().requires_grad_() for x in tensors]
 
 
+def logps_and_entropies(logits, targets):
+    """Logits (N, V), targets (N,) → (N,) each."""
+    logps = logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+    return logps, torch.distributions.Categorical(logits=logits).entropy()
+
+
 def assert_gradients(ours, theirs, tolerance=2e-5):
     for name, a, b in zip(("d hidden", "d weight", "d bias"), ours, theirs):
         if a is not None:
@@ -373,10 +379,7 @@ def test_bias_and_softcap_give_the_float64_values_and_gradients(where, with_bias
     bias, grads = (make(1, 13, 1)[0][0] if with_bias else None), cotangents(7)
     theirs = exact(hidden, weight, bias)
     logits = full_logits(*theirs, softcap, 0.7)
-    want = (
-        logits.log_softmax(-1)[torch.arange(7), targets],
-        torch.distributions.Categorical(logits=logits).entropy(),
-    )
+    want = logps_and_entropies(logits, targets)
     torch.autograd.backward(want, tuple(grads))
     mine = leaves(where, hidden, weight, bias)
     got = linear_logprob(*mine[:2], targets.to(where[0]), 0.7, mine[2], softcap, chunk=3, backend=where[1])
@@ -402,10 +405,7 @@ def test_a_bias_of_minus_infinity_leaves_a_softmax_over_the_other_tokens(
     targets, grads = torch.tensor(allowed)[place], cotangents(7)
     theirs = exact(hidden, weight[allowed], bias[allowed])
     logits = full_logits(*theirs, softcap, 0.7)
-    want = (
-        logits.log_softmax(-1)[torch.arange(7), place],
-        torch.distributions.Categorical(logits=logits).entropy(),
-    )
+    want = logps_and_entropies(logits, place)
     torch.autograd.backward(want, tuple(grads))
     mine = leaves(where, hidden, weight, bias)
     arguments = *mine[:2], targets.to(where[0])

@@ -16,7 +16,7 @@ Writes into --out:
     unlabelled/images.jsonl  images without text, for the generator
     unlabelled/truth.jsonl   their facts, for toy/mark.py; no stage reads it
     val.jsonl, test.jsonl    question records on other images
-    plenty.jsonl             with --plenty: as many expert questions as one likes, for the ceiling
+    plenty.jsonl             with --plenty: many more expert questions, for the ceiling
     heldout/                 the same files of another clinic whose training files lack one modality and one
                              task; val and test have them, to measure transfer
 

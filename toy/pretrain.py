@@ -1,18 +1,17 @@
 """How the toy's three committed models were made, from scratch: a generator, a policy and a reward backbone.
 
 Each is a LLaVA (SigLIP tower, linear projector, Qwen2 decoder) of one to two million parameters with its own
-tokenizer, saved in the Hugging Face format. It is trained in two phases, on images drawn for it:
-  1. only the vision tower, by naming the drawn facts (a VLM usually starts from a pre-trained CLIP tower);
-  2. the whole model, on the data of its role:
-       policy     reports of all modalities and questions in three of the eight, so that much is left to learn
-       generator  starts from a policy whose tower phase 2 made worse; candidates of all paradigms and
-                  modalities: it asks well, but errs
-       backbone   reports and questions of all modalities: it sees better than the policy
+tokenizer, saved in the Hugging Face format. There are two phases, on images drawn for them:
+  1. one vision tower for all three learns to name what is seen: modality, outline, shape, size and side (a
+     VLM usually starts from a pre-trained CLIP tower). It does not learn what a sign means;
+  2. projector and decoder learn the data of their role, and the tower stays as it is:
+       policy     reports and questions in one family of modalities (KNOWN), so that it has much left to learn
+       generator  candidates of all paradigms and modalities, of which a fraction (ERRORS) has a wrong answer:
+                  it sees well and errs by chance, so that tuning on right candidates can improve it
+       backbone   reports and questions of all modalities: it knows more than the policy
 
-    python toy/pretrain.py --role policy --out toy/policy
-    python toy/pretrain.py --role policy --no-freeze-tower --out unfrozen
-    python toy/pretrain.py --role generator --start unfrozen --out toy/generator
-    python toy/pretrain.py --role backbone --out toy/backbone
+    python toy/pretrain.py --out toy                        all three, about 45 minutes on one CPU core
+    python toy/pretrain.py --out toy --roles policy         one of them
 """
 
 import json
@@ -40,7 +39,7 @@ from medgr2.prompts import (
     report_prompt,
 )
 
-# What phase 1 teaches the towers to see. It says nothing of what a sign means.
+# What phase 1 teaches the tower to see.
 SIGNS = {
     "modality": MODALITIES,
     "outline": clinic.OUTLINES["radiographic"],
@@ -56,7 +55,7 @@ ASKED = {
     "Lesion Grading": ("degree", clinic.DEGREES + (None,)),
     "Other Biological Attributes": ("side", clinic.SIDES + (None,)),
 }
-# The modalities that the policy has met.
+# The modalities that the policy is trained on.
 KNOWN = clinic.FAMILIES["radiographic"]
 # Fraction of the generator's training examples with a wrong answer.
 ERRORS = 0.3
