@@ -34,7 +34,7 @@ EVAL=${EVAL:-eval.py}
 GENERATE_FLAGS=${GENERATE_FLAGS:---per-image 2} REWARD_FLAGS=${REWARD_FLAGS:-}
 SCORE_FLAGS=${SCORE_FLAGS:---threshold 8} SFT_FLAGS=${SFT_FLAGS:---steps 1000}
 GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:---lr 3e-4}
-CEILING_FLAGS=${CEILING_FLAGS:---steps 2000}
+CEILING_FLAGS=${CEILING_FLAGS:---steps 3000}
 EVAL_FLAGS=${EVAL_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
@@ -111,7 +111,9 @@ if [ -n "$CONTROLS" ] && [ -n "$PLENTY" ]; then
   rows+=("ceiling: SFT on plenty of expert data=$OUT/eval_ceiling/metrics.json")
 fi
 
-generator=$GENERATOR accepted=() random=() rollouts=()
+policy=$POLICY generator=$GENERATOR accepted=() random=() rollouts=()
+# Where the controls of a cycle start.
+random_policy=$POLICY first_policy=$OUT/cycle1/sft
 for c in $(seq "$CYCLES"); do
   d=$OUT/cycle$c
   stage "$d/reward" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" ${REPORTS:+"$REPORTS"} \
@@ -119,13 +121,14 @@ for c in $(seq "$CYCLES"); do
   stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
     $GENERATE_FLAGS
   stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
-  # Each cycle trains the policy from its base on everything accepted so far and on the expert questions.
+  # SFT, then GRPO, on all that was accepted so far and on the expert questions. The next cycle goes on from it.
   accepted+=("$d/scored/accepted.jsonl") random+=("$d/scored/random.jsonl")
-  sft "$d/sft" "${accepted[@]}" "$EXPERT"
+  FROM=$policy sft "$d/sft" "${accepted[@]}" "$EXPERT"
   rows+=("cycle $c: SFT on accepted=$d/eval_sft/metrics.json")
-  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "$d/scored/scored.jsonl" "$EXPERT" \
+  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "${accepted[@]}" "$EXPERT" \
     --val "$VAL" --test "$TEST" $GRPO_FLAGS
   evaluate "$d/grpo"
+  policy=$d/grpo
   rows+=("cycle $c: + GRPO=$d/eval_grpo/metrics.json" "cycle $c: + GRPO=$d/reward/metrics.json")
   rollouts+=("$d/grpo/rollouts.jsonl")
   if [ -n "$TRUTH" ]; then
@@ -134,14 +137,19 @@ for c in $(seq "$CYCLES"); do
     rows+=("cycle $c: + GRPO=$d/marks.json")
   fi
   if [ -n "$CONTROLS" ]; then
-    # As many candidates at random. Then as many more steps as GRPO had, on SFT's data and on GRPO's.
-    sft "$d/sft_random" "${random[@]}" "$EXPERT"
+    # As many candidates at random, in each cycle. Then as many steps of SFT on the accepted of cycle 1 alone,
+    # and in place of GRPO as many steps of SFT on the same data.
+    FROM=$random_policy sft "$d/sft_random" "${random[@]}" "$EXPERT"
+    random_policy=$d/sft_random
+    [ "$c" -eq 1 ] || {
+      FROM=$first_policy sft "$d/sft_first" "${accepted[0]}" "$EXPERT"
+      first_policy=$d/sft_first
+      rows+=("cycle $c: SFT on accepted of cycle 1=$d/eval_sft_first/metrics.json")
+    }
     steps=$(wc -l < "$d/grpo/metrics.jsonl")
     FROM=$d/sft MORE="--steps $steps $MORE_FLAGS" sft "$d/sft_more" "${accepted[@]}" "$EXPERT"
-    FROM=$d/sft MORE="--steps $steps $MORE_FLAGS" sft "$d/sft_same" "$d/scored/scored.jsonl" "$EXPERT"
     rows+=("cycle $c: SFT on random=$d/eval_sft_random/metrics.json"
-           "cycle $c: + as many SFT steps=$d/eval_sft_more/metrics.json"
-           "cycle $c: + SFT on GRPO's data=$d/eval_sft_same/metrics.json")
+           "cycle $c: + as many SFT steps=$d/eval_sft_more/metrics.json")
     # The same candidates in each cycle, those of cycle 1, to see whether the reward model drifts.
     frozen=$d/scored
     [ "$c" -eq 1 ] || {

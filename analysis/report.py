@@ -38,7 +38,7 @@ KINDS = ("metrics", "predictions", "scored", "figures")
 POINTS = 200
 # The runs of a cycle, in order.
 RUNS = (
-    "reward scored sft_random eval_sft_random sft eval_sft sft_more eval_sft_more sft_same eval_sft_same "
+    "reward scored sft_random eval_sft_random sft eval_sft sft_first eval_sft_first sft_more eval_sft_more "
     "grpo eval_grpo generator"
 ).split()
 # Metrics whose curves are shown first; the others are folded away.

@@ -39,13 +39,13 @@ STAGES = {
 }
 CYCLE_STAGES = {
     "SFT on random": "eval_sft_random",
+    "SFT on accepted of cycle 1": "eval_sft_first",
     "SFT on accepted": "eval_sft",
     "+ as many SFT steps": "eval_sft_more",
-    "+ SFT on GRPO's data": "eval_sft_same",
     "+ GRPO": "eval_grpo",
 }
 # Runs with CONTROLS=1 have these too.
-CONTROLS = ("eval_ceiling", "eval_sft_random", "eval_sft_more", "eval_sft_same")
+CONTROLS = ("eval_ceiling", "eval_sft_random", "eval_sft_first", "eval_sft_more")
 # Measures of toy/mark.py whose change over the cycles is reported. frozen.json is about cycle 1's candidates.
 CHANGES = {
     ("marks", "right_scored"): "right, of all candidates",
@@ -109,9 +109,9 @@ def list_pairs(rows, count):
         pairs += [(of(name, c - 1), of(name, c)) for c in range(2, count + 1)]
     for before, after in (
         ("SFT on random", "SFT on accepted"),
+        ("SFT on accepted of cycle 1", "SFT on accepted"),
         ("SFT on accepted", "+ GRPO"),
         ("+ as many SFT steps", "+ GRPO"),
-        ("+ SFT on GRPO's data", "+ GRPO"),
     ):
         pairs += [(of(before, c), of(after, c)) for c in range(1, count + 1)]
     pairs += [(of("+ GRPO"), "ceiling: SFT on plenty of expert data")]

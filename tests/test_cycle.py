@@ -28,7 +28,6 @@ def test_the_cycle_finishes_and_ends_with_its_table(finished):
         "cycle 1: SFT on random",
         "cycle 1: SFT on accepted",
         "cycle 1: + as many SFT steps",
-        "cycle 1: + SFT on GRPO's data",
         "ceiling: SFT on plenty of expert data",
         "cycle 1: + GRPO",
     ):
