@@ -14,6 +14,7 @@ cd "$(dirname "$0")"
 OUT=${OUT:-runs/toy}
 CYCLES=${CYCLES:-3}           # fixed once a run has started, because each cycle has its part of IMAGES
 CONTROLS=${CONTROLS:-}        # if not empty, also train what each gain is compared with
+FILTER=${FILTER:-accepted}    # which candidates train policy and generator; random: as many, drawn at random
 SEED=${SEED:-0}
 POLICY=${POLICY:-toy/policy}
 GENERATOR=${GENERATOR:-toy/generator}
@@ -80,6 +81,10 @@ for v in IMAGES VAL TEST IMAGE_ROOT; do
   [ -n "${!v}" ] || { echo "cycle.sh: EXPERT is given and $v is not; give $v too" >&2; exit 2; }
 done
 # Checked now, not when a stage needs the file days later.
+case $FILTER in
+  accepted | random) ;;
+  *) echo "cycle.sh: FILTER=$FILTER: give accepted or random" >&2; exit 2 ;;
+esac
 for v in EXPERT REPORTS IMAGES VAL TEST PLENTY; do
   [ -z "${!v}" ] || [ -f "${!v}" ] || { echo "cycle.sh: $v=${!v}: no such file; correct it" >&2; exit 2; }
 done
@@ -87,7 +92,7 @@ done
 # Stages whose folders exist are skipped, so a folder must hold only one cycle.
 settings=$(
   for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST PLENTY CYCLES CONTROLS \
-    GENERATE REWARD SFT GRPO EVAL GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS \
+    FILTER GENERATE REWARD SFT GRPO EVAL GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS \
     GRPO_FLAGS MORE_FLAGS CEILING_FLAGS EVAL_FLAGS; do
     echo "$v=${!v}"
   done
@@ -121,8 +126,8 @@ for c in $(seq "$CYCLES"); do
   stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
     $GENERATE_FLAGS
   stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
-  # SFT, then GRPO, on all that was accepted so far and on the expert questions. The next cycle goes on from it.
-  accepted+=("$d/scored/accepted.jsonl") random+=("$d/scored/random.jsonl")
+  # SFT, then GRPO, on all that was accepted so far and the expert questions. The next cycle goes on from it.
+  accepted+=("$d/scored/$FILTER.jsonl") random+=("$d/scored/random.jsonl")
   FROM=$policy sft "$d/sft" "${accepted[@]}" "$EXPERT"
   rows+=("cycle $c: SFT on accepted=$d/eval_sft/metrics.json")
   launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "${accepted[@]}" "$EXPERT" \
@@ -162,7 +167,7 @@ for c in $(seq "$CYCLES"); do
   fi
   # The next cycle's generator learns from what this one accepted.
   if [ "$c" -lt "$CYCLES" ]; then
-    launch "$d/generator" "$SFT" --role generator --model "$generator" --data "$d/scored/accepted.jsonl" \
+    launch "$d/generator" "$SFT" --role generator --model "$generator" --data "$d/scored/$FILTER.jsonl" \
       $GENERATOR_FLAGS
     generator=$d/generator
   fi

@@ -56,7 +56,11 @@ def parse_args():
     p.add_argument("--timeout", type=cli.number(float, 1), default=300, help="seconds to wait for a reply")
     names = list(PARADIGMS)
     p.add_argument("--paradigms", nargs="+", choices=names, default=names, help="ways to ask for reasoning")
-    p.add_argument("--tasks", nargs="+", default=list(TASKS), help="kinds of question to ask for, in turn")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument(
+        "--tasks", nargs="+", default=list(TASKS), help="kinds of question to ask for, in turn"
+    )
+    which.add_argument("--tasks-of", metavar="FILE", help="or those that these records have")
     p.add_argument("--per-image", type=count, default=1, help="candidates per image and paradigm")
     p.add_argument("--temperature", type=cli.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=count, default=160, help="longer replies are rejected")
@@ -146,6 +150,13 @@ def build_drafts(record, turn, paradigms, tasks, per_image, cycle, seed, generat
 
 # ---------------------------------------------------------------------------------------------------------
 # Asking.
+
+
+def tasks_of(path, root=None):
+    """The tasks of the records, in alphabetical order."""
+    tasks = sorted({record["task"] for record in records.read_records(path, ("task",), root)})
+    require(tasks, f"{path}: no record; give records whose kinds of question to ask for")
+    return tasks
 
 
 def open_generator(args):
@@ -259,7 +270,11 @@ def main(args):
     skip = args.on_error == "skip"
     images = read_images(args.images, skip, args.image_root, args.part)
     unreadable = find_unreadable(images, args.max_rejected) if skip else {}
-    run = runs.start(args, [args.images, args.model], free=("concurrency", "retries", "timeout"))
+    if args.tasks_of:
+        args.tasks = tasks_of(args.tasks_of, args.image_root)
+    run = runs.start(
+        args, [args.images, args.model, args.tasks_of], free=("concurrency", "retries", "timeout")
+    )
     ask = open_generator(args)
     generator = args.model or args.endpoint_model
     # The same for all drafts.

@@ -38,6 +38,28 @@ def make_curves(points):
     return curves
 
 
+def find_worth(curves, reference):
+    """{method: [k' for each of its points]}: the k' at which `reference`'s curve has the point's accuracy.
+
+    Interpolated in log k. None where the curve does not reach the accuracy, or is above it from its first k.
+    """
+    points = [p for p in curves[reference] if p["k"]]
+    worth = {}
+    for method, own in curves.items():
+        if method != reference:
+            worth[method] = [interpolate_k(points, p["mean"]) for p in own]
+    return worth
+
+
+def interpolate_k(points, accuracy):
+    """The first k at which the curve through `points`, linear in log k, rises to `accuracy`, or None."""
+    for a, b in zip(points, points[1:]):
+        if a["mean"] <= accuracy <= b["mean"] and a["mean"] < b["mean"]:
+            share = (accuracy - a["mean"]) / (b["mean"] - a["mean"])
+            return float(a["k"] * (b["k"] / a["k"]) ** share)
+    return None
+
+
 def format_curves(curves, markdown):
     lines = []
     for method, points in curves.items():
@@ -46,9 +68,19 @@ def format_curves(curves, markdown):
     return cli.format_table(lines, ["method", "k", "mean", "worst", "best", "seeds"], markdown)
 
 
+def format_worth(curves, worth, reference, markdown):
+    rows = []
+    for method, found in worth.items():
+        for point, k in zip(curves[method], found):
+            rows.append([method, point["k"], point["mean"], "not reached" if k is None else round(k)])
+    return cli.format_table(rows, ["method", "k", "mean", f"k of {reference}"], markdown)
+
+
 def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("runs", nargs="+", metavar="METHOD:K=RUN", help="runs on K records; 0: not trained")
+    worth = "also say how many of this METHOD's records reach each other point's accuracy"
+    p.add_argument("--worth", metavar="METHOD", help=worth)
     add_output_arguments(p)
     return p.parse_args()
 
@@ -56,6 +88,9 @@ def parse_args():
 def main(args):
     named = named_runs(args.runs)
     points = [read_point(name, path) for name, path in named]
+    methods = list(dict.fromkeys(method for method, _, _ in points))
+    if args.worth and args.worth not in methods:
+        raise RunError(f"--worth {args.worth}: no run of it; give one of {', '.join(methods)}")
     run = runs.start(args, [path for _, path in named], free=FREE)
     curves = make_curves(points)
     print(format_curves(curves, args.markdown))
@@ -63,7 +98,11 @@ def main(args):
     levels = {method: ps[0] for method, ps in curves.items() if [p["k"] for p in ps] == [0]}
     trained = {method: [p for p in ps if p["k"]] for method, ps in curves.items() if method not in levels}
     figures.efficiency(run.path("efficiency"), trained, levels)
-    run.finish({"curves": curves}, f"{len(named)} runs, {len(curves)} methods")
+    result = {"curves": curves}
+    if args.worth:
+        result["worth"] = find_worth(curves, args.worth)
+        print(format_worth(curves, result["worth"], args.worth, args.markdown))
+    run.finish(result, f"{len(named)} runs, {len(curves)} methods")
 
 
 if __name__ == "__main__":

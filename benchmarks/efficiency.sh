@@ -1,50 +1,47 @@
 #!/usr/bin/env bash
-# The paper's Figure 2 on the toy: SFT on k generated records, chosen at random or by reward, and GRPO after
-# SFT by reward.
+# How many expert questions is what a cycle accepts worth? SFT on k expert questions, and the cycles' own
+# points at the number of questions that they were trained on (the paper's Figure 2).
 #
+#   python benchmarks/seeds.py                           first: its runs have plenty of expert questions
 #   bash benchmarks/efficiency.sh                        into runs/efficiency; the same command resumes
-#   SEEDS=0 SIZES=8 OUT=runs/e CLINIC_FLAGS="--sizes 12 6 16 8 8" REWARD_FLAGS="--resamples 1 --steps 50" \
-#   GRPO_FLAGS="--steps 1 --prompts 2 --group 4 --watch-items 8" bash benchmarks/efficiency.sh   the smallest
 #
-# Both choices of k records are those of `reward.py score --top-k`, as many of each task and modality. GRPO
-# trains only on the same k records. Ends with OUT/curve: metrics.json, efficiency.svg, efficiency.png.
+# Each point of the curve has as many steps as the SFT of one cycle. Ends with OUT/curve: metrics.json,
+# efficiency.svg, efficiency.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/efficiency}
+RUNS=${RUNS:-runs/seed}                  # finished runs of cycle.sh with CONTROLS=1, without the seed
 SEEDS=${SEEDS:-0 1 2}
-SIZES=${SIZES:-100 200 400 800}
-POLICY=${POLICY:-toy/policy}
-GENERATOR=${GENERATOR:-toy/generator}
-REWARD_BACKBONE=${REWARD_BACKBONE:-toy/backbone}
-CLINIC_FLAGS=${CLINIC_FLAGS:---sizes 100 200 600 200 800}
-REWARD_FLAGS=${REWARD_FLAGS:-} GENERATE_FLAGS=${GENERATE_FLAGS:-} SFT_FLAGS=${SFT_FLAGS:-}
-GRPO_FLAGS=${GRPO_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:-}
-. benchmarks/stages.sh SEEDS SIZES POLICY GENERATOR REWARD_BACKBONE CLINIC_FLAGS REWARD_FLAGS GENERATE_FLAGS \
-  SFT_FLAGS GRPO_FLAGS EVAL_FLAGS
+SIZES=${SIZES:-600 1200 3000}            # k beside the run's own expert questions
+SFT_FLAGS=${SFT_FLAGS:---steps 1000}
+. ./setup.sh requirements.txt
 
-runs=()
+curve="SFT on expert questions" runs=()
 for s in $SEEDS; do
-  d=$OUT/seed$s
-  evaluate() {  # evaluate MODEL FOLDER
-    stage "$2" "$s" eval.py --model "$1" --data "$d/data/test.jsonl" $EVAL_FLAGS
-  }
-  "$PYTHON" toy/clinic.py --out "$d/data" --seed "$s" $CLINIC_FLAGS
-  evaluate "$POLICY" "$d/eval_base"
-  runs+=("base:0=$d/eval_base")
-  stage "$d/reward" "$s" reward.py train --model "$REWARD_BACKBONE" \
-    --data "$d/data/expert.jsonl" "$d/data/reports.jsonl" $REWARD_FLAGS
-  stage "$d/candidates" "$s" generate.py --model "$GENERATOR" \
-    --images "$d/data/unlabelled/images.jsonl" $GENERATE_FLAGS
+  d=$OUT/seed$s run=$RUNS$s
+  common="--seed $s --image-root $run"
+  mkdir -p "$d"
+  runs+=("$curve:$(wc -l < "$run/data/expert.jsonl")=$run/eval_sft_expert")
   for k in $SIZES; do
-    stage "$d/k$k/scored" "$s" reward.py score --model "$d/reward" \
-      --data "$d/candidates/candidates.jsonl" --top-k "$k"
-    stage "$d/k$k/random" "$s" sft.py --model "$POLICY" --data "$d/k$k/scored/random.jsonl" $SFT_FLAGS
-    stage "$d/k$k/top" "$s" sft.py --model "$POLICY" --data "$d/k$k/scored/accepted.jsonl" $SFT_FLAGS
-    stage "$d/k$k/grpo" "$s" grpo.py --model "$d/k$k/top" --reward "$d/reward" \
-      --data "$d/k$k/scored/accepted.jsonl" --val "$d/data/val.jsonl" $GRPO_FLAGS
-    for method in random top grpo; do evaluate "$d/k$k/$method" "$d/k$k/eval_$method"; done
-    runs+=("random-k:$k=$d/k$k/eval_random" "top-k:$k=$d/k$k/eval_top" "top-k + GRPO:$k=$d/k$k/eval_grpo")
+    [ -e "$d/k$k.jsonl" ] ||
+      "$PYTHON" benchmarks/subset.py "$run/data/plenty.jsonl" --k "$k" --seed "$s" --out "$d/k$k.jsonl"
+    [ -e "$d/k$k" ] ||
+      "$PYTHON" sft.py --model toy/policy --data "$d/k$k.jsonl" --out "$d/k$k" $common $SFT_FLAGS
+    [ -e "$d/eval_k$k" ] ||
+      "$PYTHON" eval.py --model "$d/k$k" --data "$run/data/test.jsonl" --out "$d/eval_k$k" $common
+    runs+=("$curve:$k=$d/eval_k$k")
   done
 done
-stage "$OUT/curve" 0 -m analysis.efficiency "${runs[@]}"
+# The cycles' points, at the mean of the seeds.
+for c in 1 2 3; do
+  count=0 n=0
+  for s in $SEEDS; do
+    files=("$RUNS$s/data/expert.jsonl")
+    for before in $(seq "$c"); do files+=("$RUNS$s/cycle$before/scored/accepted.jsonl"); done
+    count=$((count + $(cat "${files[@]}" | wc -l))) n=$((n + 1))
+  done
+  for s in $SEEDS; do runs+=("cycle $c: SFT on accepted:$((count / n))=$RUNS$s/cycle$c/eval_sft"); done
+done
+[ -e "$OUT/curve" ] ||
+  "$PYTHON" -m analysis.efficiency "${runs[@]}" --worth "$curve" --out "$OUT/curve"
 echo "all in $OUT"

@@ -13,9 +13,6 @@ The last three are those that the runs wrote down. Seconds are those of cycle.sh
 those from the start of the first stage to the end of the last. The log of a run is beside its folder.
 """
 
-import datetime
-import glob
-import json
 import os
 import subprocess
 import sys
@@ -25,8 +22,23 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import readme
+from collect import (
+    accuracy_table,
+    count_seconds,
+    format_interval,
+    format_number,
+    format_seeds,
+    mean_of,
+    measure_by,
+    paired_table,
+    paired_task_table,
+    provenance,
+    read_answers,
+    read_environment,
+    read_json,
+)
 
-from medgr2 import cli, measures, records, runs
+from medgr2 import cli, runs
 from medgr2.errors import RunError
 from medgr2.prompts import PARADIGMS
 
@@ -55,15 +67,6 @@ CHANGES = {
 
 # ---------------------------------------------------------------------------------------------------------
 # From the runs to the result file.
-
-
-def read_json(*path):
-    path = os.path.join(*path)
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: {error}; give finished runs of the cycle") from None
 
 
 def find_rows(folders):
@@ -118,47 +121,6 @@ def list_pairs(rows, count):
     return [pair for pair in pairs if set(pair) <= set(rows)]
 
 
-def read_answers(folders, rows):
-    """(questions, {row: 1.0 for each right answer, else 0.0 (n,)}): the test answers of all runs together.
-
-    `questions` has "run" (its number), "image" and "task" (n,). Raises RunError if two rows differ in theirs.
-    """
-    import numpy as np
-
-    asked, correct = {}, {}
-    for row, part in rows.items():
-        asked[row], right = [], []
-        for run, folder in enumerate(folders):
-            path = os.path.join(folder, part, "predictions.jsonl")
-            fields = ("id", "image_hash", "task", "correct")
-            for record in records.read_records(path, fields, records.ANYWHERE):
-                asked[row].append((run, record["image_hash"], record["task"], record["id"]))
-                right.append(record["correct"])
-        if asked[row] != asked["base"]:
-            raise RunError(f"{row}: not the test questions of base; give runs whose rows share one test file")
-        correct[row] = np.array(right, float)
-    columns = zip(*asked["base"])
-    return {name: np.array(column) for name, column in zip(("run", "image", "task"), columns)}, correct
-
-
-def measure(values, questions):
-    """The mean over runs of each run's mean of `values` (n,), its interval, and the means by run."""
-    run = questions["run"]
-    by_seed = [float(values[run == number].mean()) for number in range(max(run) + 1)]
-    low, high = measures.two_level_interval(values, questions["image"], run, 0)
-    return {"mean": sum(by_seed) / len(by_seed), "low": low, "high": high, "by_seed": by_seed}
-
-
-def measure_by_task(values, questions):
-    """What `measure` returns, of all questions and, under "by_task", of each task's."""
-    found = measure(values, questions) | {"by_task": {}}
-    for task in sorted(set(questions["task"])):
-        own = questions["task"] == task
-        part = {name: column[own] for name, column in questions.items()}
-        found["by_task"][str(task)] = measure(values[own], part)
-    return found
-
-
 def read_cycle(folder):
     found = {
         "reward": read_json(folder, "reward", "metrics.json"),
@@ -177,12 +139,6 @@ def read_mark(cycle, mark, task):
     file, field = mark
     found = cycle[file]["by_task"].get(task, {}) if task else cycle[file]
     return found.get(field)
-
-
-def mean_of(values):
-    """The mean of those that are not None; None if all are."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def measure_change(cycles, mark, number, task=None):
@@ -212,36 +168,6 @@ def list_tasks(cycles):
     return sorted({task for of_run in cycles for cycle in of_run for task in cycle["marks"]["by_task"]})
 
 
-def read_stages(folder):
-    """The args.json of every stage of a run. Raises RunError if there is none."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "**", "args.json"), recursive=True)
-    if not paths:
-        raise RunError(f"{folder}: no run of the cycle; give folders that cycle.sh wrote")
-    return [read_json(path) for path in sorted(paths)]
-
-
-def count_seconds(folder):
-    """From the start of the run's first stage to the end of its last."""
-    stages = read_stages(folder)
-    first = min(datetime.datetime.fromisoformat(stage["started"]) for stage in stages)
-    last = max(datetime.datetime.fromisoformat(stage["ended"]) for stage in stages)
-    return (last - first).total_seconds()
-
-
-def read_environment(folders):
-    """Versions, commit and hardware as all stages of all runs wrote them. Raises RunError if they differ."""
-    found = []
-    for stage in (stage for folder in folders for stage in read_stages(folder)):
-        environment = {key: stage[key] for key in ("versions", "git", "hardware")}
-        if environment not in found:
-            found.append(environment)
-    if len(found) != 1:
-        raise RunError(
-            f"{folders[0]}: {len(found)} commits, machines or sets of versions; one result has one"
-        )
-    return found[0]
-
-
 def collect(folders, seconds, command=None):
     """The result file of finished runs. Without `command` it is that of the cycles themselves."""
     rows, count = find_rows(folders)
@@ -253,7 +179,7 @@ def collect(folders, seconds, command=None):
         commands.append(f"{controls}OUT={os.path.dirname(args['out'])} SEED={args['seed']} bash cycle.sh")
     paired = []
     for a, b in list_pairs(rows, count):
-        paired.append({"from": a, "to": b, **measure_by_task(correct[b] - correct[a], questions)})
+        paired.append({"from": a, "to": b, **measure_by(correct[b] - correct[a], questions)})
     cycles = []
     for folder in folders:
         cycles.append([read_cycle(os.path.join(folder, f"cycle{c}")) for c in range(1, count + 1)])
@@ -262,7 +188,7 @@ def collect(folders, seconds, command=None):
         "seeds": [args["seed"] for args in arguments],
         "seconds": seconds,
         "questions": int((questions["run"] == 0).sum()),
-        "accuracy": {row: measure_by_task(right, questions) for row, right in correct.items()},
+        "accuracy": {row: measure_by(right, questions) for row, right in correct.items()},
         "paired": paired,
         "cycles": cycles,
         "changes": measure_changes(cycles),
@@ -272,19 +198,6 @@ def collect(folders, seconds, command=None):
 
 # ---------------------------------------------------------------------------------------------------------
 # From the result file to the tables.
-
-
-def format_number(value, form=".3f"):
-    """An empty cell for None."""
-    return "" if value is None else format(value, form)
-
-
-def format_interval(found, form):
-    return f"{found['low']:{form}} to {found['high']:{form}}" if found["low"] is not None else ""
-
-
-def format_seeds(found, form):
-    return ", ".join(format_number(value, form) or "none" for value in found["by_seed"])
 
 
 def summary_tables(result):
@@ -302,38 +215,11 @@ def summary_tables(result):
     return "\n\n".join([readme.format_table(headers, before), readme.format_table(["", *cycles], by_cycle)])
 
 
-def accuracy_table(result):
-    """Means over seeds, overall with the interval and by task."""
-    tasks, rows = list(result["accuracy"]["base"]["by_task"]), []
-    for stage, found in result["accuracy"].items():
-        by_task = [f"{found['by_task'][task]['mean']:.3f}" for task in tasks]
-        rows.append([stage, f"**{found['mean']:.3f}**", format_interval(found, ".3f"), *by_task])
-    return readme.format_table(["stage", "accuracy", "95% interval", *tasks], rows)
-
-
 def seeds_table(result):
     rows = []
     for stage, found in result["accuracy"].items():
         rows.append([stage, *(f"{value:.3f}" for value in found["by_seed"]), f"**{found['mean']:.3f}**"])
     return readme.format_table(["stage", *(f"seed {seed}" for seed in result["seeds"]), "mean"], rows)
-
-
-def paired_table(result):
-    rows = []
-    for pair in result["paired"]:
-        cells = [f"{pair['mean']:+.3f}", format_interval(pair, "+.3f"), format_seeds(pair, "+.3f")]
-        rows.append([f"{pair['from']} → {pair['to']}", *cells])
-    return readme.format_table(["paired on the same items", "difference", "95% interval", "by seed"], rows)
-
-
-def paired_task_table(result):
-    tasks, rows = list(result["accuracy"]["base"]["by_task"]), []
-    for pair in result["paired"]:
-        cells = []
-        for found in (pair["by_task"][task] for task in tasks):
-            cells.append(f"{found['mean']:+.3f} ({format_interval(found, '+.3f')})")
-        rows.append([f"{pair['from']} → {pair['to']}", *cells])
-    return readme.format_table(["difference by task (95% interval)", *tasks], rows)
 
 
 def describe_cycle(cycle):
@@ -399,18 +285,6 @@ def changes_table(result):
         cells = [format_number(change["mean"], "+.3f"), format_seeds(change, "+.3f"), *by_task]
         rows.append([label, *cells])
     return readme.format_table(["change since cycle 1", "mean", "by seed", *tasks], rows)
-
-
-def provenance(result, path):
-    hardware, versions = result["hardware"], result["versions"]
-    machine = ", ".join(hardware["gpus"]) or f"{hardware['cpus']} CPU cores ({hardware['machine']})"
-    minutes = ", ".join(f"{seconds / 60:.1f}" for seconds in result["seconds"])
-    return (
-        f"Command `{result['command']}`; {result['questions']} test questions per seed; "
-        f"commit `{(result['git']['commit'] or '?')[:10]}`; {machine}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; {minutes} minutes per seed. "
-        f"Result file: `{os.path.relpath(path, ROOT)}`."
-    )
 
 
 def write_tables(path):

@@ -1,4 +1,4 @@
-"""K records of a file at random, of one modality or task if asked for: what benchmarks/transfer.sh trains on.
+"""K records of a file at random, of one modality or task if asked for: what the scripts here train on.
 
 python benchmarks/subset.py FILE --where modality=CT --k 240 --seed 0 --out ct.jsonl
 """
@@ -13,8 +13,12 @@ from medgr2.errors import require
 
 
 def subset(rows, k, seed, field=None, value=None):
-    """k rows whose `field` is `value`, in the order of the file. Raises RecordError if there are fewer."""
+    """k rows (all if None) whose `field` is `value`, in the order of the file.
+
+    Raises RecordError if there are fewer.
+    """
     index = [i for i, row in enumerate(rows) if field is None or row.get(field) == value]
+    k = len(index) if k is None else k
     what = f"records with {field} {value}" if field else "records"
     require(
         len(index) >= k, f"--k {k}: there are only {len(index)} {what}: give a larger file, or a smaller k"
@@ -26,7 +30,7 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("file", help="records (JSONL)")
     p.add_argument("--out", required=True, help="records to write (JSONL)")
-    p.add_argument("--k", type=int, required=True, help="how many")
+    p.add_argument("--k", type=int, help="how many (all of them)")
     p.add_argument("--where", default="", metavar="FIELD=VALUE", help="only of these")
     p.add_argument("--seed", type=int, default=0, help="of the choice")
     return p.parse_args()

@@ -358,6 +358,7 @@ def write_run(folder, seed=0, right=None, cycles=2, commit="c" * 40):
         lines = []
         for k, correct in enumerate((right or {}).get(part, (0, 0, 0))):
             asked = {"id": str(k), "image": "i.png", "image_hash": "xxy"[k], "task": "ABA"[k]}
+            asked["modality"] = "CT"
             lines.append(json.dumps(asked | {"correct": bool(correct)}) + "\n")
         (folder / part / "predictions.jsonl").write_text("".join(lines))
     for c in range(cycles):
@@ -520,6 +521,27 @@ def cells_of(table):
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert len({len(line) for line in lines}) == 1
     return {line[0]: line[1:] for line in lines if line[0] != "---"}
+
+
+def test_named_rows_of_any_runs_are_compared_with_one_of_them_by_task_and_modality(tmp_path):
+    first = write_run(tmp_path / "0", 3, {"eval_base": (1, 0, 0), "cycle1/eval_sft": (1, 1, 0)})
+    second = write_run(tmp_path / "1", 4, {"eval_base": (0, 0, 1), "cycle1/eval_sft": (1, 1, 1)})
+    named = {"start": "eval_base", "tuned": "cycle1/eval_sft"}
+    rows = [f"{name}={part}" for name, part in named.items()]
+    flags = ["--runs", first, second, "--rows", *rows, "--against", "start", "--print"]
+    script = os.path.join(ROOT, "benchmarks", "collect.py")
+    done = subprocess.run([sys.executable, script, "x", *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    by_task, by_modality, source = done.stdout.strip().split("\n\n")
+    cells = cells_of(by_task)
+    assert cells[""] == ["accuracy (95% interval)", "minus *start*", "A", "B"]
+    assert cells["start"][0].startswith("**0.333** (") and cells["start"][1:] == ["", "0.500", "0.000"]
+    assert cells["tuned"][0].startswith("**0.833** (") and cells["tuned"][1].startswith("+0.500 (")
+    assert cells["tuned"][2:] == ["0.750", "1.000"]
+    assert cells_of(by_modality)[""][2:] == ["CT"] and "`bash benchmarks/x.sh`; 3 test questions" in source
+    flags[flags.index("start")] = "nobody"
+    refused = subprocess.run([sys.executable, script, "x", *flags], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--against nobody: not among --rows: start, tuned" in refused.stderr
 
 
 def test_the_tables_show_every_number_under_its_name(tmp_path):

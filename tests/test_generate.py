@@ -470,6 +470,20 @@ def test_with_one_task_a_prompt_is_encoded_once_and_the_samples_are_the_same(
     assert_same_output(tmp_path / "once", tmp_path / "apart", ("candidates.jsonl", "rejected.jsonl"))
 
 
+def test_the_tasks_can_be_those_of_a_record_file(toy_stage, tmp_path):
+    tasks = ["Lesion Grading", "Disease Diagnosis", "Lesion Grading"]
+    asked = [{"id": str(i), "image": "images/0.png", "task": task} for i, task in enumerate(tasks)]
+    of = tmp_path / "expert.jsonl"
+    of.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    flags = "--images", write_images(tmp_path, 2), "--max-new-tokens", 30
+    assert toy_stage(*flags, "--tasks-of", of, "--out", tmp_path / "x")[0] == 0
+    rows = [r for name in ("candidates", "rejected") for r in lines(tmp_path / "x" / f"{name}.jsonl")]
+    assert {row["task"] for row in rows} == set(tasks)
+    of.write_text(json.dumps({"id": "0", "image": "images/0.png"}) + "\n")
+    status, _, error = toy_stage(*flags, "--tasks-of", of, "--out", tmp_path / "y")
+    assert status == 2 and f"{of}" in error and "task" in error
+
+
 def test_an_interrupted_local_run_resumes_with_the_same_bytes(toy_stage, tmp_path, monkeypatch):
     flags = "--images", write_images(tmp_path, 5), "--batch", 2, "--max-new-tokens", 100
     assert toy_stage(*flags, "--out", tmp_path / "whole")[0] == 0

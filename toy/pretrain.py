@@ -12,6 +12,8 @@ tokenizer, saved in the Hugging Face format. There are two phases, on images dra
 
     python toy/pretrain.py --out toy                        all three, about 45 minutes on one CPU core
     python toy/pretrain.py --out toy --roles policy         one of them
+    python toy/pretrain.py --out runs/large --roles policy --tower toy/policy --width 512 --layers 4
+                                                            a policy of eleven times the size
 """
 
 import json
@@ -66,6 +68,8 @@ ROLES = {
     "backbone": dict(layers=4, steps=1200, reports=0.3),
 }
 TOWER_LAYERS, TOWER_STEPS = 3, 3000
+# Hidden size of the tower and, by default, of the decoder.
+WIDTH = 128
 CHAT = (
     "{% for m in messages %}<|user|>{% for c in m['content'] %}"
     "{{ '<image>' if c['type'] == 'image' else c['text'] }}"
@@ -150,12 +154,12 @@ def build_processor():
     )
 
 
-def build_model(processor, decoder_layers):
+def build_model(processor, decoder_layers, width=WIDTH):
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
     tokenizer = processor.tokenizer
     vision = SiglipVisionConfig(
-        hidden_size=128,
+        hidden_size=WIDTH,
         intermediate_size=256,
         num_hidden_layers=TOWER_LAYERS,
         num_attention_heads=4,
@@ -164,8 +168,8 @@ def build_model(processor, decoder_layers):
         vision_use_head=False,
     )
     text = Qwen2Config(
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=decoder_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -220,7 +224,7 @@ def pretrain_tower(tower, steps, seed, n=40_000):
     import torch
     from torch.nn.functional import cross_entropy
 
-    heads = torch.nn.ModuleList(torch.nn.Linear(128, len(names)) for names in SIGNS.values())
+    heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, len(names)) for names in SIGNS.values())
     pixels, labels = draw_signs(n + 2000, random.Random(f"{seed} tower"))
     batches = torch.Generator().manual_seed(0)
 
@@ -317,6 +321,8 @@ def parse_args():
     p.add_argument("--out", required=True, help="folder to save the models in, each under its role")
     p.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), help="which models")
     p.add_argument("--tower", help="model whose tower to take instead of phase 1")
+    p.add_argument("--width", type=int, default=WIDTH, help="of the decoder, a multiple of 8")
+    p.add_argument("--layers", type=int, help="of the decoder, if not the role's own")
     p.add_argument("--seed", type=int, default=0, help="of the weights and of all images")
     p.add_argument(
         "--steps", type=int, nargs=2, metavar="N", help="steps of phases 1 and 2, if not the role's own"
@@ -324,7 +330,7 @@ def parse_args():
     return p.parse_args()
 
 
-def pretrain(role, tower, steps, seed, out):
+def pretrain(role, tower, steps, layers, width, seed, out):
     """Phase 2: train one model around the tower, save it, and measure it (marks.json)."""
     import torch
 
@@ -332,11 +338,12 @@ def pretrain(role, tower, steps, seed, out):
 
     torch.manual_seed(seed)
     processor = build_processor()
-    vlm_ = loading.wrap(build_model(processor, ROLES[role]["layers"]), processor)
+    vlm_ = loading.wrap(build_model(processor, layers, width), processor)
     vlm_.model.model.vision_tower.load_state_dict(tower.state_dict())
     # At this learning rate the tower would unlearn most of what it learned in phase 1.
     loading.freeze_vision(vlm_)
-    pretrain_language(vlm_, role, steps, ROLES[role]["reports"], seed, 2e-3)
+    # A wider decoder needs a smaller rate.
+    pretrain_language(vlm_, role, steps, ROLES[role]["reports"], seed, 2e-3 * WIDTH / width)
     # Committed in 16 bits, loaded in 32.
     vlm_.model.half()
     loading.save(vlm_, out)
@@ -361,7 +368,8 @@ def main(args):
         pretrain_tower(tower, args.steps[0] if args.steps else TOWER_STEPS, args.seed)
     for role in args.roles:
         steps = args.steps[1] if args.steps else ROLES[role]["steps"]
-        pretrain(role, tower, steps, args.seed, os.path.join(args.out, role))
+        layers = args.layers or ROLES[role]["layers"]
+        pretrain(role, tower, steps, layers, args.width, args.seed, os.path.join(args.out, role))
 
 
 if __name__ == "__main__":
