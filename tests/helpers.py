@@ -1,7 +1,10 @@
 """What several test files share: paths, small records and images, and a server of chat completions."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler
 
 import pytest
@@ -13,6 +16,27 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: {DATA}
 few = settings(max_examples=100, deadline=None)
 OPTIONS = ["X-ray", "MRI", "CT"]
 KEY = "sk-very-secret-123"
+
+
+# Runs a script and leaves a file per process.
+RANKS = """import os, runpy, sys
+open(os.path.join(sys.argv[1], "rank" + os.environ.get("RANK", "-")), "w").close()
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.getcwd())
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_in_one_and_two(folder, stage):
+    """Run a stage's command line in one process into folder/one, and in two over gloo into folder/two."""
+    (folder / "ranks.py").write_text(RANKS)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for start, out in (([sys.executable], "one"), (launch, "two")):
+        flags = [*start, f"{folder}/ranks.py", str(folder), *stage.split(), "--out", f"{folder}/{out}"]
+        done = subprocess.run(flags, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in folder.glob("rank?")) == ["rank-", "rank0", "rank1"]
 
 
 def put_image(path, colour=(10, 20, 30), size=(4, 3), **options):

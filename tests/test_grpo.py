@@ -4,7 +4,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import clinic
 import pytest
 import torch
+from helpers import run_in_one_and_two
 
 import grpo
 from medgr2 import loading, records, rollouts, vlm, watch
@@ -776,15 +776,6 @@ def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path)
         assert r["rollout_reward"] == pytest.approx(unit if parsed.well_formed else 0.0, abs=2e-4)
 
 
-# Runs a script and leaves a file per process.
-RANKS = """import os, runpy, sys
-open(os.path.join(sys.argv[1], "rank" + os.environ.get("RANK", "-")), "w").close()
-sys.argv = sys.argv[2:]
-sys.path.insert(0, os.getcwd())
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("process, processes", [(0, 1), (0, 2), (1, 2), (3, 4)])
 def test_each_process_measures_its_share_of_the_watched_records(policy, groups, process, processes):
     rows, asked = [g.record for g in groups][:3], []
@@ -804,17 +795,9 @@ def test_each_process_measures_its_share_of_the_watched_records(policy, groups, 
 
 def test_with_two_processes_metrics_are_of_all_responses(folder, tmp_path):
     """Against means over rollouts.jsonl, which holds the responses of both; and against one process."""
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = f"{tmp_path}/ranks.py {tmp_path} grpo.py --model toy/policy --reward {folder}/rm"
-    command += f" --data {folder}/expert.jsonl --val {folder}/val.jsonl"
-    command += " --steps 2 --prompts 3 --group 4 --watch-every 1 --min-spread -1"
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for start, out in ((launch, "two"), ([sys.executable], "one")):
-        flags = [*start, *command.split(), "--out", str(tmp_path / out)]
-        done = subprocess.run(flags, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.glob("rank?")) == ["rank-", "rank0", "rank1"]
+    stage = f"grpo.py --model toy/policy --reward {folder}/rm --data {folder}/expert.jsonl"
+    stage += f" --val {folder}/val.jsonl --steps 2 --prompts 3 --group 4 --watch-every 1 --min-spread -1"
+    run_in_one_and_two(tmp_path, stage)
     one, two = ([json.loads(line) for line in open(tmp_path / f / "metrics.jsonl")] for f in ("one", "two"))
     rows = list(records.read_records(tmp_path / "two" / "rollouts.jsonl", ("image", "response"), folder))
     assert len(rows) == 2 * 3 * 4

@@ -1,14 +1,12 @@
 """sft.py: the loss and its denominator; micro-batches, processes and interruptions change nothing."""
 
 import json
-import os
-import subprocess
 import sys
 
 import clinic
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run_in_one_and_two
 from PIL import Image
 
 import sft
@@ -182,14 +180,9 @@ def test_training_lowers_the_loss_on_its_own_data(monkeypatch, data, tmp_path):
 
 
 def test_two_processes_take_the_same_steps_as_one(data, tmp_path):
-    stage = f"sft.py --model toy/policy --data {data / 'expert.jsonl'} --epochs 1 --batch 6 --lr 1e-4"
-    launch = (
-        "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
-        "--dynamo_backend no"
+    run_in_one_and_two(
+        tmp_path, f"sft.py --model toy/policy --data {data}/expert.jsonl --epochs 1 --batch 6 --lr 1e-4"
     )
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    for command in (f"{stage} --out {tmp_path / 'one'}", f"{launch} {stage} --out {tmp_path / 'two'}"):
-        subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, check=True, capture_output=True)
     files = [tmp_path / name / "metrics.jsonl" for name in ("one", "two")]
     one, two = ([json.loads(line) for line in path.read_text().splitlines()] for path in files)
     assert len(one) == len(two) == 3
