@@ -4,7 +4,7 @@
 #   bash benchmarks/ablations.sh                         into runs/ablations; the same command resumes
 #   SEEDS=0 SMALLEST=1 OUT=runs/a bash benchmarks/ablations.sh      the smallest, to see that it works
 #
-# Every variant has the same clinic, the same base models and as many steps. Ends with
+# Every variant has the same clinic and the same base models. Ends with
 # benchmarks/results/ablations.json and its table in docs/results.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,7 +33,8 @@ variant random "random filter" FILTER=random
 variant hidden "reward heads on the hidden state" REWARD_FLAGS="$REWARD_FLAGS --no-likelihood"
 # As many candidates as three paradigms give.
 variant direct "one paradigm" GENERATE_FLAGS="--per-image 6 --paradigms direct"
-variant sft "no GRPO" GRPO_FLAGS="$GRPO_FLAGS --steps 1 --lr 0"
+# As many rollouts for the next reward model, by a policy that stays as it is.
+variant sft "no GRPO" GRPO_FLAGS="$GRPO_FLAGS --lr 0"
 
 folders=()
 for s in $SEEDS; do folders+=("$OUT/seed$s"); done

@@ -54,14 +54,14 @@ setting() {
 for s in $SEEDS; do
   data=$OUT/seed$s/data own=$OUT/seed$s
   "$PYTHON" toy/clinic.py --out "$data" --seed "$s" --sizes $SIZES
-  setting heldout "$data/heldout/expert.jsonl" "$data/heldout/reports.jsonl" \
-    "$data/heldout/unlabelled/images.jsonl"
+  # A report tells what all tasks ask for, so only the setting that leaves out no task has reports.
+  setting heldout "$data/heldout/expert.jsonl" "" "$data/heldout/unlabelled/images.jsonl"
   subset "$data/expert.jsonl" modality=MRI "$own/mri.jsonl"
   subset "$data/reports.jsonl" modality=MRI "$own/mri_reports.jsonl"
   subset "$data/unlabelled/images.jsonl" modality=MRI "$own/mri_images.jsonl"
   setting mri "$own/mri.jsonl" "$own/mri_reports.jsonl" "$own/mri_images.jsonl"
   subset "$data/expert.jsonl" "task=Disease Diagnosis" "$own/diagnosis.jsonl"
-  setting diagnosis "$own/diagnosis.jsonl" "$data/reports.jsonl" "$data/unlabelled/images.jsonl"
+  setting diagnosis "$own/diagnosis.jsonl" "" "$data/unlabelled/images.jsonl"
 done
 for name in heldout mri diagnosis; do
   folders=()
