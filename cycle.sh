@@ -37,6 +37,7 @@ SCORE_FLAGS=${SCORE_FLAGS:---threshold 8} SFT_FLAGS=${SFT_FLAGS:---steps 1000}
 GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:---lr 3e-4}
 CEILING_FLAGS=${CEILING_FLAGS:---steps 3000}
 EVAL_FLAGS=${EVAL_FLAGS:-}
+CLINIC_FLAGS=${CLINIC_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
 # A stage runs in the background, because bash handles no signal while a command runs in the foreground. So a
@@ -69,10 +70,17 @@ evaluate() {
   stage "${2:-$(dirname "$1")/eval_$(basename "$1")}" "$EVAL" --model "$1" --data "$TEST" $EVAL_FLAGS
 }
 
+case $FILTER in
+  accepted | random) ;;
+  *) echo "cycle.sh: FILTER=$FILTER: give accepted or random" >&2; exit 2 ;;
+esac
+[ "$FILTER" = accepted ] || [ -z "$CONTROLS" ] ||
+  { echo "cycle.sh: FILTER=$FILTER: the CONTROLS compare with accepted; leave one of them out" >&2; exit 2; }
+
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
   [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 17 minutes on 2 CPU cores."
-  "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CONTROLS:+--plenty 1000} ${CLINIC_FLAGS:-}
+  "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CONTROLS:+--plenty 1000} $CLINIC_FLAGS
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
   IMAGE_ROOT=$OUT/data PLENTY=${CONTROLS:+$OUT/data/plenty.jsonl}
@@ -81,10 +89,6 @@ for v in IMAGES VAL TEST IMAGE_ROOT; do
   [ -n "${!v}" ] || { echo "cycle.sh: EXPERT is given and $v is not; give $v too" >&2; exit 2; }
 done
 # Checked now, not when a stage needs the file days later.
-case $FILTER in
-  accepted | random) ;;
-  *) echo "cycle.sh: FILTER=$FILTER: give accepted or random" >&2; exit 2 ;;
-esac
 for v in EXPERT REPORTS IMAGES VAL TEST PLENTY; do
   [ -z "${!v}" ] || [ -f "${!v}" ] || { echo "cycle.sh: $v=${!v}: no such file; correct it" >&2; exit 2; }
 done
@@ -93,7 +97,7 @@ done
 settings=$(
   for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST PLENTY CYCLES CONTROLS \
     FILTER GENERATE REWARD SFT GRPO EVAL GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS \
-    GRPO_FLAGS MORE_FLAGS CEILING_FLAGS EVAL_FLAGS; do
+    GRPO_FLAGS MORE_FLAGS CEILING_FLAGS EVAL_FLAGS CLINIC_FLAGS; do
     echo "$v=${!v}"
   done
 )
@@ -126,10 +130,11 @@ for c in $(seq "$CYCLES"); do
   stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
     $GENERATE_FLAGS
   stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
-  # SFT, then GRPO, on all that was accepted so far and the expert questions. The next cycle goes on from it.
+  # SFT, then GRPO, on all that was accepted so far and the expert questions. The next cycle starts from this
+  # policy.
   accepted+=("$d/scored/$FILTER.jsonl") random+=("$d/scored/random.jsonl")
   FROM=$policy sft "$d/sft" "${accepted[@]}" "$EXPERT"
-  rows+=("cycle $c: SFT on accepted=$d/eval_sft/metrics.json")
+  rows+=("cycle $c: SFT on $FILTER=$d/eval_sft/metrics.json")
   launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "${accepted[@]}" "$EXPERT" \
     --val "$VAL" --test "$TEST" $GRPO_FLAGS
   evaluate "$d/grpo"
@@ -142,8 +147,7 @@ for c in $(seq "$CYCLES"); do
     rows+=("cycle $c: + GRPO=$d/marks.json")
   fi
   if [ -n "$CONTROLS" ]; then
-    # As many candidates at random, in each cycle. Then as many steps of SFT on the accepted of cycle 1 alone,
-    # and in place of GRPO as many steps of SFT on the same data.
+    # SFT on as many candidates at random; on cycle 1's accepted alone; in GRPO's place, on the same data.
     FROM=$random_policy sft "$d/sft_random" "${random[@]}" "$EXPERT"
     random_policy=$d/sft_random
     [ "$c" -eq 1 ] || {

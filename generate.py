@@ -56,11 +56,10 @@ def parse_args():
     p.add_argument("--timeout", type=cli.number(float, 1), default=300, help="seconds to wait for a reply")
     names = list(PARADIGMS)
     p.add_argument("--paradigms", nargs="+", choices=names, default=names, help="ways to ask for reasoning")
-    which = p.add_mutually_exclusive_group()
-    which.add_argument(
-        "--tasks", nargs="+", default=list(TASKS), help="kinds of question to ask for, in turn"
-    )
-    which.add_argument("--tasks-of", metavar="FILE", help="or those that these records have")
+    tasks = p.add_mutually_exclusive_group()
+    kinds = "kinds of question to ask for, in turn"
+    tasks.add_argument("--tasks", nargs="+", default=list(TASKS), help=kinds)
+    tasks.add_argument("--tasks-of", metavar="FILE", help="or those that these records have")
     p.add_argument("--per-image", type=count, default=1, help="candidates per image and paradigm")
     p.add_argument("--temperature", type=cli.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=count, default=160, help="longer replies are rejected")
@@ -89,6 +88,12 @@ from medgr2 import loading, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # What to ask.
+
+
+def find_tasks(path, root=None):
+    """The tasks that the records have: those of TASKS in its order, then others by name."""
+    found = {record["task"] for record in records.read_records(path, ("task",), root)}
+    return [task for task in TASKS if task in found] + sorted(found - set(TASKS))
 
 
 def read_images(path, skip=False, root=None, part=(1, 1)):
@@ -152,14 +157,7 @@ def build_drafts(record, turn, paradigms, tasks, per_image, cycle, seed, generat
 # Asking.
 
 
-def tasks_of(path, root=None):
-    """The tasks of the records, in alphabetical order."""
-    tasks = sorted({record["task"] for record in records.read_records(path, ("task",), root)})
-    require(tasks, f"{path}: no record; give records whose kinds of question to ask for")
-    return tasks
-
-
-def open_generator(args):
+def open_generator(args, tasks):
     """ask(drafts) → replies [(text, truncated)] in their order, each sampled with its own draft's seed."""
     if args.endpoint:
         client = endpoint.connect(args.endpoint, os.environ.get(args.endpoint_key_env), args.timeout)
@@ -168,7 +166,7 @@ def open_generator(args):
         return functools.partial(endpoint.ask_server, model=args.endpoint_model, **sampling, **requests)
     generator = loading.load(args.model, dtype=loading.best_dtype())
     # With a single task, all drafts about an image in one paradigm have the same prompt.
-    group = args.per_image if len(args.tasks) == 1 else 1
+    group = args.per_image if len(tasks) == 1 else 1
     sampling = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     return functools.partial(ask_model, generator=generator, group=group, **sampling)
 
@@ -270,15 +268,13 @@ def main(args):
     skip = args.on_error == "skip"
     images = read_images(args.images, skip, args.image_root, args.part)
     unreadable = find_unreadable(images, args.max_rejected) if skip else {}
-    if args.tasks_of:
-        args.tasks = tasks_of(args.tasks_of, args.image_root)
-    run = runs.start(
-        args, [args.images, args.model, args.tasks_of], free=("concurrency", "retries", "timeout")
-    )
-    ask = open_generator(args)
+    tasks = find_tasks(args.tasks_of, args.image_root) if args.tasks_of else args.tasks
+    inputs = [args.images, args.model, args.tasks_of]
+    run = runs.start(args, inputs, free=("concurrency", "retries", "timeout"))
+    ask = open_generator(args, tasks)
     generator = args.model or args.endpoint_model
     # The same for all drafts.
-    settings = args.paradigms, args.tasks, args.per_image, args.cycle, args.seed, generator
+    settings = args.paradigms, tasks, args.per_image, args.cycle, args.seed, generator
     turns = assign_turns(images)
     seen = {duplicate_key(candidate) for candidate in read_committed(run, "candidates.jsonl")}
 

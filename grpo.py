@@ -6,9 +6,9 @@ For each of P questions the policy samples G responses at temperature 1. Each ge
 
 but a malformed response gets r_i = 0, even if its answer is right. (Malformed: anything but one <answer>
 part, alone or after one <think> part, or an answer that names no option.) The advantage is relative to the
-group, Â_i = r_i - mean_group r. A group whose rewards differ by no more than the reward model's noise
-teaches nothing, so others are sampled in its place (--min-spread). The policy then maximises, over the
-N = P·G responses,
+group, Â_i = r_i - mean_group r. Where all responses are right, R still differs by the way they reason. So a
+group counts only if its rewards' std is above --min-spread; others are sampled in its place. The policy then
+maximises, over the N = P·G responses,
 
     J = 1 / Σ_i |y_i| · Σ_i Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it ]
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = ρ_it · k3_it        k3_it = π_ref/π - log(π_ref/π) - 1
@@ -198,8 +198,8 @@ class Group:
     # Parsed (prompts.ParsedResponse), and whether the answer is the record's.
     parsed: list
     match: list
-    # Scored: {head: G floats} of the reward model, the hybrid rewards, and whether these differ by more than
-    # the reward model's noise. If not, there is nothing to learn.
+    # Scored: {head: G floats} of the reward model, the hybrid rewards, and whether their std is above
+    # --min-spread. If not, the group is not learned from.
     scores: dict = None
     rewards: torch.Tensor = None  # (G,)
     informative: bool = None

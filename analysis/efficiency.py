@@ -38,17 +38,17 @@ def make_curves(points):
     return curves
 
 
-def find_worth(curves, reference):
-    """{method: [k' for each of its points]}: the k' at which `reference`'s curve has the point's accuracy.
+def find_equivalents(curves, reference):
+    """{other method: [k for each of its points]}: where `reference`'s curve has the point's accuracy.
 
-    Interpolated in log k. None where the curve does not reach the accuracy, or is above it from its first k.
+    Interpolated in log k. None if no part of the curve has it.
     """
     points = [p for p in curves[reference] if p["k"]]
-    worth = {}
+    found = {}
     for method, own in curves.items():
         if method != reference:
-            worth[method] = [interpolate_k(points, p["mean"]) for p in own]
-    return worth
+            found[method] = [interpolate_k(points, p["mean"]) for p in own]
+    return found
 
 
 def interpolate_k(points, accuracy):
@@ -68,19 +68,19 @@ def format_curves(curves, markdown):
     return cli.format_table(lines, ["method", "k", "mean", "worst", "best", "seeds"], markdown)
 
 
-def format_worth(curves, worth, reference, markdown):
+def format_equivalents(curves, equivalents, reference, markdown):
     rows = []
-    for method, found in worth.items():
+    for method, found in equivalents.items():
         for point, k in zip(curves[method], found):
-            rows.append([method, point["k"], point["mean"], "not reached" if k is None else round(k)])
+            rows.append([method, point["k"], point["mean"], "none" if k is None else round(k)])
     return cli.format_table(rows, ["method", "k", "mean", f"k of {reference}"], markdown)
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("runs", nargs="+", metavar="METHOD:K=RUN", help="runs on K records; 0: not trained")
-    worth = "also say how many of this METHOD's records reach each other point's accuracy"
-    p.add_argument("--worth", metavar="METHOD", help=worth)
+    equivalent = "also say how many of this METHOD's records reach each other point's accuracy"
+    p.add_argument("--equivalent", metavar="METHOD", help=equivalent)
     add_output_arguments(p)
     return p.parse_args()
 
@@ -89,8 +89,8 @@ def main(args):
     named = named_runs(args.runs)
     points = [read_point(name, path) for name, path in named]
     methods = list(dict.fromkeys(method for method, _, _ in points))
-    if args.worth and args.worth not in methods:
-        raise RunError(f"--worth {args.worth}: no run of it; give one of {', '.join(methods)}")
+    if args.equivalent and args.equivalent not in methods:
+        raise RunError(f"--equivalent {args.equivalent}: no run of it; give one of {', '.join(methods)}")
     run = runs.start(args, [path for _, path in named], free=FREE)
     curves = make_curves(points)
     print(format_curves(curves, args.markdown))
@@ -99,9 +99,9 @@ def main(args):
     trained = {method: [p for p in ps if p["k"]] for method, ps in curves.items() if method not in levels}
     figures.efficiency(run.path("efficiency"), trained, levels)
     result = {"curves": curves}
-    if args.worth:
-        result["worth"] = find_worth(curves, args.worth)
-        print(format_worth(curves, result["worth"], args.worth, args.markdown))
+    if args.equivalent:
+        result["equivalents"] = find_equivalents(curves, args.equivalent)
+        print(format_equivalents(curves, result["equivalents"], args.equivalent, args.markdown))
     run.finish(result, f"{len(named)} runs, {len(curves)} methods")
 
 

@@ -17,7 +17,7 @@ import shlex
 import statistics
 import string
 
-from medgr2 import cli, levels, prompts, records
+from medgr2 import cli, levels, prompts, records, runs
 from medgr2.errors import RunError
 from medgr2.images import open_image
 
@@ -53,12 +53,7 @@ LARGEST = 384
 
 
 def read_json(*path):
-    path = os.path.join(*path)
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: {error}; give a finished folder of cycle.sh") from None
+    return runs.read_json(os.path.join(*path), "give a finished folder of cycle.sh")
 
 
 def read_rows(*path):

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # What each part of the cycle adds, on a smaller clinic: the whole cycle, and the cycle without one part.
 #
-#   bash benchmarks/ablations.sh                         into runs/ablations; the same command resumes
-#   SEEDS=0 SMALLEST=1 OUT=runs/a bash benchmarks/ablations.sh      the smallest, to see that it works
+#   bash benchmarks/ablations.sh                     into runs/ablations; the same command resumes
+#   SEEDS=0 SMALLEST=1 bash benchmarks/ablations.sh  into runs/ablations_smallest
 #
-# Every variant has the same clinic and the same base models. Ends with
-# benchmarks/results/ablations.json and its table in docs/results.md.
+# Every variant has the same clinic and the same base models. Ends with benchmarks/results/ablations.json and
+# its table in docs/results.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/ablations}
-SEEDS=${SEEDS:-0 1 2}
-SMALLEST=${SMALLEST:-}
-. ./setup.sh requirements.txt
-. benchmarks/small_clinic.sh
+export CYCLES=3 CLINIC_FLAGS="--sizes 100 200 300 200 400" SFT_FLAGS="--steps 500"
+export GENERATE_FLAGS="--per-image 2" GRPO_FLAGS="--steps 50" REWARD_FLAGS="" SCORE_FLAGS="--threshold 8"
+share="--keep 0.5"
+if [ -n "${SMALLEST:-}" ]; then
+  CYCLES=2 CLINIC_FLAGS="--sizes 12 6 8 8 8" SFT_FLAGS="--steps 2" REWARD_FLAGS="--resamples 1 --steps 50"
+  GRPO_FLAGS="--steps 1 --prompts 2 --group 4 --watch-items 8 --min-spread -1" SCORE_FLAGS=$share
+fi
+. benchmarks/claims.sh CYCLES CLINIC_FLAGS SFT_FLAGS GENERATE_FLAGS GRPO_FLAGS REWARD_FLAGS SCORE_FLAGS
 
 rows=()
 # variant FOLDER NAME [VARIABLE=VALUE...]: the cycle with these settings, for each seed.
@@ -30,13 +33,13 @@ variant same_generator "generator never tuned" GENERATOR_FLAGS="--steps 1 --lr 0
 # No files after the flag: no rollouts.
 variant same_reward "reward model never retrained" REWARD_FLAGS="$REWARD_FLAGS --rollouts"
 variant random "random filter" FILTER=random
-variant hidden "reward heads on the hidden state" REWARD_FLAGS="$REWARD_FLAGS --no-likelihood"
+# R of other heads is not on the same scale, so both of these accept half of each cell.
+variant share "half accepted" SCORE_FLAGS="$share"
+variant hidden "half accepted, reward heads on the hidden state" SCORE_FLAGS="$share" \
+  REWARD_FLAGS="$REWARD_FLAGS --no-likelihood"
 # As many candidates as three paradigms give.
 variant direct "one paradigm" GENERATE_FLAGS="--per-image 6 --paradigms direct"
 # As many rollouts for the next reward model, by a policy that stays as it is.
 variant sft "no GRPO" GRPO_FLAGS="$GRPO_FLAGS --lr 0"
 
-folders=()
-for s in $SEEDS; do folders+=("$OUT/seed$s"); done
-"$PYTHON" benchmarks/collect.py ablations --runs "${folders[@]}" --rows "${rows[@]}" \
-  --against "the whole cycle" ${SMALLEST:+--print}
+collect ablations "" "the whole cycle" --rows "${rows[@]}"

@@ -1,18 +1,20 @@
 """What the accuracy scripts of benchmarks/ share, and the end of those that run stages by a shell script.
 
     python benchmarks/collect.py ablations --runs runs/ablations/seed0 runs/ablations/seed1 \\
-        --rows full=full/cycle3/eval_grpo "no GRPO"=no_grpo/cycle3/eval_grpo --against full
+        --rows full=full/cycle3/eval_grpo "no GRPO"=sft/cycle3/eval_grpo --against full \\
+        --command "bash benchmarks/ablations.sh"
 
 Each row is an evaluation that every run has, by its folder in the run. Writes benchmarks/results/NAME.json:
 accuracies by row and seed, overall, by task and by modality, and their differences from the row --against,
 paired on the same questions, with 95% intervals over training runs and images together
 (measures.two_level_interval); seconds, commit, versions and hardware that the runs wrote down. Then the table
 of docs/results.md between <!-- NAME --> and <!-- /NAME -->.
+
+    python benchmarks/collect.py --readme        writes the tables anew, from the committed result files
 """
 
 import datetime
 import glob
-import json
 import os
 import sys
 
@@ -24,23 +26,18 @@ from medgr2 import cli, measures, records, runs
 from medgr2.errors import RunError
 
 RESULTS = os.path.join(ROOT, "benchmarks", "results")
-FIELDS = ("task", "modality")
 
 
 def read_json(*path):
-    path = os.path.join(*path)
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: {error}; give finished runs of the cycle") from None
+    return runs.read_json(os.path.join(*path), "give finished runs of the cycle")
 
 
-def read_answers(folders, rows):
+def read_answers(folders, rows, is_seen=None):
     """(questions, {row: 1.0 for each right answer, else 0.0 (n,)}): the test answers of all runs together.
 
     `rows`: {name: its evaluation's folder in each of `folders`}. `questions` has "run" (its number), "image",
-    "task" and "modality" (n,). Raises RunError if two rows differ in theirs.
+    "task" and "modality" (n,), and "kind", seen or unseen, if `is_seen` says which records are like the
+    training data. Raises RunError if two rows differ in theirs.
     """
     import numpy as np
 
@@ -49,23 +46,27 @@ def read_answers(folders, rows):
         asked[row], right = [], []
         for run, folder in enumerate(folders):
             path = os.path.join(folder, part, "predictions.jsonl")
-            fields = ("id", "image_hash", "task", "correct")
-            for record in records.read_records(path, fields, records.ANYWHERE):
-                kind = record["task"], record.get("modality", "")
-                asked[row].append((run, record["image_hash"], *kind, record["id"]))
+            needed = ("id", "image_hash", "task", "correct")
+            for record in records.read_records(path, needed, records.ANYWHERE):
+                fields = record["task"], record.get("modality", "")
+                kind = "seen" if is_seen is None or is_seen(record) else "unseen"
+                asked[row].append((run, record["image_hash"], *fields, kind, record["id"]))
                 right.append(record["correct"])
         if asked[row] != asked[first]:
             rule = "give runs whose rows share one test file"
             raise RunError(f"{row}: not the test questions of {first}; {rule}")
         correct[row] = np.array(right, float)
-    names = "run", "image", "task", "modality"
+    names = "run", "image", "task", "modality", "kind"
     return {name: np.array(column) for name, column in zip(names, zip(*asked[first]))}, correct
 
 
 def measure(values, questions):
-    """The mean over runs of each run's mean of `values` (n,), its interval, and the means by run."""
+    """The mean over runs of each run's mean of `values` (n,), its interval, and the means by run.
+
+    A run without such questions is left out.
+    """
     run = questions["run"]
-    by_seed = [float(values[run == number].mean()) for number in range(max(run) + 1)]
+    by_seed = [float(values[run == number].mean()) for number in sorted(set(run.tolist()))]
     low, high = measures.two_level_interval(values, questions["image"], run, 0)
     return {"mean": sum(by_seed) / len(by_seed), "low": low, "high": high, "by_seed": by_seed}
 
@@ -82,12 +83,6 @@ def measure_by(values, questions, fields=("task",)):
     return found
 
 
-def mean_of(values):
-    """The mean of those that are not None; None if all are."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def read_stages(folder):
     """The args.json of every stage of a run. Raises RunError if there is none."""
     paths = glob.glob(os.path.join(glob.escape(folder), "**", "args.json"), recursive=True)
@@ -97,11 +92,12 @@ def read_stages(folder):
 
 
 def count_seconds(folder):
-    """From the start of the run's first stage to the end of its last."""
-    stages = read_stages(folder)
-    first = min(datetime.datetime.fromisoformat(stage["started"]) for stage in stages)
-    last = max(datetime.datetime.fromisoformat(stage["ended"]) for stage in stages)
-    return (last - first).total_seconds()
+    """Of all stages of the run together, without what was between them."""
+    total = 0.0
+    for stage in read_stages(folder):
+        started, ended = (datetime.datetime.fromisoformat(stage[key]) for key in ("started", "ended"))
+        total += (ended - started).total_seconds()
+    return total
 
 
 def read_environment(folders):
@@ -131,76 +127,53 @@ def format_interval(found, form):
     return f"{found['low']:{form}} to {found['high']:{form}}" if found["low"] is not None else ""
 
 
-def format_seeds(found, form):
-    return ", ".join(format_number(value, form) or "none" for value in found["by_seed"])
-
-
 def list_names(result, field):
     """The tasks (or modalities) of a result's accuracies."""
     return list(next(iter(result["accuracy"].values()))[f"by_{field}"])
-
-
-def accuracy_table(result):
-    """Means over seeds, overall with the interval and by task."""
-    tasks, rows = list_names(result, "task"), []
-    for stage, found in result["accuracy"].items():
-        by_task = [f"{found['by_task'][task]['mean']:.3f}" for task in tasks]
-        rows.append([stage, f"**{found['mean']:.3f}**", format_interval(found, ".3f"), *by_task])
-    return readme.format_table(["stage", "accuracy", "95% interval", *tasks], rows)
-
-
-def paired_table(result):
-    rows = []
-    for pair in result["paired"]:
-        cells = [f"{pair['mean']:+.3f}", format_interval(pair, "+.3f"), format_seeds(pair, "+.3f")]
-        rows.append([f"{pair['from']} → {pair['to']}", *cells])
-    return readme.format_table(["paired on the same items", "difference", "95% interval", "by seed"], rows)
-
-
-def paired_task_table(result):
-    tasks, rows = list_names(result, "task"), []
-    for pair in result["paired"]:
-        cells = []
-        for found in (pair["by_task"][task] for task in tasks):
-            cells.append(f"{found['mean']:+.3f} ({format_interval(found, '+.3f')})")
-        rows.append([f"{pair['from']} → {pair['to']}", *cells])
-    return readme.format_table(["difference by task (95% interval)", *tasks], rows)
 
 
 def provenance(result, path):
     hardware, versions = result["hardware"], result["versions"]
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cpus']} CPU cores ({hardware['machine']})"
     minutes = ", ".join(f"{seconds / 60:.1f}" for seconds in result["seconds"])
+    seeds = ", ".join(map(str, result["seeds"]))
     return (
-        f"Command `{result['command']}`; {result['questions']} test questions per seed; "
+        f"Command `{result['command']}`; seeds {seeds}; {result['questions']} test questions per seed; "
         f"commit `{(result['git']['commit'] or '?')[:10]}`; {machine}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}; {minutes} minutes per seed. "
         f"Result file: `{os.path.relpath(path, ROOT)}`."
     )
 
 
-def rows_table(result, against, field):
-    """A row per row: accuracy, its difference from the row `against`, and the accuracy by `field`."""
+def rows_table(result, field):
+    """One line per row: accuracy, overall and by `field`, and its difference from the row "against"."""
     names, lines = list_names(result, field), []
-    differences = {pair["to"]: pair for pair in result["paired"]}
+    pairs = {pair["to"]: pair for pair in result["paired"]}
     for row, found in result["accuracy"].items():
-        pair = differences.get(row)
-        difference = f"{pair['mean']:+.3f} ({format_interval(pair, '+.3f')})" if pair else ""
-        by = [f"{found[f'by_{field}'][name]['mean']:.3f}" for name in names]
-        lines.append([row, f"**{found['mean']:.3f}** ({format_interval(found, '.3f')})", difference, *by])
-    return readme.format_table(["", "accuracy (95% interval)", f"minus *{against}*", *names], lines)
+        pair = pairs.get(row)
+        line = [row, f"**{found['mean']:.3f}** ({format_interval(found, '.3f')})", format_difference(pair)]
+        for name in names:
+            difference = format_difference(pair and pair[f"by_{field}"][name])
+            line.append(f"{found[f'by_{field}'][name]['mean']:.3f}" + (f", {difference}" if pair else ""))
+        lines.append(line)
+    return readme.format_table(["", "accuracy (95% interval)", f"minus *{result['against']}*", *names], lines)
+
+
+def format_difference(pair):
+    return f"{pair['mean']:+.3f} ({format_interval(pair, '+.3f')})" if pair else ""
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
-def collect(folders, rows, against, command):
+def collect(folders, rows, against, command, is_seen=None):
     """The result file of the runs in `folders`."""
-    questions, correct = read_answers(folders, rows)
+    fields = ("task", "modality") if is_seen is None else ("kind", "task", "modality")
+    questions, correct = read_answers(folders, rows, is_seen)
     paired = []
     for row, right in correct.items():
         if row != against:
-            found = measure_by(right - correct[against], questions, FIELDS)
+            found = measure_by(right - correct[against], questions, fields)
             paired.append({"from": against, "to": row, **found})
     first = next(iter(rows.values()))
     return {
@@ -208,7 +181,9 @@ def collect(folders, rows, against, command):
         "seeds": [read_json(folder, first, "args.json")["args"]["seed"] for folder in folders],
         "seconds": [count_seconds(folder) for folder in folders],
         "questions": int((questions["run"] == 0).sum()),
-        "accuracy": {row: measure_by(right, questions, FIELDS) for row, right in correct.items()},
+        "fields": fields,
+        "against": against,
+        "accuracy": {row: measure_by(right, questions, fields) for row, right in correct.items()},
         "paired": paired,
         **read_environment(folders),
     }
@@ -216,15 +191,38 @@ def collect(folders, rows, against, command):
 
 def format_tables(result, path):
     """The tables of a result and where it comes from, in Markdown."""
-    tables = [rows_table(result, result["paired"][0]["from"], field) for field in FIELDS]
+    tables = [rows_table(result, field) for field in result["fields"]]
     return "\n\n".join([*tables, provenance(result, path)])
 
 
-def parse_row(text):
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise RunError(f"--rows {text}: give NAME=FOLDER")
-    return name, folder
+def write_committed_tables():
+    """The tables of all result files that `collect` wrote."""
+    for path in glob.glob(os.path.join(RESULTS, "*.json")):
+        result = read_json(path)
+        if {"against", "fields"} <= result.keys():
+            readme.write_block(os.path.basename(path).removesuffix(".json"), format_tables(result, path))
+
+
+def parse_rows(texts, against):
+    """{name: folder} of NAME=FOLDER each. Raises RunError for another form, a name twice, or a single row."""
+    rows = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not (name and folder) or name in rows:
+            raise RunError(f"--rows {text}: give NAME=FOLDER, each NAME once")
+        rows[name] = folder
+    if against not in rows or len(rows) == 1:
+        raise RunError(f"--against {against}: give one of --rows, and another row: {', '.join(rows)}")
+    return rows
+
+
+def has_any(conditions):
+    """Whether a record has any of these (field, value)."""
+
+    def holds(record):
+        return any(record.get(field) == value for field, value in conditions)
+
+    return holds
 
 
 def parse_args():
@@ -232,26 +230,35 @@ def parse_args():
     p.add_argument("name", help="of the result file and of the table")
     p.add_argument("--runs", required=True, nargs="+", help="a folder per seed")
     p.add_argument("--rows", required=True, nargs="+", metavar="NAME=FOLDER", help="evaluations in each run")
-    p.add_argument(
-        "--against", required=True, metavar="NAME", help="the row that the others are compared with"
-    )
-    p.add_argument("--command", help="what made the runs, for the table (the script of that NAME)")
+    p.add_argument("--against", required=True, metavar="NAME", help="row that the others are compared with")
+    kinds = p.add_mutually_exclusive_group()
+    condition = {"nargs": "+", "metavar": "FIELD=VALUE"}
+    kinds.add_argument("--seen", **condition, help="test questions of this kind were trained on; others not")
+    kinds.add_argument("--unseen", **condition, help="test questions of this kind were not; others were")
+    p.add_argument("--command", required=True, help="what made the runs, for the table")
     cli.add_switch(p, "--print", "print the table and write nothing")
     return p.parse_args()
 
 
 def main(args):
-    rows = dict(parse_row(text) for text in args.rows)
-    if args.against not in rows:
-        raise RunError(f"--against {args.against}: not among --rows: {', '.join(rows)}")
+    rows, is_seen = parse_rows(args.rows, args.against), None
+    conditions = [text.partition("=")[::2] for text in args.seen or args.unseen or []]
+    if conditions:
+        among = has_any(conditions)
+        is_seen = among if args.seen else lambda record: not among(record)
+    # Before the work, so that a missing place for the table is known first.
+    readme.find_page(args.name)
     path = os.path.join(RESULTS, f"{args.name}.json")
-    command = args.command or f"bash benchmarks/{args.name}.sh"
-    result = collect(args.runs, rows, args.against, command)
+    result = collect(args.runs, rows, args.against, args.command, is_seen)
+    tables = format_tables(result, path)
     if args.print:
-        return print(format_tables(result, path))
+        return print(tables)
     runs.write_json(path, result)
-    readme.write_block(args.name, format_tables(result, path))
+    readme.write_block(args.name, tables)
 
 
 if __name__ == "__main__":
-    cli.run_main(main, parse_args())
+    if sys.argv[1:] == ["--readme"]:
+        write_committed_tables()
+    else:
+        cli.run_main(main, parse_args())

@@ -1,38 +1,48 @@
 #!/usr/bin/env bash
-# A compact policy with the cycle against one of eleven times its size without: the large policy was
-# pre-trained by the same recipe and is tuned on the expert questions.
+# A compact policy with the cycle against a policy eleven times its size without it. Both were pre-trained by
+# the same recipe; the large one is tuned on the expert questions, and, to compare, on what the compact one's
+# cycles accepted.
 #
-#   bash benchmarks/large.sh                             into runs/large; the same command resumes
-#   SEEDS=0 SMALLEST=1 OUT=runs/l bash benchmarks/large.sh          the smallest, to see that it works
+#   bash benchmarks/large.sh                         into runs/large; the same command resumes
+#   SEEDS=0 SMALLEST=1 bash benchmarks/large.sh      into runs/large_smallest
 #
-# Ends with benchmarks/results/large.json and its table in docs/results.md.
+# Generator and backbone, which the cycle uses, have seen all modalities. Ends with
+# benchmarks/results/large.json and its table in docs/results.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/large}
-SEEDS=${SEEDS:-0 1 2}
-SMALLEST=${SMALLEST:-}
-LARGE_FLAGS=${LARGE_FLAGS:---lr 3e-4}    # of the large policy's SFT
-. ./setup.sh requirements.txt
-. benchmarks/small_clinic.sh
+# Flags of the large policy's SFT, and as many steps as the SFT and GRPO of three cycles.
+LARGE_FLAGS=${LARGE_FLAGS:---lr 3e-4} AS_MANY="--steps 1650"
+export CYCLES=3 CLINIC_FLAGS="--sizes 100 200 300 200 400" SFT_FLAGS="--steps 500" GRPO_FLAGS="--steps 50"
+if [ -n "${SMALLEST:-}" ]; then
+  CYCLES=2 CLINIC_FLAGS="--sizes 12 6 8 8 8" SFT_FLAGS="--steps 2" AS_MANY="--steps 3"
+  GRPO_FLAGS="--steps 1 --prompts 2 --group 4 --watch-items 8 --min-spread -1"
+  export REWARD_FLAGS="--resamples 1 --steps 50" SCORE_FLAGS="--keep 0.5"
+fi
+. benchmarks/claims.sh CYCLES CLINIC_FLAGS SFT_FLAGS GRPO_FLAGS LARGE_FLAGS AS_MANY
 
-[ -e "$OUT/policy" ] || "$PYTHON" toy/pretrain.py --out "$OUT" --roles policy --tower toy/policy --width 512 \
-  --layers 4 ${SMALLEST:+--steps 1 1}
+# Its last file says that the model is complete.
+[ -e "$OUT/policy/marks.json" ] || "$PYTHON" toy/pretrain.py --out "$OUT" --roles policy --tower toy/policy \
+  --width 512 --layers 4 ${SMALLEST:+--steps 1 1}
+
+# tune FOLDER FLAGS DATA...: the large policy's SFT, and its evaluation.
+tune() {
+  local folder=$1 flags=$2; shift 2
+  stage "$d/$folder" "$s" "$d" sft.py --model "$OUT/policy" --test "$d/data/test.jsonl" $flags $LARGE_FLAGS \
+    --data "$@"
+  stage "$d/eval_$folder" "$s" "$d" eval.py --model "$d/$folder" --data "$d/data/test.jsonl"
+}
+
 for s in $SEEDS; do
   d=$OUT/seed$s
   OUT=$d SEED=$s bash cycle.sh
-  common="--image-root $d --seed $s"
-  [ -e "$d/large" ] || "$PYTHON" sft.py --model "$OUT/policy" --data "$d/data/expert.jsonl" \
-    --test "$d/data/test.jsonl" --out "$d/large" $common $SFT_FLAGS $LARGE_FLAGS
-  for model in "$OUT/policy" "$d/large"; do
-    folder=$d/eval_large_$(basename "$model")
-    [ -e "$folder" ] || "$PYTHON" eval.py --model "$model" --data "$d/data/test.jsonl" --out "$folder" $common
-  done
+  stage "$d/eval_large" "$s" "$d" eval.py --model "$OUT/policy" --data "$d/data/test.jsonl"
+  tune large_expert "$SFT_FLAGS" "$d/data/expert.jsonl"
+  tune large_expert_long "$AS_MANY" "$d/data/expert.jsonl"
+  tune large_accepted "$AS_MANY" "$d"/cycle*/scored/accepted.jsonl "$d/data/expert.jsonl"
 done
 
-folders=()
-for s in $SEEDS; do folders+=("$OUT/seed$s"); done
-rows=("compact: base=eval_base" "compact: SFT on expert data=eval_sft_expert"
-      "compact: three cycles=cycle$CYCLES/eval_grpo" "large: base=eval_large_policy"
-      "large: SFT on expert data=eval_large_large")
-"$PYTHON" benchmarks/collect.py large --runs "${folders[@]}" --rows "${rows[@]}" \
-  --against "compact: three cycles" ${SMALLEST:+--print}
+collect large "" "compact: the cycle" --rows "compact: base=eval_base" \
+  "compact: SFT on expert data=eval_sft_expert" "compact: the cycle=cycle$CYCLES/eval_grpo" \
+  "large: base=eval_large" "large: SFT on expert data=eval_large_expert" \
+  "large: the same, as many steps as the cycle=eval_large_expert_long" \
+  "large: SFT on the cycle's accepted, as many steps=eval_large_accepted"

@@ -9,23 +9,31 @@ from medgr2.errors import RunError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def write_block(name, text):
-    """Put `text` between <!-- name --> and <!-- /name --> in README.md or a page of docs/.
+def find_page(name):
+    """(the page of README.md and docs/ with the place of a table, its text).
 
-    Raises RunError unless there is exactly one such place.
+    The place is between <!-- name --> and <!-- /name -->. Raises RunError unless there is exactly one.
     """
-    block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
     found = []
     for page in [os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(ROOT, "docs", "*.md"))]:
         with open(page, encoding="utf-8") as f:
             content = f.read()
-        found += [(page, content)] * len(block.findall(content))
+        found += [(page, content)] * len(block_of(name).findall(content))
     if len(found) != 1:
         places = f"{len(found)} places for the table {name} in README.md and docs/"
         raise RunError(f"{places}; put <!-- {name} --> and <!-- /{name} --> where it belongs, once")
-    page, content = found[0]
+    return found[0]
+
+
+def block_of(name):
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+
+
+def write_block(name, text):
+    """Put `text` in the place of the table `name`. Raises RunError unless there is exactly one."""
+    page, content = find_page(name)
     with open(page + ".tmp", "w", encoding="utf-8") as f:
-        f.write(block.sub(lambda match: text + "\n", content))
+        f.write(block_of(name).sub(lambda match: text + "\n", content))
     os.replace(page + ".tmp", page)
 
 

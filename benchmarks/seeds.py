@@ -10,7 +10,7 @@ Writes benchmarks/results/toy_cycle.json: accuracies by stage, seed and task, an
 stages, with 95% intervals over training runs and images (measures.two_level_interval); how good candidates
 and reward model were, and their changes over the cycles; seconds, command, commit, versions and hardware.
 The last three are those that the runs wrote down. Seconds are those of cycle.sh; with --collect they are
-those from the start of the first stage to the end of the last. The log of a run is beside its folder.
+those of all stages together. The log of a run is beside its folder.
 """
 
 import os
@@ -23,15 +23,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import readme
 from collect import (
-    accuracy_table,
     count_seconds,
     format_interval,
     format_number,
-    format_seeds,
-    mean_of,
+    list_names,
     measure_by,
-    paired_table,
-    paired_task_table,
     provenance,
     read_answers,
     read_environment,
@@ -141,6 +137,12 @@ def read_mark(cycle, mark, task):
     return found.get(field)
 
 
+def mean_of(values):
+    """The mean of those that are not None; None if all are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def measure_change(cycles, mark, number, task=None):
     """A mark in cycle `number` minus that in cycle 1: mean over runs, and by run."""
     by_seed = []
@@ -200,6 +202,10 @@ def collect(folders, seconds, command=None):
 # From the result file to the tables.
 
 
+def format_seeds(found, form):
+    return ", ".join(format_number(value, form) or "none" for value in found["by_seed"])
+
+
 def summary_tables(result):
     """The same means as accuracy_table without tasks: a row per stage, a column per cycle."""
     cells, cycles = {}, [f"cycle {number}" for number in range(1, len(result["cycles"][0]) + 1)]
@@ -213,6 +219,33 @@ def summary_tables(result):
             by_cycle.append([stage, *row])
     headers = ["stage", "accuracy (95% interval)"]
     return "\n\n".join([readme.format_table(headers, before), readme.format_table(["", *cycles], by_cycle)])
+
+
+def accuracy_table(result):
+    """Means over seeds, overall with the interval and by task."""
+    tasks, rows = list_names(result, "task"), []
+    for stage, found in result["accuracy"].items():
+        by_task = [f"{found['by_task'][task]['mean']:.3f}" for task in tasks]
+        rows.append([stage, f"**{found['mean']:.3f}**", format_interval(found, ".3f"), *by_task])
+    return readme.format_table(["stage", "accuracy", "95% interval", *tasks], rows)
+
+
+def paired_table(result):
+    rows = []
+    for pair in result["paired"]:
+        cells = [f"{pair['mean']:+.3f}", format_interval(pair, "+.3f"), format_seeds(pair, "+.3f")]
+        rows.append([f"{pair['from']} → {pair['to']}", *cells])
+    return readme.format_table(["paired on the same items", "difference", "95% interval", "by seed"], rows)
+
+
+def paired_task_table(result):
+    tasks, rows = list_names(result, "task"), []
+    for pair in result["paired"]:
+        cells = []
+        for found in (pair["by_task"][task] for task in tasks):
+            cells.append(f"{found['mean']:+.3f} ({format_interval(found, '+.3f')})")
+        rows.append([f"{pair['from']} → {pair['to']}", *cells])
+    return readme.format_table(["difference by task (95% interval)", *tasks], rows)
 
 
 def seeds_table(result):

@@ -104,6 +104,15 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
+def read_json(path, rule):
+    """The JSON value of a file. Raises RunError, which ends with `rule`, what to do, if it has none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: {error}; {rule}") from None
+
+
 class HashingFile:
     """A file that is hashed and measured (in bytes) while it is written."""
 

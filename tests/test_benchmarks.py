@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import clinic
+import numpy as np
 import pytest
 from conftest import ROOT
 
 sys.path.append(os.path.join(ROOT, "benchmarks"))
+import collect
 import cycle
 import readme
 import seeds
@@ -246,7 +249,8 @@ def test_the_table_of_losses_has_multiples_of_the_plain_way_and_empty_cells_for_
 # The tables of README.md and docs/.
 
 BLOCK = re.compile(r"(?<=<!-- )([\w-]+)( -->\n)(.*?)(?=<!-- /\1 -->)", re.DOTALL)
-WRITERS = [f"benchmarks/{name}.py" for name in ("seeds", "grpo_step", "logprob", "cycle", "authors_file")]
+NAMES = "seeds", "grpo_step", "logprob", "cycle", "authors_file", "collect"
+WRITERS = [f"benchmarks/{name}.py" for name in NAMES]
 WRITERS += ["tests/test_kill.py"]
 
 
@@ -266,10 +270,15 @@ def read_pages(folder):
     return {page.name: page.read_text() for page in [folder / "README.md", *(folder / "docs").glob("*.md")]}
 
 
+def empty(block):
+    """The comment before a table alone; a place whose script has not been run yet stays as it is."""
+    return block[0] if block[3].startswith("Not run: ") else block[1] + block[2]
+
+
 def test_every_table_is_what_its_script_writes_from_the_committed_result_file(copy):
     committed = read_pages(copy)
     for page in [copy / "README.md", *(copy / "docs").glob("*.md")]:
-        page.write_text(BLOCK.sub(r"\1\2", page.read_text()))
+        page.write_text(BLOCK.sub(empty, page.read_text()))
     assert read_pages(copy) != committed
     for writer in WRITERS:
         done = subprocess.run([sys.executable, writer, "--readme"], cwd=copy, capture_output=True, text=True)
@@ -376,7 +385,8 @@ def test_runs_are_collected_with_the_commit_time_and_command_that_they_wrote_dow
     commands = [f"CONTROLS=1 OUT=runs/seed{seed} SEED={seed} bash cycle.sh" for seed in (3, 4)]
     assert found["command"] == "; ".join(commands)
     assert found["seeds"] == [3, 4] and found["questions"] == 3
-    assert found["seconds"] == [11 * 60 + 30] * 2
+    # Half a minute per stage.
+    assert found["seconds"] == [30 * len(list_stages(2))] * 2
     assert found["git"] == {"commit": "c" * 40} and found["versions"] == HERE["versions"]
     assert found["cycles"][1][1]["marks"]["right_scored"] == 0.6
 
@@ -523,25 +533,77 @@ def cells_of(table):
     return {line[0]: line[1:] for line in lines if line[0] != "---"}
 
 
-def test_named_rows_of_any_runs_are_compared_with_one_of_them_by_task_and_modality(tmp_path):
-    first = write_run(tmp_path / "0", 3, {"eval_base": (1, 0, 0), "cycle1/eval_sft": (1, 1, 0)})
-    second = write_run(tmp_path / "1", 4, {"eval_base": (0, 0, 1), "cycle1/eval_sft": (1, 1, 1)})
-    named = {"start": "eval_base", "tuned": "cycle1/eval_sft"}
-    rows = [f"{name}={part}" for name, part in named.items()]
-    flags = ["--runs", first, second, "--rows", *rows, "--against", "start", "--print"]
+def collect_rows(folder, *flags):
+    """Run benchmarks/collect.py on rows of two runs with --print → (status, standard output, error)."""
+    first = write_run(folder / "0", 3, {"eval_base": (1, 0, 0), "cycle1/eval_sft": (1, 1, 0)})
+    second = write_run(folder / "1", 4, {"eval_base": (0, 0, 1), "cycle1/eval_sft": (1, 1, 1)})
     script = os.path.join(ROOT, "benchmarks", "collect.py")
-    done = subprocess.run([sys.executable, script, "x", *flags], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    by_task, by_modality, source = done.stdout.strip().split("\n\n")
+    command = [sys.executable, script, "large", "--runs", first, second, "--command", "c", "--print", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    return done.returncode, done.stdout, done.stderr
+
+
+ROWS = "--rows", "start=eval_base", "tuned=cycle1/eval_sft"
+
+
+def test_named_rows_of_any_runs_are_compared_with_one_of_them_by_task_and_modality(tmp_path):
+    status, shown, error = collect_rows(tmp_path, *ROWS, "--against", "start")
+    assert status == 0, error
+    by_task, by_modality, source = shown.strip().split("\n\n")
     cells = cells_of(by_task)
     assert cells[""] == ["accuracy (95% interval)", "minus *start*", "A", "B"]
     assert cells["start"][0].startswith("**0.333** (") and cells["start"][1:] == ["", "0.500", "0.000"]
     assert cells["tuned"][0].startswith("**0.833** (") and cells["tuned"][1].startswith("+0.500 (")
-    assert cells["tuned"][2:] == ["0.750", "1.000"]
-    assert cells_of(by_modality)[""][2:] == ["CT"] and "`bash benchmarks/x.sh`; 3 test questions" in source
-    flags[flags.index("start")] = "nobody"
-    refused = subprocess.run([sys.executable, script, "x", *flags], capture_output=True, text=True)
-    assert refused.returncode == 2 and "--against nobody: not among --rows: start, tuned" in refused.stderr
+    assert cells["tuned"][2].startswith("0.750, +0.250 (") and cells["tuned"][3].startswith("1.000, +1.000 (")
+    assert cells_of(by_modality)[""][2:] == ["CT"] and "`c`; seeds 3, 4; 3 test questions" in source
+
+
+@pytest.mark.parametrize("flag, kind", [("--seen", "seen"), ("--unseen", "unseen")])
+def test_questions_like_the_training_data_are_told_from_the_others(tmp_path, flag, kind):
+    status, shown, error = collect_rows(tmp_path, *ROWS, "--against", "start", flag, "task=B", "modality=MRI")
+    assert status == 0, error
+    cells = cells_of(shown.split("\n\n")[0])
+    # Nothing is an MRI, so the kind is that of task B.
+    column = cells[""].index(kind)
+    assert cells["start"][column] == "0.000" and cells["start"][5 - column] == "0.500"
+
+
+@pytest.mark.parametrize(
+    "rows, against, message",
+    [
+        (ROWS, "nobody", "--against nobody: give one of --rows, and another row: start, tuned"),
+        (ROWS[:2], "start", "--against start: give one of --rows, and another row: start"),
+        ((*ROWS, "start=x"), "start", "--rows start=x: give NAME=FOLDER, each NAME once"),
+        ((*ROWS, "start"), "start", "--rows start: give NAME=FOLDER"),
+    ],
+)
+def test_rows_that_cannot_be_compared_are_refused_in_one_line(tmp_path, rows, against, message):
+    status, _, error = collect_rows(tmp_path, *rows, "--against", against)
+    assert status == 2 and message in error and error.count("\n") == 1
+
+
+def test_every_table_that_a_script_collects_has_its_place_in_the_docs():
+    collected = []
+    for path in Path(ROOT, "benchmarks").glob("*.sh"):
+        text = path.read_text(encoding="utf-8")
+        collected += re.findall(r"^collect (\w+)", text, re.MULTILINE)
+        collected += [f"transfer_{name}" for name in re.findall(r"^table (\w+)", text, re.MULTILINE)]
+    assert sorted(collected) == [
+        "ablations",
+        "large",
+        "transfer_diagnosis",
+        "transfer_heldout",
+        "transfer_mri",
+    ]
+    for name in collected:
+        assert readme.find_page(name)[0].endswith("results.md")
+
+
+def test_a_run_without_a_task_is_left_out_of_that_tasks_mean():
+    values, runs_ = np.array([1.0, 0.0, 1.0]), np.array([0, 0, 2])
+    questions = {"run": runs_, "image": np.array(list("xyz")), "task": np.array(list("ABA"))}
+    found = collect.measure_by(values, questions)["by_task"]
+    assert found["A"]["by_seed"] == [1, 1] and found["B"]["by_seed"] == [0]
 
 
 def test_the_tables_show_every_number_under_its_name(tmp_path):

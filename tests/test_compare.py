@@ -230,12 +230,12 @@ def test_the_curve_has_its_points_in_order_and_its_band_from_worst_to_best_seed(
     assert first == {"k": 100, "mean": pytest.approx(0.6), "low": 0.5, "high": 0.7, "seeds": [0.5, 0.7]}
 
 
-def test_the_worth_of_a_point_is_where_the_curve_has_its_accuracy_in_log_k():
+def test_a_point_is_equivalent_to_the_k_at_which_the_curve_has_its_accuracy_in_log_k():
     points = [("expert", 100, 0.5), ("expert", 400, 0.7), ("expert", 1600, 0.7)]
     points += [("ours", 50, 0.6), ("better", 50, 0.8), ("worse", 50, 0.4), ("as good", 50, 0.7)]
-    worth = efficiency.find_worth(efficiency.make_curves(points), "expert")
+    found = efficiency.find_equivalents(efficiency.make_curves(points), "expert")
     # Halfway from 0.5 to 0.7 is halfway from 100 to 400 in log k. 0.7 is first reached at 400.
-    assert worth == {
+    assert found == {
         "ours": [pytest.approx(200)],
         "better": [None],
         "worse": [None],
@@ -253,8 +253,8 @@ def test_efficiency_draws_the_runs_of_all_seeds_and_a_run_without_training(folde
     assert is_figure(folder / "out" / "efficiency")
     assert "top" in (folder / "out" / "efficiency.svg").read_text()
     assert_refused(command("efficiency", f"top={folder / 'CT'}", "--out", folder / "x"), "METHOD:K=RUN")
-    typo = command("efficiency", *named, "--worth", "tip", "--out", folder / "y")
-    assert_refused(typo, "--worth tip: no run of it; give one of top, base")
+    typo = command("efficiency", *named, "--equivalent", "tip", "--out", folder / "y")
+    assert_refused(typo, "--equivalent tip: no run of it; give one of top, base")
 
 
 def test_the_same_numbers_give_the_same_svg(tmp_path):

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from conftest import ROOT, SMALL, cycle, guarded
+from PIL import Image
 from test_kill import contents
 
 from medgr2 import records, runs
@@ -104,6 +105,77 @@ def test_a_missing_file_is_refused_before_anything_is_run(tmp_path):
     done = cycle(tmp_path / "run", IMAGE_ROOT=".", **files)
     assert done.returncode == 2 and "VAL=" in done.stderr and "no such file" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"FILTER": "best"}, "FILTER=best: give accepted or random"),
+        ({"FILTER": "random", "CONTROLS": "1"}, "leave one of them out"),
+    ],
+)
+def test_a_filter_that_means_nothing_is_refused_before_a_stage_runs(tmp_path, settings, told):
+    done = cycle(tmp_path / "run", **settings)
+    assert done.returncode == 2 and told in done.stderr and not list(tmp_path.rglob("args.json"))
+
+
+# In place of every stage: writes the files that the others read, and its arguments.
+STAND_IN = """
+import json, os, sys
+out = sys.argv[sys.argv.index("--out") + 1]
+os.makedirs(out)
+json.dump(sys.argv[1:], open(os.path.join(out, "argv.json"), "w"))
+question = {"id": "q", "question": "q?", "options": ["a", "b"], "answer": "a", "image": "a.png"}
+question |= {"reward": {"overall": 1.0}, "prediction": "a", "correct": True}
+for name in ("candidates", "scored", "accepted", "random", "rollouts", "predictions", "metrics"):
+    with open(os.path.join(out, name + ".jsonl"), "w") as f:
+        f.write(json.dumps(question) + "\\n")
+json.dump({"accuracy": 1.0}, open(os.path.join(out, "metrics.json"), "w"))
+"""
+
+
+def test_a_later_cycle_goes_on_from_the_one_before_and_each_control_from_its_own_policy(tmp_path):
+    out, script = tmp_path / "run", tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "e.jsonl").write_text('{"id": "e", "question": "q?", "answer": "a", "image": "a.png"}\n')
+    expert = str(tmp_path / "e.jsonl")
+    files = dict.fromkeys(("EXPERT", "TEST", "VAL", "IMAGES", "PLENTY"), expert)
+    stages = dict.fromkeys(("GENERATE", "REWARD", "SFT", "GRPO", "EVAL"), str(script))
+    done = cycle(out, IMAGE_ROOT=str(tmp_path), CYCLES="3", **files, **stages)
+    assert done.returncode == 0, done.stderr
+
+    def read(stage, *flags):
+        """The values of these flags in the stage's arguments, in order."""
+        argv, found, flag = json.loads((out / stage / "argv.json").read_text()), [], None
+        for arg in argv:
+            flag = arg if arg.startswith("--") else flag
+            if flag in flags and arg != flag:
+                found.append(arg.removeprefix(f"{out}/"))
+        return found
+
+    accepted, drawn = (
+        [f"cycle{c}/scored/{kind}.jsonl" for c in (1, 2, 3)] for kind in ("accepted", "random")
+    )
+    before = {1: "toy/policy", 2: "cycle1/grpo", 3: "cycle2/grpo"}
+    generators = {1: "toy/generator", 2: "cycle1/generator", 3: "cycle2/generator"}
+    for c in (1, 2, 3):
+        d, data = f"cycle{c}", [*accepted[:c], expert]
+        assert read(f"{d}/sft", "--model", "--data") == [before[c], *data]
+        assert read(f"{d}/grpo", "--model", "--reward", "--data") == [f"{d}/sft", f"{d}/reward", *data]
+        assert read(f"{d}/sft_more", "--model", "--data") == [f"{d}/sft", *data]
+        assert read(f"{d}/candidates", "--model", "--part") == [generators[c], f"{c}/3"]
+        rollouts = [f"cycle{k}/grpo/rollouts.jsonl" for k in range(1, c)]
+        assert read(f"{d}/reward", "--data", "--rollouts") == [expert, *rollouts]
+        start = f"cycle{c - 1}/sft_random" if c > 1 else "toy/policy"
+        assert read(f"{d}/sft_random", "--model", "--data") == [start, *drawn[:c], expert]
+    for c in (2, 3):
+        start = "cycle1/sft" if c == 2 else "cycle2/sft_first"
+        assert read(f"cycle{c}/sft_first", "--model", "--data") == [start, accepted[0], expert]
+        frozen = [f"cycle{c}/reward", "cycle1/candidates/candidates.jsonl"]
+        assert read(f"cycle{c}/frozen_scored", "--model", "--data") == frozen
+    assert read("cycle2/generator", "--model", "--data") == ["cycle1/generator", accepted[1]]
+    assert not (out / "cycle3" / "generator").exists()
 
 
 def test_a_bad_input_stops_the_cycle_with_one_line_and_status_2(tmp_path):

@@ -72,7 +72,8 @@ def test_no_table_of_readme_and_docs_is_empty_and_every_result_they_name_is_ther
         tables |= dict(re.findall(r"<!-- ([\w-]+) -->\n(.*?)<!-- /\1 -->", text, re.DOTALL))
         named += re.findall(r"benchmarks/results/\w+\.json", text)
     assert {"results", "grpo_step", "logprob", "cycle", "scorers", "kills"} <= set(tables)
-    assert all("|" in table for table in tables.values())
+    # "Not run: ", then the command, where nobody has run the script yet.
+    assert all("|" in table or table.startswith("Not run: `") for table in tables.values())
     assert named and all((ROOT / name).is_file() for name in named)
 
 

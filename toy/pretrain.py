@@ -13,7 +13,7 @@ tokenizer, saved in the Hugging Face format. There are two phases, on images dra
     python toy/pretrain.py --out toy                        all three, about 45 minutes on one CPU core
     python toy/pretrain.py --out toy --roles policy         one of them
     python toy/pretrain.py --out runs/large --roles policy --tower toy/policy --width 512 --layers 4
-                                                            a policy of eleven times the size
+                                                            a policy eleven times the size
 """
 
 import json
@@ -322,12 +322,16 @@ def parse_args():
     p.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), help="which models")
     p.add_argument("--tower", help="model whose tower to take instead of phase 1")
     p.add_argument("--width", type=int, default=WIDTH, help="of the decoder, a multiple of 8")
-    p.add_argument("--layers", type=int, help="of the decoder, if not the role's own")
+    p.add_argument("--layers", type=cli.number(int, 1), help="of the decoder, if not the role's own")
     p.add_argument("--seed", type=int, default=0, help="of the weights and of all images")
     p.add_argument(
         "--steps", type=int, nargs=2, metavar="N", help="steps of phases 1 and 2, if not the role's own"
     )
-    return p.parse_args()
+    args = p.parse_args()
+    # Four heads of an even size.
+    if args.width < 8 or args.width % 8:
+        p.error(f"--width {args.width}: give a multiple of 8")
+    return args
 
 
 def pretrain(role, tower, steps, layers, width, seed, out):
