@@ -4,7 +4,7 @@
 #   bash benchmarks/ablations.sh                     into runs/ablations; the same command resumes
 #   SEEDS=0 SMALLEST=1 bash benchmarks/ablations.sh  into runs/ablations_smallest
 #
-# Every variant has the same clinic and the same base models. Ends with benchmarks/results/ablations.json and
+# Every variant has the same clinic and the same base models. One seed takes about 75 minutes on one core. Ends with benchmarks/results/ablations.json and
 # its table in docs/results.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,10 +18,15 @@ fi
 . benchmarks/claims.sh CYCLES CLINIC_FLAGS SFT_FLAGS GENERATE_FLAGS GRPO_FLAGS REWARD_FLAGS SCORE_FLAGS
 
 rows=()
-# variant FOLDER NAME [VARIABLE=VALUE...]: the cycle with these settings, for each seed.
+# variant FOLDER NAME [VARIABLE=VALUE...]: the cycle with these settings, for each seed. What no variant
+# changes is run once.
 variant() {
-  local folder=$1 name=$2 s; shift 2
+  local folder=$1 name=$2 s part; shift 2
   for s in $SEEDS; do
+    mkdir -p "$OUT/seed$s/$folder"
+    for part in eval_base sft_expert eval_sft_expert; do
+      [ "$folder" = full ] || ln -sfn "../full/$part" "$OUT/seed$s/$folder/$part"
+    done
     env "$@" OUT="$OUT/seed$s/$folder" SEED="$s" bash cycle.sh
   done
   rows+=("$name=$folder/cycle$CYCLES/eval_grpo")

@@ -85,7 +85,9 @@ def measure_by(values, questions, fields=("task",)):
 
 def read_stages(folder):
     """The args.json of every stage of a run. Raises RunError if there is none."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "**", "args.json"), recursive=True)
+    found = glob.glob(os.path.join(glob.escape(folder), "**", "args.json"), recursive=True)
+    # A stage that two variants share is one.
+    paths = {os.path.realpath(path) for path in found}
     if not paths:
         raise RunError(f"{folder}: no stage has run there; give folders that cycle.sh or a script here wrote")
     return [read_json(path) for path in sorted(paths)]

@@ -3,22 +3,20 @@
 # the same recipe; the large one is tuned on the expert questions, and, to compare, on what the compact one's
 # cycles accepted.
 #
+#   bash benchmarks/ablations.sh                     first: its whole cycle is the compact policy's
 #   bash benchmarks/large.sh                         into runs/large; the same command resumes
-#   SEEDS=0 SMALLEST=1 bash benchmarks/large.sh      into runs/large_smallest
+#   SEEDS=0 SMALLEST=1 bash benchmarks/large.sh      into runs/large_smallest, after ablations.sh of that size
 #
 # Generator and backbone, which the cycle uses, have seen all modalities. Ends with
 # benchmarks/results/large.json and its table in docs/results.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# Flags of the large policy's SFT, and as many steps as the SFT and GRPO of three cycles.
-LARGE_FLAGS=${LARGE_FLAGS:---lr 3e-4} AS_MANY="--steps 1650"
-export CYCLES=3 CLINIC_FLAGS="--sizes 100 200 300 200 400" SFT_FLAGS="--steps 500" GRPO_FLAGS="--steps 50"
-if [ -n "${SMALLEST:-}" ]; then
-  CYCLES=2 CLINIC_FLAGS="--sizes 12 6 8 8 8" SFT_FLAGS="--steps 2" AS_MANY="--steps 3"
-  GRPO_FLAGS="--steps 1 --prompts 2 --group 4 --watch-items 8 --min-spread -1"
-  export REWARD_FLAGS="--resamples 1 --steps 50" SCORE_FLAGS="--keep 0.5"
-fi
-. benchmarks/claims.sh CYCLES CLINIC_FLAGS SFT_FLAGS GRPO_FLAGS LARGE_FLAGS AS_MANY
+# Finished runs of ablations.sh, without the seed.
+RUNS=${RUNS:-runs/ablations${SMALLEST:+_smallest}/seed}
+# Of the large policy's SFT: the rate; the steps of the compact one's SFT; those of its SFT and GRPO in all cycles.
+LARGE_FLAGS=${LARGE_FLAGS:---lr 3e-4} SFT_FLAGS="--steps 500" AS_MANY="--steps 1650" CYCLES=3
+[ -z "${SMALLEST:-}" ] || SFT_FLAGS="--steps 2" AS_MANY="--steps 3" CYCLES=2
+. benchmarks/claims.sh RUNS LARGE_FLAGS SFT_FLAGS AS_MANY
 
 # Its last file says that the model is complete.
 [ -e "$OUT/policy/marks.json" ] || "$PYTHON" toy/pretrain.py --out "$OUT" --roles policy --tower toy/policy \
@@ -27,22 +25,24 @@ fi
 # tune FOLDER FLAGS DATA...: the large policy's SFT, and its evaluation.
 tune() {
   local folder=$1 flags=$2; shift 2
-  stage "$d/$folder" "$s" "$d" sft.py --model "$OUT/policy" --test "$d/data/test.jsonl" $flags $LARGE_FLAGS \
+  stage "$d/$folder" "$s" "$data" sft.py --model "$OUT/policy" --test "$data/test.jsonl" $flags $LARGE_FLAGS \
     --data "$@"
-  stage "$d/eval_$folder" "$s" "$d" eval.py --model "$d/$folder" --data "$d/data/test.jsonl"
+  stage "$d/eval_$folder" "$s" "$data" eval.py --model "$d/$folder" --data "$data/test.jsonl"
 }
 
 for s in $SEEDS; do
   d=$OUT/seed$s
-  OUT=$d SEED=$s bash cycle.sh
-  stage "$d/eval_large" "$s" "$d" eval.py --model "$OUT/policy" --data "$d/data/test.jsonl"
-  tune large_expert "$SFT_FLAGS" "$d/data/expert.jsonl"
-  tune large_expert_long "$AS_MANY" "$d/data/expert.jsonl"
-  tune large_accepted "$AS_MANY" "$d"/cycle*/scored/accepted.jsonl "$d/data/expert.jsonl"
+  mkdir -p "$d"
+  ln -sfn "$(cd "$RUNS$s/full" && pwd)" "$d/compact"
+  data=$d/compact/data
+  stage "$d/eval_large" "$s" "$data" eval.py --model "$OUT/policy" --data "$data/test.jsonl"
+  tune large_expert "$SFT_FLAGS" "$data/expert.jsonl"
+  tune large_expert_long "$AS_MANY" "$data/expert.jsonl"
+  tune large_accepted "$AS_MANY" "$d"/compact/cycle*/scored/accepted.jsonl "$data/expert.jsonl"
 done
 
-collect large "" "compact: the cycle" --rows "compact: base=eval_base" \
-  "compact: SFT on expert data=eval_sft_expert" "compact: the cycle=cycle$CYCLES/eval_grpo" \
+collect large "" "compact: the cycle" --rows "compact: base=compact/eval_base" \
+  "compact: SFT on expert data=compact/eval_sft_expert" "compact: the cycle=compact/cycle$CYCLES/eval_grpo" \
   "large: base=eval_large" "large: SFT on expert data=eval_large_expert" \
   "large: the same, as many steps as the cycle=eval_large_expert_long" \
   "large: SFT on the cycle's accepted, as many steps=eval_large_accepted"
