@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # Finished runs of ablations.sh, without the seed.
 RUNS=${RUNS:-runs/ablations${SMALLEST:+_smallest}/seed}
-# Of the large policy's SFT: the rate; the steps of the compact one's SFT; those of its SFT and GRPO in all cycles.
+# The large policy's rate, the steps of the compact one's SFT, and those of its SFT and GRPO in all cycles.
 LARGE_FLAGS=${LARGE_FLAGS:---lr 3e-4} SFT_FLAGS="--steps 500" AS_MANY="--steps 1650" CYCLES=3
 [ -z "${SMALLEST:-}" ] || SFT_FLAGS="--steps 2" AS_MANY="--steps 3" CYCLES=2
 . benchmarks/claims.sh RUNS LARGE_FLAGS SFT_FLAGS AS_MANY

@@ -12,8 +12,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SIZES=${SIZES:-200 200 600 200 400}
 # A rule reward without SFT before it has twice the steps: about the time of our SFT and GRPO.
-RULE_FLAGS=${RULE_FLAGS:---steps 200}
-export CYCLES=1 GRPO_FLAGS=${GRPO_FLAGS:-} SFT_FLAGS=${SFT_FLAGS:---steps 1000}
+RULE_FLAGS=${RULE_FLAGS:---steps 100}
+export CYCLES=1 GRPO_FLAGS=${GRPO_FLAGS:---steps 50} SFT_FLAGS=${SFT_FLAGS:---steps 500}
 if [ -n "${SMALLEST:-}" ]; then
   SIZES="40 24 40 8 8" SFT_FLAGS="--steps 2" RULE_FLAGS="--steps 1"
   GRPO_FLAGS="--steps 1 --prompts 2 --group 4 --watch-items 8 --min-spread -1"
