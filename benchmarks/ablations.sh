@@ -5,8 +5,7 @@
 #   SEEDS=0 SMALLEST=1 bash benchmarks/ablations.sh  into runs/ablations_smallest
 #
 # Every variant has the same clinic and the same base models. One seed takes about 75 minutes on one core.
-# Ends with benchmarks/results/ablations.json
-# and its table in docs/results.md.
+# Ends with benchmarks/results/ablations.json and its table in docs/results.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CYCLES=3 CLINIC_FLAGS="--sizes 100 200 300 200 400" SFT_FLAGS="--steps 500"
