@@ -84,7 +84,9 @@ if __name__ == "__main__":
     # Before torch is imported, so that --help answers at once.
     ARGS = parse_args()
 
-from medgr2 import loading, vlm
+from accelerate import Accelerator
+
+from medgr2 import loading, parallel, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # What to ask.
@@ -269,8 +271,8 @@ def main(args):
     images = read_images(args.images, skip, args.image_root, args.part)
     unreadable = find_unreadable(images, args.max_rejected) if skip else {}
     tasks = find_tasks(args.tasks_of, args.image_root) if args.tasks_of else args.tasks
-    inputs = [args.images, args.model, args.tasks_of]
-    run = runs.start(args, inputs, free=("concurrency", "retries", "timeout"))
+    inputs, accelerator = [args.images, args.model, args.tasks_of], Accelerator()
+    run = runs.start(args, inputs, accelerator.is_main_process, free=("concurrency", "retries", "timeout"))
     ask = open_generator(args, tasks)
     generator = args.model or args.endpoint_model
     # The same for all drafts.
@@ -278,23 +280,29 @@ def main(args):
     turns = assign_turns(images)
     seen = {duplicate_key(candidate) for candidate in read_committed(run, "candidates.jsonl")}
 
-    for step in run.progress(range(run.state.get("step", 0), len(images), args.batch), "generate"):
+    def ask_batch(step):
+        """(drafts that were asked, their replies, rejected drafts, seconds) about a batch of images."""
         started = time.time()
-        # Draft the candidates about a batch of images.
         batch = range(step, min(step + args.batch, len(images)))
         drafts = [draft for i in batch for draft in build_drafts(images[i], turns[i], *settings)]
         # Reject what cannot be asked (--on-error skip).
         readable, not_asked = split_unreadable(drafts, unreadable)
-        # Ask the generator.
-        replies = ask(readable) if readable else []
+        return readable, ask(readable) if readable else [], not_asked, time.time() - started
+
+    steps = range(run.state.get("step", 0), len(images), args.batch)
+    # Ask the generator, a batch of images at a time. Processes take turns.
+    asked = parallel.take_turns(steps, ask_batch, accelerator)
+    for step, (drafts, replies, not_asked, seconds) in zip(run.progress(steps, "generate"), asked):
         # Parse the replies; reject what is malformed, truncated or a duplicate.
-        candidates, rejected = split_replies(readable, replies, seen)
+        candidates, rejected = split_replies(drafts, replies, seen)
         seen |= {duplicate_key(candidate) for candidate in candidates}
         # Write, log and commit.
         for name, rows in (("candidates.jsonl", candidates), ("rejected.jsonl", rejected + not_asked)):
             run.append(name, [records.with_relative_image(row, run.part) for row in rows])
-        run.log(step=step, asked=len(drafts), kept=len(candidates), seconds=time.time() - started)
+        run.log(step=step, asked=len(drafts) + len(not_asked), kept=len(candidates), seconds=seconds)
         run.commit(step=step + args.batch)
+    if not run.main:
+        return
 
     counts = count_outcomes(run, args.paradigms)
     total = sum(counts.values(), Counter())

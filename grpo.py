@@ -88,6 +88,8 @@ def parse_args():
     p.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
     freeze = "what does not learn: vision tower and projector, the tower only, nothing"
     p.add_argument("--freeze", choices=("images", "vision", "nothing"), default="images", help=freeze)
+    lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
+    p.add_argument("--lora", type=count, metavar="R", help=lora)
     p.add_argument(
         "--micro-batch", type=count, default=8, help="groups per forward and backward pass; same result"
     )
@@ -108,7 +110,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from medgr2 import loading, rollouts, vlm
+from medgr2 import adapters, loading, rollouts, vlm
 from medgr2.watch import Watch
 from reward import R_MIN, RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
@@ -300,7 +302,7 @@ def with_reference_logps(reference, groups, micro_batch, accelerator):
     updated = list(groups)
     for index in rollouts.micro_batches(groups, micro_batch):
         inputs, ids, mask = collate(reference, [groups[i] for i in index])
-        with accelerator.autocast():
+        with accelerator.autocast(), adapters.without_lora(reference):
             logps, _ = vlm.token_logps(reference, inputs, ids, mask)  # (B·G, C)
         for i, own in zip(index, logps.split(len(groups[0].texts))):
             updated[i] = replace(groups[i], ref_logps=own)
@@ -367,10 +369,13 @@ def update_policy(policy, optimizer, groups, counts, lr, args, accelerator):
 
 
 def load_models(args, accelerator):
-    """The policy, its frozen copy as the reference (None without a KL term), and the reward model."""
-    policy, reward_model = loading.load(args.model, accelerator.device), RewardModel.load(args.reward)
-    loading.freeze(policy, args.freeze)
-    return policy, loading.frozen_copy(policy) if args.kl else None, reward_model
+    """The policy, the reference (None without a KL term), and the reward model.
+
+    The reference is a frozen copy of the policy, or with --lora the policy itself, its adapter off.
+    """
+    policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
+    reference = (policy if args.lora else loading.frozen_copy(policy)) if args.kl else None
+    return policy, reference, RewardModel.load(args.reward)
 
 
 def main(args):
@@ -418,7 +423,7 @@ def main(args):
 
     result = {"steps": args.steps, **watch.finish()}
     if run.main:
-        loading.save(policy, run.part)
+        adapters.save_trained(policy, run.part)
     run.finish(result, watch.summary())
 
 

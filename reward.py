@@ -102,12 +102,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss, pad
 
-from medgr2 import loading, vlm
+from medgr2 import loading, parallel, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # The features.
@@ -482,7 +483,8 @@ def with_pass_rates(rows, path):
 
 
 def score(args):
-    run = runs.start(args, [args.model, args.data])
+    accelerator = Accelerator()
+    run = runs.start(args, [args.model, args.data], accelerator.is_main_process)
     rows = list(records.read_records(args.data, records.QUESTION, args.image_root))
     unreadable = find_unreadable(rows, args.max_rejected) if args.on_error == "skip" else {}
     rejected = [
@@ -500,14 +502,22 @@ def score(args):
 
     if rejected and not run.state:
         append("rejected.jsonl", rejected)
-    for i in run.progress(range(run.state.get("step", 0), len(rows), args.batch), "score"):
-        # Score a batch of candidates: question and answer as a response to the image.
+
+    def score_batch(i):
+        """Question and answer of each candidate as a response to the image, and their rewards."""
         part = rows[i : i + args.batch]
         scores = score_references(model, part, [row["image"] for row in part])
-        # Write and commit.
         rewards = [{head: round(scores[head][k], 4) for head in HEADS} for k in range(len(part))]
-        append("scored.jsonl", [row | {"reward": reward} for row, reward in zip(part, rewards)])
+        return [row | {"reward": reward} for row, reward in zip(part, rewards)]
+
+    steps = range(run.state.get("step", 0), len(rows), args.batch)
+    # Score the candidates, a batch at a time. Processes take turns.
+    scored = parallel.take_turns(steps, score_batch, accelerator)
+    for i, batch in zip(run.progress(steps, "score"), scored):
+        append("scored.jsonl", batch)
         run.commit(step=i + args.batch)
+    if not run.main:
+        return
 
     # Keep the best, and as many at random to compare with.
     rows = list(records.read_records(run.path("scored.jsonl"), root=records.ANYWHERE))

@@ -51,6 +51,8 @@ def parse_args():
     p.add_argument("--weight-decay", type=positive, default=0.01, help="AdamW's")
     p.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
     p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
+    lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
+    p.add_argument("--lora", type=count, metavar="R", help=lora)
     cli.add_switch(p, "--gradient-checkpointing", "recompute activations: less memory, more time")
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "train on it anyway")
@@ -66,7 +68,7 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 
-from medgr2 import loading, vlm
+from medgr2 import adapters, loading, vlm
 from triton_ops import linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------
@@ -156,8 +158,7 @@ def main(args):
     if len(weights) != len(args.data):
         raise RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")
     examples = load_examples(args.data, weights, args.role, args.image_root)
-    policy = loading.load(args.model, accelerator.device)
-    loading.freeze(policy, args.freeze)
+    policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
     if args.gradient_checkpointing:
         # It needs train(). Without it the model stays in eval(), so that it computes as when it samples.
         policy.model.train().gradient_checkpointing_enable()
@@ -189,7 +190,7 @@ def main(args):
         with accelerator.autocast():
             result["val_loss"] = mean_loss(policy, held_out, args.micro_batch)
     if run.main:
-        loading.save(policy, run.part)
+        adapters.save_trained(policy, run.part)
     run.finish(
         result, ", ".join(f"{name} {value:.4g}" for name, value in result.items() if value is not None)
     )

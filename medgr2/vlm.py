@@ -44,6 +44,8 @@ class VLM:
     prefix_sharing: str = "always"
     # Whether an image's features are computed once and kept (loading.freeze_images).
     reuses_features: bool = False
+    # peft's LoraModel around the model (adapters.add_lora), or None.
+    lora: object = None
 
     @property
     def tokenizer(self):

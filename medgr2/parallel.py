@@ -1,0 +1,17 @@
+"""Several processes share the batches of a stage that does not train."""
+
+from itertools import islice
+
+from accelerate.utils import gather_object
+
+
+def take_turns(batches, work, accelerator):
+    """Yield work(batch) of each batch, in order, on every process; each of N processes does every N-th batch.
+
+    A batch is the same for any number of processes, so its padding is, and what comes of it.
+    """
+    batches = iter(batches)
+    while turn := list(islice(batches, accelerator.num_processes)):
+        # Fewer batches than processes are left at the end.
+        own = turn[accelerator.process_index : accelerator.process_index + 1]
+        yield from gather_object([work(batch) for batch in own])
