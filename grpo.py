@@ -90,9 +90,11 @@ def parse_args():
     p.add_argument("--freeze", choices=("images", "vision", "nothing"), default="images", help=freeze)
     lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
     p.add_argument("--lora", type=count, metavar="R", help=lora)
-    p.add_argument(
-        "--micro-batch", type=count, default=8, help="groups per forward and backward pass; same result"
-    )
+    rollout_batch = "questions to sample and score at a time: less memory, same result (all)"
+    p.add_argument("--rollout-batch", type=count, help=rollout_batch)
+    p.add_argument("--micro-batch", type=count, default=8, help="groups per backward pass; same result")
+    micro_group = "responses of each group per backward pass: less memory, same result (all)"
+    p.add_argument("--micro-group", type=count, help=micro_group)
     p.add_argument("--watch-every", type=count, default=10, help="steps between accuracy checks on --val")
     p.add_argument("--watch-items", type=count, default=200, help="records of --val to check")
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
@@ -250,12 +252,14 @@ def rollout(policy, reward_model, batches, args, accelerator):
     """Sample and score groups until P are informative → (those of this process, all, cursor)."""
     kept, drawn = [], []
     for _ in range(MAX_BATCHES):
-        batch = next(batches)
-        with accelerator.autocast():
-            groups = sample_groups(policy, batch, args.group, args.max_new_tokens, args.seed)
-        drawn += score_groups(reward_model, groups, args)
-        kept = [g for g in drawn if g.informative][: len(batch.rows)]
-        missing = torch.tensor(len(batch.rows) - len(kept), device=policy.device)
+        parts = next(batches)
+        for batch in parts:
+            with accelerator.autocast():
+                groups = sample_groups(policy, batch, args.group, args.max_new_tokens, args.seed)
+            drawn += score_groups(reward_model, groups, args)
+        share = sum(len(batch.rows) for batch in parts)
+        kept = [g for g in drawn if g.informative][:share]
+        missing = torch.tensor(share - len(kept), device=policy.device)
         if not accelerator.reduce(missing, "sum").item():
             # Every process has enough: all stop at the same cursor.
             break
@@ -310,7 +314,7 @@ def with_reference_logps(reference, groups, micro_batch, accelerator):
 
 
 def accumulate_gradient(policy, groups, counts, args):
-    """Add a micro-batch's gradient to the policy's → (loss, sums of metrics, log-probs (B·G, C))."""
+    """Add a micro-batch's gradient to the policy's → (log-probs (B·G, C), [sums of metrics and the loss])."""
     inputs, ids, mask = collate(policy, groups)
     advantages = torch.cat([g.advantages for g in groups]).to(policy.device)  # (B·G,)
     loss_inputs = LossInputs(
@@ -319,34 +323,36 @@ def accumulate_gradient(policy, groups, counts, args):
         old_logps=rollouts.stack(groups, "old_logps"),  # (B·G, C) or None
         ref_logps=rollouts.stack(groups, "ref_logps"),  # (B·G, C) or None
     )
-    # State t predicts token t. The first is the prompt's last; the one after the last token predicts nothing.
-    states = vlm.hidden_states(policy, inputs, ids, mask)[:, :-1]  # (B·G, C, D)
-    hidden, weight, head_options = vlm.lm_head(policy, states)  # weight (V, D)
     options = {"loss": args.loss, "epsilon": args.epsilon, "epsilon_high": args.epsilon_high}
     options |= {"kl": args.kl, "kl_estimator": args.kl_estimator}
-    # The same as these three lines, but the logits (B·G, C, V) never exist (triton_ops.py). At the first
-    # update old_logps is None and stands for logps.detach(): the ratio is 1.
-    #     logps = log_softmax(hidden @ weight.T, -1).gather(-1, ids[..., None])[..., 0]
-    #     loss, metrics = grpo_loss(logps, loss_inputs, counts, **options)
-    #     loss.backward()
-    loss, metrics, logps = linear_grpo_loss(
-        grpo_loss, hidden, weight, ids, loss_inputs, counts=counts, **options, **head_options
-    )
-    loss.backward()
-    return loss.detach(), metrics, logps
+    logps, sums = torch.zeros(ids.shape, device=policy.device), []
+    for rows, states in vlm.hidden_states_in_parts(policy, inputs, ids, mask, args.micro_group):
+        # State t predicts token t. The first is the prompt's last; the one after the last predicts nothing.
+        hidden, weight, head_options = vlm.lm_head(policy, states[:, :-1])  # (n, C, D), (V, D)
+        # The same as these three lines, but the logits (n, C, V) never exist (triton_ops.py). At the first
+        # update old_logps is None and stands for logps.detach(): the ratio is 1.
+        #     logps = log_softmax(hidden @ weight.T, -1).gather(-1, ids[rows, :, None])[..., 0]
+        #     loss, metrics = grpo_loss(logps, loss_inputs.select(rows), counts, **options)
+        #     loss.backward()
+        loss, metrics, logps[rows] = linear_grpo_loss(
+            grpo_loss, hidden, weight, ids[rows], loss_inputs.select(rows), counts=counts, **options,
+            **head_options,
+        )  # fmt: skip
+        loss.backward()
+        sums.append(metrics | {"loss": loss.detach()})
+    return logps, sums
 
 
 def policy_gradient(policy, groups, counts, args, accelerator):
     """Leave this process's share of the gradient in the policy → (groups with old_logps, metrics)."""
-    updated, sums = list(groups), {}
+    updated, sums = list(groups), []
     # Without a KL term a group whose advantages are all 0 contributes nothing and is skipped. If all are, the
     # first is kept, so that there is a gradient, of zeros.
     learning = [i for i, g in enumerate(groups) if args.kl or g.advantages.any()] or [0]
     for index in rollouts.micro_batches(groups, args.micro_batch, learning):
         with accelerator.autocast():
-            loss, metrics, logps = accumulate_gradient(policy, [groups[i] for i in index], counts, args)
-        for name, value in (metrics | {"loss": loss}).items():
-            sums[name] = sums.get(name, 0) + value
+            logps, of_parts = accumulate_gradient(policy, [groups[i] for i in index], counts, args)
+        sums += of_parts
         for i, own in zip(index, logps.split(len(groups[0].texts))):
             if groups[i].old_logps is None:
                 # The first update: the policy is still the one that sampled.
@@ -395,7 +401,8 @@ def main(args):
     training.restore_state(run.state, policy.model, optimizer)
     watch = Watch(policy, reward_model, args, accelerator, run.state)
     cursor = run.state.get("cursor", 0)
-    batches = rollouts.prefetch_batches(policy, examples, cursor, args.prompts, args.seed, accelerator)
+    sizes = args.prompts, args.rollout_batch
+    batches = rollouts.prefetch_batches(policy, examples, cursor, *sizes, args.seed, accelerator)
 
     for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
         # Compare the reward with the truth on expert questions.

@@ -33,7 +33,6 @@ The row operations exist twice: in plain PyTorch, the reference and the CPU's pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -501,8 +500,7 @@ def linear_cross_entropy(
     return _LinearLoss.apply(hidden, weight, bias, targets, chunks, options, chunk_loss, needed, False)[0]
 
 
-@dataclass
-class LossInputs:
+class LossInputs(NamedTuple):
     """What a policy-gradient loss of S sequences of C tokens needs beside the policy's log-probs.
 
     advantages (S,); mask (S, C), the tokens that count; old_logps (S, C) of the policy that sampled, None if
@@ -513,6 +511,10 @@ class LossInputs:
     mask: torch.Tensor
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
+
+    def select(self, rows):
+        """Those of these sequences only: a slice, or their numbers (n,)."""
+        return LossInputs(*(None if x is None else x[rows] for x in self))
 
 
 def linear_grpo_loss(
@@ -540,12 +542,11 @@ def linear_grpo_loss(
     metrics = {}
 
     def chunk_loss(k, logps, entropy):
-        part = chunks[k][0]
-        new = logps.new_zeros(keep[part].shape).masked_scatter(keep[part], logps)  # (s, C)
-        old = new.detach() if inputs.old_logps is None else inputs.old_logps[part]
-        ref = None if inputs.ref_logps is None else inputs.ref_logps[part]
-        mask = keep[part].to(inputs.mask.dtype)
-        loss, sums = loss_fn(new, LossInputs(inputs.advantages[part], mask, old, ref), kl=kl, **loss_options)
+        own, kept = inputs.select(chunks[k][0]), keep[chunks[k][0]]
+        new = logps.new_zeros(kept.shape).masked_scatter(kept, logps)  # (s, C)
+        old = new.detach() if own.old_logps is None else own.old_logps
+        own = own._replace(mask=kept.to(own.mask.dtype), old_logps=old)
+        loss, sums = loss_fn(new, own, kl=kl, **loss_options)
         for name, value in (sums | {"entropy": entropy.sum()}).items():
             metrics[name] = metrics.get(name, 0) + value
         return loss

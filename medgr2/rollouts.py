@@ -14,26 +14,31 @@ from medgr2.prompts import policy_prompt
 
 
 class Batch(NamedTuple):
-    """This process's share of a step's P records, preprocessed. `cursor`: number of the batch after it."""
+    """Records to sample for at a time, preprocessed. `cursor`: number of the step's batch after theirs."""
 
     cursor: int
     rows: list
     inputs: vlm.Inputs
 
 
-def prefetch_batches(policy, examples, cursor, prompts, seed, accelerator):
-    """Endless batches from number `cursor`; a thread preprocesses the next one during training."""
+def prefetch_batches(policy, examples, cursor, prompts, size, seed, accelerator):
+    """Endlessly, from batch number `cursor`, this process's share of a step's P records: a list of Batches.
+
+    Each holds `size` records, or all if that is None. A thread preprocesses the next ones during training.
+    """
     # The thread has a processor of its own: a tokenizer must not serve two threads at a time.
     preparing = replace(policy, processor=copy.deepcopy(policy.processor))
-    return training.prefetch(batches(preparing, examples, cursor, prompts, seed, accelerator))
+    return training.prefetch(batches(preparing, examples, cursor, prompts, size, seed, accelerator))
 
 
-def batches(policy, examples, cursor, prompts, seed, accelerator):
+def batches(policy, examples, cursor, prompts, size, seed, accelerator):
     while True:
         index = training.batch_indices(cursor, prompts, len(examples), seed)
         cursor += 1
         rows = [examples[i] for i in index[accelerator.process_index :: accelerator.num_processes]]
-        yield Batch(cursor, rows, preprocess(policy, rows))
+        size = size or len(rows)
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        yield [Batch(cursor, part, preprocess(policy, part)) for part in parts]
 
 
 def preprocess(policy, rows):
@@ -69,9 +74,10 @@ def mean(values):
 
 
 def mean_metrics(sums, tokens, accelerator):
-    """Sums over this process's tokens → means over the batch's `tokens`. The loss is only summed."""
-    names = sorted(sums)
-    totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum")
+    """Sums over parts of this process's tokens → means over the batch's `tokens`. The loss is only summed."""
+    names = sorted(sums[0])
+    own = torch.stack([sum(part[name] for part in sums).float() for name in names])
+    totals = accelerator.reduce(own, "sum")
     totals = dict(zip(names, totals.tolist()))
     # The entropy is of the tokens that were computed: without a KL term not those of advantage 0.
     denominators = {"loss": 1, "entropy": totals.pop("rows") or 1}

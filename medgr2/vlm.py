@@ -13,6 +13,7 @@ prompt are neighbours: row b·G + g.
     logps, entropy = vlm.token_logps(policy, inputs, ids, mask)              # (N, C) each, with gradient
 """
 
+import copy
 import inspect
 import re
 from dataclasses import dataclass
@@ -235,6 +236,14 @@ class Prefix:
     def __init__(self, cache, mask, rope_deltas):
         self.cache, self.mask, self.rope_deltas = cache, mask, rope_deltas
 
+    def with_cache(self, tensors):
+        """The same prefix with these keys and values in place of its own: two per layer, in order."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        return Prefix(cache, self.mask, self.rope_deltas)
+
     def repeat(self, group):
         """Repeat each row `group` times."""
         rows = torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(group)
@@ -335,6 +344,38 @@ def hidden_states(vlm, inputs, ids, mask):
         prefix, last = prefill(vlm, inputs, group)
         return torch.cat([last[:, None], decode_step(vlm, prefix, ids, mask)], 1)
     return plain_hidden_states(vlm, repeat_prompts(vlm, inputs, group) if group > 1 else inputs, ids, mask)
+
+
+def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
+    """Yield (rows, hidden_states of these rows (n, C+1, D)), `size` continuations of each prompt at a time.
+
+    For learning with less memory: the caller runs a part's backward pass before it asks for the next part,
+    and asks until there is none. A prompt is still encoded once. Each part leaves its gradient of the prefix,
+    and when all have, one backward pass takes it on to the prompt. Without `size`, one part: all rows.
+    """
+    prompts = inputs["attention_mask"].shape[0]
+    group = ids.shape[0] // prompts
+    if size is None or size >= group:
+        yield slice(None), hidden_states(vlm, inputs, ids, mask)
+        return
+    index = torch.arange(ids.shape[0], device=ids.device).view(prompts, group)
+    parts = [part.flatten() for part in index.split(size, 1)]
+    if not vlm.can_share_prefix:
+        for rows in parts:
+            yield rows, hidden_states(vlm, inputs, ids[rows], mask[rows])
+        return
+    prefix, last = prefill(vlm, inputs)
+    computed = [last, *(x for layer in prefix.cache.layers for x in (layer.keys, layer.values))]
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in computed]
+    for rows in parts:
+        n = len(rows) // prompts
+        own = prefix.with_cache(leaves[1:])
+        own.repeat(n)
+        first = leaves[0].repeat_interleave(n, 0)[:, None]
+        yield rows, torch.cat([first, decode_step(vlm, own, ids[rows], mask[rows])], 1)
+    reached = [(x, leaf.grad) for x, leaf in zip(computed, leaves) if leaf.grad is not None]
+    if reached:
+        torch.autograd.backward(*zip(*reached))
 
 
 def plain_hidden_states(vlm, inputs, ids, mask):

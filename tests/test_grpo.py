@@ -249,6 +249,7 @@ def flags(**over):
     return argparse.Namespace(
         **{
             "micro_batch": 8,
+            "micro_group": None,
             "mask_truncated": False,
             "max_new_tokens": 24,
             "loss": "grpo",
@@ -319,9 +320,10 @@ def assert_same(a, b, tolerance=1e-5):
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
 def test_the_gradient_does_not_depend_on_micro_batches(policy, groups, loss):
     whole, metrics, _ = gradient(policy, groups, loss=loss, micro_batch=6)
-    parts, again, _ = gradient(policy, groups, loss=loss, micro_batch=1)
-    assert_same(whole, parts)
-    assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    for smaller in ({"micro_batch": 1}, {"micro_batch": 6, "micro_group": 3}, {"micro_group": 1}):
+        parts, again, _ = gradient(policy, groups, loss=loss, **smaller)
+        assert_same(whole, parts)
+        assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo"])
@@ -626,12 +628,12 @@ def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
 def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are_shared_out(policy, groups):
     examples = [g.record for g in groups]
 
-    def batches(cursor, k=0, n=1, make=rollouts.batches):
+    def batches(cursor, k=0, n=1, size=None, make=rollouts.batches):
         process = argparse.Namespace(process_index=k, num_processes=n)
-        return make(policy, examples, cursor, 4, 3, process)
+        return make(policy, examples, cursor, 4, size, 3, process)
 
-    def ids(batch):
-        return [r["id"] for r in batch.rows]
+    def ids(parts):
+        return [r["id"] for batch in parts for r in batch.rows]
 
     threads, real = set(), open_image
     with pytest.MonkeyPatch.context() as patch:
@@ -641,15 +643,28 @@ def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are
         coming = batches(5, make=rollouts.prefetch_batches)
         whole = [next(coming) for _ in range(4)]
     assert threads and threading.current_thread() not in threads
-    assert [cursor for cursor, _, _ in whole] == [6, 7, 8, 9]
-    assert sorted(ids(whole[1]) + ids(whole[2]) + ids(whole[3])) == sorted(2 * [r["id"] for r in examples]), (
-        "two epochs of six"
-    )
+    assert [batch.cursor for (batch,) in whole] == [6, 7, 8, 9]
+    # Two epochs of six.
+    assert sorted(ids(whole[1]) + ids(whole[2]) + ids(whole[3])) == sorted(2 * [r["id"] for r in examples])
     later = batches(7)
-    assert [ids(next(later)) for _ in range(2)] == [ids(b) for b in whole[2:]]
+    assert [ids(next(later)) for _ in range(2)] == [ids(parts) for parts in whole[2:]]
     shares = [next(batches(5, k, 3)) for k in range(3)]
     assert [ids(s) for s in shares] == [ids(whole[0])[k::3] for k in range(3)]
-    assert [p.text for p in whole[0].inputs.prompts] == [policy_prompt(r) for r in whole[0].rows]
+    (batch,) = whole[0]
+    assert [p.text for p in batch.inputs.prompts] == [policy_prompt(r) for r in batch.rows]
+    in_parts = next(batches(5, size=3))
+    assert ids(in_parts) == ids(whole[0]) and [len(part.rows) for part in in_parts] == [3, 1]
+
+
+def test_what_is_sampled_does_not_depend_on_how_many_questions_are_sampled_at_a_time(policy, groups):
+    def sampled(size):
+        process = argparse.Namespace(process_index=0, num_processes=1)
+        parts = next(rollouts.batches(policy, [g.record for g in groups], 2, 5, size, 3, process))
+        found = [grpo.sample_groups(policy, batch, 4, 24, 0) for batch in parts]
+        return [(g.record["id"], g.texts) for part in found for g in part], len(found)
+
+    whole, calls = sampled(None)
+    assert calls == 1 and sampled(2) == (whole, 3) and len(set(whole[0][1])) > 1
 
 
 def run_grpo(monkeypatch, folder, out, *extra):

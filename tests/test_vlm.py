@@ -609,6 +609,49 @@ def test_gradients_through_the_shared_prompt_are_those_of_plain_rows(vlm_):
     assert seen == {"tower", "decoder"}
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_group_in_parts_has_the_gradient_of_the_whole_and_encodes_each_prompt_once(vlm_, size):
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    # Three for each of the three prompts.
+    ids, mask = vlm.encode_continuations(vlm_, [*ANSWERS, "right", "?", "no"])
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    rows_computed = []
+    hook = (
+        vlm_.model.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda layer, args, kwargs: rows_computed.append(
+                len(args[0] if args else kwargs["hidden_states"])
+            ),
+            with_kwargs=True,
+        )
+    )
+
+    def gradients(size):
+        vlm_.model.zero_grad()
+        seen = []
+        for rows, states in vlm.hidden_states_in_parts(vlm_, prompts, ids, mask, size):
+            logps = vlm.token_logps(vlm_, prompts, ids[rows], mask[rows], states=states)[0]
+            (weights[rows] * logps).sum().backward()
+            seen += torch.arange(len(ids))[rows].tolist()
+        assert sorted(seen) == list(range(len(ids)))
+        return {name: p.grad.clone() for name, p in vlm_.model.named_parameters() if p.grad is not None}
+
+    try:
+        whole, before = gradients(None), len(rows_computed)
+        parts = gradients(size)
+    finally:
+        hook.remove()
+        vlm_.model.zero_grad()
+    B = len(TEXTS)
+    assert rows_computed[:before] == [B, 3 * B]
+    assert rows_computed[before:] == [B, *([B] * 3 if size == 1 else [2 * B, B])]
+    assert whole.keys() == parts.keys()
+    largest_norm = max(g.norm() for g in whole.values())
+    for name, g in whole.items():
+        assert (g - parts[name]).norm() <= 1e-5 * (g.norm() + largest_norm), name
+
+
 @pytest.mark.parametrize("group", [1, 2])
 def test_an_answer_of_padding_alone_counts_for_nothing(vlm_, group):
     prompts, ids, mask = encoded(vlm_, group)
