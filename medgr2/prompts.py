@@ -78,10 +78,23 @@ RESPONSE = re.compile(
 LETTERED = re.compile(r"\(?([A-Za-z])(?:[).:]+|\s*$)\s*(.*)", re.DOTALL)
 
 
+# What does not count around a text.
+OUTER = " .,:;!?\"'`*()[]{}"
+# Outer punctuation before a text. The point or comma of `.5` is none.
+LEADING = re.compile(rf"\A(?:(?![.,]\d)[{re.escape(OUTER)}])+")
+# NFKC would make 10⁵ and 105 the same, 1½ and 11/2, log₂8 and log28. These places get a ^ or a space first.
+POWER = re.compile(r"(?<=\d)(?=[⁺⁻]?[²³¹⁰-⁹ⁿ])")
+APART = re.compile(r"(?<=\d)(?=[₀-₉¼-¾⅐-↉①-⒛])|(?<=[²³¹⁰-⁹ⁿ₀-₉¼-¾⅐-↉①-⒛])(?=\d)")
+
+
 def normalise(text):
-    """The text without the differences that make no other answer: case, width, spacing, outer punctuation."""
-    text = unicodedata.normalize("NFKC", str(text)).casefold()
-    return " ".join(text.split()).strip(" .,:;!?\"'`*()[]{}")
+    """The text without the differences that make no other answer: case, width, spacing, outer punctuation.
+
+    Numbers stay what they are.
+    """
+    text = APART.sub(" ", POWER.sub("^", str(text)))
+    text = unicodedata.normalize("NFKC", text).casefold().replace("⁄", "/")
+    return LEADING.sub("", " ".join(text.split())).rstrip(OUTER)
 
 
 def match_option(answer, options):

@@ -261,3 +261,39 @@ def test_the_papers_own_predictions_match_as_often_as_the_paper_says():
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     right = sum(is_match(line["model_answer"], line["gt_answer"]) for line in lines)
     assert (len(lines), right) == (7851, 6865)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (".5 cm", "5 cm"),
+        ("(.5 cm)", "5 cm"),
+        (",5 cm", "5 cm"),
+        ("10⁵/µL", "105/µL"),
+        ("10⁻³", "10-3"),
+        ("2²", "22"),
+        ("2ⁿ", "2n"),
+        ("log₂8", "log28"),
+        ("1½", "11/2"),
+        ("5①", "51"),
+    ],
+)
+def test_normalising_makes_no_two_numbers_the_same(one, other):
+    assert not is_match(one, other) and normalise(normalise(one)) == normalise(one)
+    assert match_option(one, [other, one]) == (one, None)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("5 cm.", "5 cm"),
+        ("（５）", "5"),
+        ("10⁵", "10^5"),
+        ("1½", "1 1/2"),
+        ("cm²", "CM2"),
+        ("T₂", "T2"),
+        ("¹⁸F", "18F"),
+    ],
+)
+def test_another_spelling_of_a_number_or_unit_is_still_the_same(one, other):
+    assert is_match(one, other)
