@@ -28,7 +28,7 @@ all options of all questions, `ece` over those of the most probable options. --s
 Departs from the paper: the authors leave answers outside the options out of the denominator.
 
     python eval.py --model runs/toy/cycle1/grpo --data runs/toy/data/test.jsonl --out runs/toy/answers
-    python eval.py --predictions theirs.jsonl --fields prediction=said answer=gt_answer --out runs/theirs
+    python eval.py --predictions theirs.jsonl --answers test.json --fields prediction=said --out runs/theirs
 """
 
 import os
@@ -64,6 +64,8 @@ def parse_args():
     p.add_argument("--samples", type=cli.number(int, 0), default=0, help="responses to draw per question")
     p.add_argument("--temperature", type=cli.number(float, 1e-3), default=1.0, help="of these responses")
     p.add_argument("--predictions", help="third-party file of predictions to score, without a model")
+    p.add_argument("--answers", help="file with the right answers, if --predictions lacks them")
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a bad prediction row")
     p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="their names of fields")
     cli.add_switch(p, "--markdown", "print tables in Markdown")
     cli.add_run_arguments(p)
@@ -299,14 +301,6 @@ def read_questions(path, root=None):
     return rows
 
 
-def parse_fields(pairs):
-    """{our field: theirs} of OURS=THEIRS. Raises RunError for a pair of another form."""
-    for pair in pairs:
-        if not all(pair.partition("=")):
-            raise RunError(f"--fields {pair}: give OURS=THEIRS, as prediction=model_answer")
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
 def score_run(run, rows, seed, markdown):
     """Print the tables of one run's predictions, write them to metrics.json and finish the run."""
     result = compute_metrics(rows, seed)
@@ -322,14 +316,18 @@ def score_run(run, rows, seed, markdown):
 
 
 def main(args):
-    if bool(args.model) == bool(args.predictions) or bool(args.model) != bool(args.data):
-        raise RunError("give --model and --data, or --predictions")
+    is_pair = bool(args.model) == bool(args.data) and not (args.model and args.answers)
+    if not is_pair or bool(args.model) == bool(args.predictions):
+        raise RunError("give --model and --data, or --predictions and perhaps --answers")
     if args.predictions:
-        rows, unsure = scorers.read_predictions(args.predictions, parse_fields(args.fields))
-        run = runs.start(args, [args.predictions], free=FREE)
+        fields = cli.parse_pairs("--fields", args.fields)
+        rows, _, lines = scorers.read_predictions(
+            args.predictions, fields, args.answers, args.on_error == "stop"
+        )
+        run = runs.start(args, [args.predictions, args.answers], free=FREE)
         run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in rows])
-        if unsure:
-            print(f"{unsure} rows: options that hold ` or ` may have been cut there")
+        for line in lines:
+            print(line)
     else:
         questions = read_questions(args.data, args.image_root)
         run = runs.start(args, [args.model, args.data], free=FREE)

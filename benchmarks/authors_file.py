@@ -25,7 +25,7 @@ FIELDS = {"id": "question_id", "prediction": "model_answer", "answer": "gt_answe
 
 def collect(path):
     """The result file of a file of predictions."""
-    rows, unsure = scorers.read_predictions(path, FIELDS)
+    rows, unsure, _ = scorers.read_predictions(path, FIELDS)
     found = scorers.score_by_group(rows)
     overall = {k: v for k, v in evaluation.compute_metrics(rows, 0).items() if not isinstance(v, dict)}
     return {

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 
-from medgr2.errors import UserError
+from medgr2.errors import RunError, UserError
 
 # The disk is full, over quota or read-only, the folder belongs to someone else, or the path leads through
 # a file. These are the user's to solve, so they need no traceback.
@@ -70,6 +70,14 @@ def unwritable_reason(error):
     text = re.search(r"\(os error (\d+)\)", str(error))
     code = int(text[1]) if text else getattr(error, "errno", None)
     return os.strerror(code) if code in UNWRITABLE else None
+
+
+def parse_pairs(flag, pairs):
+    """{our name: theirs} of OURS=THEIRS. Raises RunError for a pair of another form."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise RunError(f"{flag} {pair}: give OURS=THEIRS, as answer=gt_answer")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def add_switch(parser, flag, help, default=False):

@@ -5,7 +5,7 @@ fields is in docs/formats.md. There are three kinds of record: an *image* (`id` 
 (`report` too) and a *question* (`question` and `answer` too, perhaps `options` and `rationale`).
 
     python -m medgr2.records check FILE
-    python -m medgr2.records import SRC --out FILE [--format omnimedvqa] [--images FOLDER]
+    python -m medgr2.records import SRC --out FILE [--images FOLDER] [--map question=COLUMN answer=COLUMN]
     python -m medgr2.records split FILE --out FOLDER --train 0.8 --val 0.1 --test 0.1 --seed 0
 """
 
@@ -17,7 +17,7 @@ from collections import Counter
 
 from medgr2 import cli
 from medgr2.errors import RecordError, require
-from medgr2.images import hash_image, is_under, open_image, require_file
+from medgr2.images import find_file, hash_image, is_under, open_image, require_file
 from medgr2.prompts import MAX_OPTIONS, TAG, normalise
 
 FIELDS = {
@@ -112,6 +112,14 @@ def validate_reward(reward):
     require(is_valid, f"`reward` is not {form}: score the record again")
 
 
+def without_nulls(record):
+    """The record without fields that are null: so pandas and `datasets` write what is missing."""
+    kept = {field: value for field, value in record.items() if value is not None or field not in FIELDS}
+    if isinstance(kept.get("reward"), dict):
+        kept["reward"] = {head: value for head, value in kept["reward"].items() if value is not None}
+    return kept
+
+
 def with_relative_image(record, folder):
     """A copy of `record` for a file in `folder`: `image` is relative to the folder, with forward slashes.
 
@@ -129,13 +137,14 @@ def with_relative_image(record, folder):
 # A file of records.
 
 
-def read_records(path, fields=("id",), root=None):
+def read_records(path, fields=("id",), root=None, on_error=None):
     """Yield the validated records of a JSONL file. `image` is relative in the file and absolute here.
 
     `fields`: the fields that every record must have. `root`: images may be under this folder, links followed,
-    and not only under the folder of the file. Blank lines are skipped.
-    Raises RecordError (`file:line: what is wrong: what to do`) at the first line that is not a valid record,
-    repeats an `id` or has its image elsewhere, and if there is no such file or no record in it.
+    and not only under the folder of the file. Blank lines are skipped, and fields that are null are absent.
+    A line that is no valid record, repeats an `id` or has its image elsewhere is a RecordError (`file:line:
+    what is wrong: what to do`). It is raised, or given to `on_error(error)`, and then the line is left out.
+    Raises RecordError also if there is no such file or no record in it.
     """
     folder = os.path.dirname(os.path.abspath(path))
     roots = [os.path.realpath(folder), os.path.realpath(root or folder)]
@@ -143,23 +152,35 @@ def read_records(path, fields=("id",), root=None):
     require_file(path)
     try:
         for number, line in enumerate(read_lines(path), 1):
-            is_short = len(line) <= MAX_LINE_BYTES
-            require(is_short, f"a line of more than {MAX_LINE_BYTES >> 20} MiB: write one record per line")
             if not line.strip():
                 continue
-            record = parse_line(line)
-            validate(record, fields)
-            first = line_of_id.setdefault(record["id"], number)
-            require(first == number, f"`id` is already on line {first}: make it unique")
-            if "image" in record:
-                record["image"] = os.path.abspath(os.path.join(folder, record["image"]))
-                require_under(record["image"], roots)
+            try:
+                record = read_record(line, fields, folder, roots)
+                first = line_of_id.get(record["id"], number)
+                require(first == number, f"`id` is already on line {first}: make it unique")
+            except (ValueError, RecursionError) as error:
+                problem = RecordError(f"{path}:{number}: {explain(error)}")
+                if on_error is None:
+                    raise problem from None
+                on_error(problem)
+                continue
+            line_of_id[record["id"]] = number
             yield record
-        require(line_of_id, "no records: the file is empty, give another")
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}: give a JSONL file of records") from None
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}:{number or 1}: {explain(error)}") from None
+    require(line_of_id, f"{path}:{number or 1}: no records: the file is empty, give another")
+
+
+def read_record(line, fields, folder, roots):
+    """The validated record on a line of a file in `folder`. Raises what `explain` explains."""
+    is_short = len(line) <= MAX_LINE_BYTES
+    require(is_short, f"a line of more than {MAX_LINE_BYTES >> 20} MiB: write one record per line")
+    record = without_nulls(parse_line(line))
+    validate(record, fields)
+    if "image" in record:
+        record["image"] = find_file(record["image"], folder)
+        require_under(record["image"], roots)
+    return record
 
 
 def read_lines(path):
@@ -269,9 +290,9 @@ def split_records(rows, fractions, seed, by="image"):
 # The command line.
 
 
-def check(path, root=None):
+def check(path, root=None, on_error="stop"):
     """Print what a file of records holds. Raises RecordError, after the tables, if an image does not open."""
-    rows = list(read_records(path, ("id", "image"), root))
+    rows = read_kept(path, root, on_error)
     # The first record of each image.
     id_of_image = {row["image"]: row["id"] for row in reversed(rows)}
     problems = []
@@ -285,6 +306,15 @@ def check(path, root=None):
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RecordError(problems[0] + more)
+
+
+def read_kept(path, root, on_error):
+    """The records of a file. With `on_error` skip the lines that are none are printed and left out."""
+    problems = []
+    rows = list(read_records(path, ("id", "image"), root, problems.append if on_error == "skip" else None))
+    for problem in problems:
+        print(f"left out: {problem}")
+    return rows
 
 
 def print_counts(rows, images, problems):
@@ -303,22 +333,35 @@ def print_cells(rows):
     print(cli.format_table(lines, ["", *tasks]))
 
 
-def import_file(src, out, format=None, images=None, root=None):
-    """Import a public data set's file or folder into `out` and print what was kept and skipped."""
+def import_file(args):
+    """Import a public data set's file or folder into --out and print what was kept and skipped."""
     from medgr2 import formats
 
-    require(os.path.abspath(out) != os.path.abspath(src), "--out is SRC: give it another name")
-    rows, notes = formats.import_records(src, format, images, root)
-    write_records(out, rows)
+    require(os.path.abspath(args.out) != os.path.abspath(args.src), "--out is SRC: give it another name")
+    keep = {field: getattr(args, field) for field in ("language", "split") if getattr(args, field)}
+    rows, notes = formats.import_records(
+        args.src,
+        args.format,
+        args.images,
+        args.image_root,
+        fields=cli.parse_pairs("--map", args.map),
+        keep=keep,
+        out=os.path.join(os.path.dirname(os.path.abspath(args.out)), "images"),
+        stop=args.on_error == "stop",
+    )
+    write_records(args.out, rows)
     counts = [("rows", notes["rows"]), ("records", len(rows))]
     counts += [(f"skipped: {reason}", count) for reason, count in notes["skipped"].items()]
     counts += [(f"kept, though unknown: {name}", count) for name, count in notes["unknown"].items()]
     print(cli.format_table(counts, ["", "count"]))
+    for reason, places in notes["where"].items():
+        more = ", ..." if notes["skipped"][reason] > len(places) else ""
+        print(f"{reason}: {', '.join(places)}{more}")
 
 
-def split_file(path, out, fractions, seed, by, root=None):
+def split_file(path, out, fractions, seed, by, root=None, on_error="stop"):
     """Split a file of records into train.jsonl, val.jsonl and test.jsonl in `out` and print their sizes."""
-    parts = split_records(list(read_records(path, ("id", "image"), root)), fractions, seed, by)
+    parts = split_records(read_kept(path, root, on_error), fractions, seed, by)
     paths = {name: os.path.abspath(os.path.join(out, f"{name}.jsonl")) for name in parts}
     require(os.path.abspath(path) not in paths.values(), "--out holds FILE: give another folder")
     sizes = []
@@ -335,12 +378,15 @@ def parse_args():
     c = commands.add_parser("check", help="validate a file, open its images, count")
     c.add_argument("file", help="records (JSONL)")
     c = commands.add_parser("import", help="make records of a public data set's file")
-    c.add_argument("src", help="JSON or JSONL file, or a folder whose *.json files are all read")
-    c.add_argument("--out", required=True, help="records to write (JSONL)")
     c.add_argument(
-        "--format", choices=FORMATS, help="format of SRC, if not recognised by the keys of its rows"
+        "src", help="file (JSON, JSONL, CSV, TSV, Parquet, Arrow, pickle) or a folder of such files"
     )
+    c.add_argument("--out", required=True, help="records to write (JSONL)")
+    c.add_argument("--format", choices=FORMATS, help="format of SRC, if not recognised by its columns")
+    c.add_argument("--map", nargs="+", default=[], metavar="OURS=COLUMN", help="columns of any other format")
     c.add_argument("--images", help="folder that image paths start from, if not that of SRC")
+    c.add_argument("--language", help="keep only the rows in this language, as SRC names it")
+    c.add_argument("--split", help="keep only the rows of this split, by their column or the file's name")
     c = commands.add_parser("split", help="split a file into train, val and test")
     c.add_argument("file", help="records (JSONL)")
     c.add_argument("--out", required=True, help="folder for train.jsonl, val.jsonl and test.jsonl")
@@ -351,17 +397,21 @@ def parse_args():
     c.add_argument("--seed", type=int, default=0, help="another seed gives another split")
     for c in commands.choices.values():
         c.add_argument("--image-root", help="folder that images may be in, besides the folder of the file")
+        c.add_argument(
+            "--on-error", choices=("stop", "skip"), default="stop", help="at a row that is no record"
+        )
+    commands.choices["import"].set_defaults(on_error="skip")
     return p.parse_args()
 
 
 def main(args):
     if args.command == "check":
-        check(args.file, args.image_root)
+        check(args.file, args.image_root, args.on_error)
     elif args.command == "import":
-        import_file(args.src, args.out, args.format, args.images, args.image_root)
+        import_file(args)
     else:
         fractions = (args.train, args.val, args.test)
-        split_file(args.file, args.out, fractions, args.seed, args.by, args.image_root)
+        split_file(args.file, args.out, fractions, args.seed, args.by, args.image_root, args.on_error)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import re
 import string
 from collections import Counter
 
-from medgr2 import cli, formats, measures
+from medgr2 import cli, formats, measures, tables
 from medgr2.errors import RecordError, require
+from medgr2.images import find_file
 from medgr2.prompts import is_match, match_option, normalise, parse_response
 
 # ---------------------------------------------------------------------------------------------------------
@@ -294,14 +295,36 @@ def find_options(row, question, *known):
     return (question, options, True) if options else split_choices(question, *known)
 
 
+# Our fields under the names of the files of MedGR-Square, OmniMedVQA, LLaVA and LLaVA-Med, lmms-eval and
+# VLMEvalKit. The first that a row has is taken; `*` stands for the letters of the options.
+NAMES = {
+    "id": ("id", "question_id", "doc_id", "index", "qid"),
+    "prediction": ("prediction", "answer_pred", "model_answer", "filtered_resps", "resps", "text"),
+    "answer": ("target", "answer_gt", "gt_answer", "answer"),
+    "options": ("options", "choices", "option_*", "*"),
+    "image": ("image", "image_path"),
+}
+
+
+def find_field(row, ours, fields):
+    """What a third-party row has for one of our fields, or None. Of a list of one, its item."""
+    value = formats.find_column(row, fields.get(ours, NAMES.get(ours, ours)))
+    if ours == "options":
+        return formats.parse_literal(value)
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
+
+
 def rename_fields(row, fields):
     """The row with our names for its fields. Raises RecordError(reason) if it lacks one of them."""
-    for theirs in fields.values():
+    for ours, theirs in fields.items():
         require(theirs in row, f"no field `{theirs}`: correct --fields")
-    row = row | {ours: row[theirs] for ours, theirs in fields.items()}
-    for field in ("prediction", "answer"):
-        require(field in row, f"no field `{field}`: say which one it is, --fields {field}=THEIRS")
-    return row
+    found = {ours: find_field(row, ours, fields) for ours in NAMES | fields}
+    for field, more in (("prediction", ""), ("answer", ", or give --answers FILE")):
+        advice = f"say which one it is, --fields {field}=THEIRS{more}"
+        require(found[field] is not None, f"no field `{field}` among {', '.join(row)}: {advice}")
+    return row | {ours: value for ours, value in found.items() if value is not None}
 
 
 def find_groups(row, name):
@@ -357,22 +380,81 @@ def convert_row(row, number, fields):
     return converted | scored, sure
 
 
-def read_predictions(path, fields):
-    """(rows, number of rows whose options may be cut at ` or `) of a third-party JSON or JSONL file.
+def read_predictions(path, fields, answers=None, stop=True):
+    """(rows, number of rows whose options may be cut at ` or `, lines for the user) of a third-party file.
 
-    `image` is an absolute path, as in all records in memory. Raises RecordError, with the row's number.
+    `answers`: the file with the right answers, if they are not in `path` itself. `image` is an absolute path,
+    as in all records in memory. The first row that cannot be scored is a RecordError with its number; if not
+    `stop` it is left out, and a line says so.
     """
-    rows, unsure = [], 0
-    for number, row in enumerate(formats.load_rows(path), 1):
+    rows, unsure, lines, id_counts = [], 0, [], Counter()
+    theirs = read_objects(path)
+    if answers:
+        theirs, how = join_answers(theirs, read_objects(answers), fields, f"{path}, {answers}")
+        fields = {}
+        lines.append(f"right answers of {answers}, joined by {how}")
+    for number, row in enumerate(theirs, 1):
         try:
-            require(isinstance(row, dict), "not an object: give one JSON object per row")
             converted, sure = convert_row(row, number, fields)
         except RecordError as error:
-            raise RecordError(f"{path}: row {number}: {error}") from None
+            problem = f"{path}: row {number}: {error}"
+            require(not stop, problem)
+            lines.append(f"left out: {problem}")
+            continue
         if "image" in converted:
-            image = os.path.join(os.path.dirname(path), converted["image"])
-            converted["image"] = os.path.abspath(image)
-        rows.append(converted)
+            converted["image"] = find_file(converted["image"], os.path.dirname(path))
+        rows.append(converted | {"id": formats.unique_id(converted["id"], id_counts)})
         unsure += not sure
-    require(rows, f"{path}: no rows: give a file of predictions")
-    return rows, unsure
+    require(rows, f"{path}: no rows that can be scored: give a file of predictions")
+    if unsure:
+        lines.append(f"{unsure} rows: options that hold ` or ` may have been cut there")
+    return rows, unsure, lines
+
+
+def read_objects(path):
+    """The rows of a file. What lmms-eval keeps of the question in `doc` is taken out of it."""
+    rows = []
+    for number, row in enumerate(tables.read_rows(path), 1):
+        require(isinstance(row, dict), f"{path}: row {number}: not an object: give one JSON object per row")
+        inner = row.get("doc")
+        rows.append(tables.without_missing(inner) | row if isinstance(inner, dict) else row)
+    return rows
+
+
+def join_answers(rows, answers, fields, where):
+    """(rows with our names of fields: a prediction and all of its right answer; how they were joined).
+
+    Both files must have as many rows. They are joined by `id` if the ids are the same, else by `order`.
+    Raises RecordError, also if a prediction's question is not that of its answer.
+    """
+    counts = f"{len(rows)} predictions and {len(answers)} right answers"
+    require(len(rows) == len(answers), f"{where}: {counts}: give files of the same questions")
+    ids, known = ([formats.clean(find_field(r, "id", fields)) for r in file] for file in (rows, answers))
+    by_id = dict(zip(known, answers))
+    how = "id" if set(ids) == set(by_id) and len(by_id) == len(answers) else "order"
+    joined = []
+    for number, (row, name, answer) in enumerate(zip(rows, ids, answers), 1):
+        try:
+            joined.append(join_answer(row, by_id[name] if how == "id" else answer, fields))
+        except RecordError as error:
+            raise RecordError(f"{where}: row {number}, joined by {how}: {error}") from None
+    return joined, how
+
+
+def join_answer(row, answer, fields):
+    """The right answer's row with our names of fields and the prediction of `row`."""
+    for theirs in fields.values():
+        require(theirs in row or theirs in answer, f"no field `{theirs}`: correct --fields")
+    asked, meant = (normalise(find_field(r, "question", fields) or "") for r in (row, answer))
+    # A harness may add its instruction to the question.
+    is_same = not asked or not meant or meant in asked or asked in meant
+    require(is_same, f"the questions `{asked[:60]}` and `{meant[:60]}` differ: give files in one order")
+    said = find_field(row, "prediction", fields)
+    require(said is not None, f"no field `prediction` among {', '.join(row)}: say which, --fields")
+    # The other names of these may be in the row and mean something else.
+    others = {"response", *NAMES["id"], *NAMES["prediction"], *NAMES["answer"]}
+    kept = {field: value for field, value in answer.items() if field not in others}
+    found = {ours: find_field(answer, ours, fields) for ours in NAMES | fields}
+    name = find_field(row, "id", fields)
+    found |= {"prediction": said} | ({} if name is None else {"id": name})
+    return kept | {ours: value for ours, value in found.items() if value is not None}

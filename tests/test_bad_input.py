@@ -3,8 +3,10 @@
 python tests/test_bad_input.py    writes docs/bad_input.md from the cases below and what the scripts say
 """
 
+import datetime
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -46,6 +48,7 @@ SCRIPTS = {
 SUBCOMMANDS = ("check", "split", "import", "train", "score")
 CHECK = "medgr2.records check {d}/r.jsonl"
 IMPORT = "medgr2.records import {d}/r.jsonl --out {o}"
+TABLES = "medgr2.records import {d}/t --out {o}"
 REPORT = "analysis.report --metrics {d}/r.jsonl --out {o}"
 # Every command that reads records. {d} is the folder of a case, {o} its output, {t} the folder of the toy.
 READERS = {
@@ -128,6 +131,18 @@ def options(name, says, options, answer="CT"):
 
 def read_as(*ids):
     return lambda folder: [r["id"] for r in records.read_records(folder / "r.jsonl")] == list(ids)
+
+
+def table(name, data):
+    """A file of a public data set in the folder t, and the good image a.png beside it."""
+
+    def make(folder):
+        (folder / "t").mkdir()
+        file(b"")(folder / "t")
+        (folder / "t" / "r.jsonl").unlink()
+        (folder / "t" / name).write_bytes(data)
+
+    return make
 
 
 def special(make_file):
@@ -215,6 +230,44 @@ FILES = [
         "text file", "import: unknown format", "format not recognised", file(b'[{"text": "hello"}]'), IMPORT
     ),
     Case("text file", "import: broken UTF-8", "not readable", file(b'["\xff"]'), IMPORT),
+    Case(
+        "text file", "import: no Parquet", "not readable as Parquet", table("x.parquet", b"PAR1 PAR1"), TABLES
+    ),
+    Case(
+        "text file",
+        "import: a spreadsheet",
+        "save it as CSV",
+        table("x.xlsx", b"PK"),
+        TABLES.replace("/t", "/t/x.xlsx"),
+    ),
+    Case(
+        "text file",
+        "import: unknown columns",
+        "no column for image, question, answer among Bild, Frage",
+        table("x.csv", b"Bild,Frage\na.png,Was?\n"),
+        TABLES,
+    ),
+    Case(
+        "text file",
+        "import: a pickled object",
+        "convert it to JSON",
+        table("x.pkl", pickle.dumps([datetime.date(2026, 1, 1)])),
+        TABLES.replace("/t", "/t/x.pkl"),
+    ),
+    Case(
+        "text file",
+        "import: a list as answer",
+        "`answer` is a list of several",
+        table("x.json", b'[{"image": "a.png", "question": "Which?", "answer": ["left", "right"]}]'),
+        TABLES,
+    ),
+    Case(
+        "text file",
+        "import: paths of Windows",
+        "read",
+        table("x.csv", b"image,question,answer\n.\\a.png,Which?,CT\n"),
+        TABLES,
+    ),
     Case("text file", "report: a FIFO", "not a regular file", special(os.mkfifo), REPORT),
     Case("text file", "report: nested 100,000 deep", "r.jsonl", file(b"[" * 100_000), REPORT),
 ]
@@ -227,7 +280,8 @@ RECORDS = [
     record("an image's bytes", "`image` is not of type str", image=[137, 80]),
     record("an image with a zero byte in its name", "`image` holds a zero byte", image="a\0.png"),
     record("an empty question", "`question` is empty", question="?"),
-    record("null as answer", "`answer` is not of type str", answer=None, options=...),
+    record("a number as answer", "`answer` is not of type str", answer=7, options=...),
+    record("null as rationale and task", "read", rationale=None, task=None),
     record("true as cycle", "`cycle` is not of type int", cycle=True),
     record("an unknown source", "`source` is not expert", source="web"),
     record("a list as report", "`report` is not of type str", report=["a"]),
@@ -670,7 +724,7 @@ def message(error, folder):
     """The line as docs/bad_input.md shows it: without the machine's paths and the libraries' own words."""
     line = error.strip().replace(f"{folder}/", "").replace(str(folder), ".").replace(f"{ROOT}/", "")
     line = re.sub(r"maximum recursion.*?;", "...;", line)
-    line = re.sub(r"(not JSON|not a readable image|not readable) \(.*\)", r"\1 (...)", line)
+    line = re.sub(r"(not JSON|not a readable image|not readable|as Parquet) \(.*\)", r"\1 (...)", line)
     line = re.sub(r"(train makes one\)): .*", r"\1: ...", line)
     line = re.sub(r"(image-text-to-text model|does not fit the model): .*; give", r"\1: ...; give", line)
     return line.replace("|", "\\|")

@@ -341,6 +341,7 @@ def test_help_and_the_metrics_do_not_import_torch():
         ["--model", "m", "--data", "d", "--batch", "0"],
         ["--model", "m", "--data", "d", "--max-new-tokens", "0"],
         ["--predictions", "p", "--model", "m", "--data", "d"],
+        ["--model", "m", "--data", "d", "--answers", "a"],
         ["--model", "m", "--data", "d", "--samples", "-1"],
         ["--model", "m", "--data", "d", "--temperature", "0.0"],
     ],
@@ -393,6 +394,7 @@ def test_third_party_predictions_are_scored_with_their_own_names_of_fields(tmp_p
     for fields, words in [
         (["--fields", "said"], ["--fields said", "OURS=THEIRS"]),
         (["--fields", "prediction=sad"], ["row 1", "`sad`"]),
+        (["--answers", tmp_path / "none.json"], ["none.json", "No such file"]),
         ([], ["row 1", "`prediction`"]),
     ]:
         assert_refused(command(*given, *fields, "--out", tmp_path / "x"), *words)

@@ -35,7 +35,7 @@ def test_omnimedvqa_names_are_made_canonical_and_missing_options_left_out(tmp_pa
     rows.append(omni(question_id="7", question_type="lesion grading ", gt_answer=" ct"))
     got, notes = formats.import_records(put_json(tmp_path / "x.json", rows))
     assert [record["modality"] for record in got] == [*names.values(), "CT", "CT"]
-    assert notes == {"rows": 12, "skipped": {}, "unknown": {"modality Endoscopy": 1}}
+    assert notes == {"rows": 12, "skipped": {}, "unknown": {"modality Endoscopy": 1}, "where": {}}
     assert got[0] == {
         "id": "Chest_0",
         "image": str(tmp_path / "Images" / "a.png"),
@@ -73,14 +73,14 @@ def test_rows_that_cannot_become_records_are_counted_by_reason(tmp_path):
     reasons = {reason.split(":")[0]: count for reason, count in notes["skipped"].items()}
     assert reasons == {
         "answer not among the options": 1,
-        "answer is empty": 2,
+        "answer is empty": 3,
         "no image": 2,
         "image file not found": 1,
         "question is empty": 1,
         "several options match": 1,
         "`options` are not 2 to 26": 1,
         "a text holds a tag of the reply's form, like <answer>": 1,
-        "row not of the format": 2,
+        "row not of the format": 1,
     }
     records.write_records(tmp_path / "out.jsonl", got)
     assert len(list(records.read_records(tmp_path / "out.jsonl", records.QUESTION))) == 1
@@ -242,7 +242,11 @@ def test_medvlthinker_options_are_parsed_from_json_text(tmp_path):
         ("medvlthinker-4", ["CT", "MRI"], "CT"),
     ]
     assert got[0]["rationale"] == "Bone is bright." and "rationale" not in got[1]
-    assert notes["skipped"] == {"label and answer disagree": 1, "row not of the format": 1, "no image": 1}
+    assert notes["skipped"] == {
+        "label and answer disagree": 1,
+        "`options` is neither a list nor one per letter": 1,
+        "no image": 1,
+    }
 
 
 def test_the_format_can_be_named_and_an_unknown_one_is_an_error(tmp_path):

@@ -69,7 +69,7 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path, line, what):
         ({"options": ["CT", 4]}, "an option is empty or not a string"),
         ({"options": "CT"}, "`options` is not of type"),
         ({"question": ""}, "`question` is empty"),
-        ({"answer": None}, "`answer` is not of type"),
+        ({"answer": 7}, "`answer` is not of type"),
         ({"report": ["a"]}, "`report` is not of type"),
         ({"cycle": True}, "`cycle` is not of type"),
         ({"source": "web"}, "`source`"),
@@ -253,6 +253,7 @@ def test_import_check_and_split_work_together(tmp_path):
         ["rows", "21"],
         ["records", "20"],
         "skipped: answer not among the options 1".split(),
+        "answer not among the options: x.json row 21".split(),
     ]
     done = command("check", tmp_path / "r.jsonl")
     assert done.returncode == 0 and [line.split() for line in done.stdout.splitlines()] == [

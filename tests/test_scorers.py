@@ -165,7 +165,7 @@ def test_left_out_is_what_the_authors_loop_leaves_out(unread, share):
 
 @pytest.mark.skipif(not AUTHORS.exists(), reason=f"no {AUTHORS}")
 def test_on_the_authors_file_the_authors_scorer_gives_the_papers_figure():
-    rows, unsure = scorers.read_predictions(
+    rows, unsure, _ = scorers.read_predictions(
         AUTHORS,
         {"id": "question_id", "prediction": "model_answer", "answer": "gt_answer", "image": "image_path"},
     )
@@ -271,3 +271,120 @@ def test_a_row_that_cannot_be_scored_is_refused_by_its_number(tmp_path, line, wo
     )
     with pytest.raises(RecordError, match=words):
         scorers.read_predictions(tmp_path / "p.jsonl", {})
+
+
+# The shapes of well-known harnesses: a right answer B of MRI and CT, of which the model says CT.
+HARNESSES = {
+    "MedGR-Square": {
+        "question_id": "Q_1",
+        "model_answer": "CT",
+        "gt_answer": "CT",
+        "option_A": "MRI",
+        "option_B": "CT",
+    },
+    "LLaVA-Med": {"question_id": 0, "answer_pred": "CT", "answer_gt": "B", "options": ["MRI", "CT"]},
+    "lmms-eval": {
+        "doc_id": 0,
+        "doc": {"question": "Which?", "options": "['MRI', 'CT']", "answer": "B", "note": None},
+        "target": "B",
+        "resps": [["It is CT"]],
+        "filtered_resps": ["CT"],
+    },
+    "VLMEvalKit": {
+        "index": 1,
+        "question": "Which?",
+        "A": "MRI",
+        "B": "CT",
+        "C": None,
+        "answer": "B",
+        "prediction": "CT",
+    },
+}
+
+
+@pytest.mark.parametrize("name", HARNESSES)
+def test_the_fields_of_well_known_harnesses_need_no_names(tmp_path, name):
+    (tmp_path / "p.jsonl").write_text(json.dumps([HARNESSES[name]], indent=1))
+    [got], _, _ = scorers.read_predictions(str(tmp_path / "p.jsonl"), {})
+    assert (got["prediction"], got["answer"], got["options"]) == ("CT", "CT", ["MRI", "CT"])
+    assert got["correct"] and got["id"] in ("Q_1", "0", "1")
+
+
+def test_the_table_of_vlmevalkit_is_read(tmp_path):
+    text = "index\tquestion\tA\tB\tC\tanswer\tprediction\n1\tWhich?\tMRI\tCT\t\tB\tB. CT\n"
+    (tmp_path / "p.tsv").write_text(text)
+    [got], _, _ = scorers.read_predictions(str(tmp_path / "p.tsv"), {})
+    assert (got["prediction"], got["answer"], got["options"]) == ("CT", "CT", ["MRI", "CT"])
+
+
+# Predictions without the truth ----------------------------------------------------------------------------
+
+
+def put(path, rows):
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+SAID = [{"question_id": n, "question": f"Is it {n}? Answer shortly.", "text": t} for n, t in enumerate("xyz")]
+TRUE = [{"id": n, "question": f"Is it {n}?", "answer": t, "prediction": "no"} for n, t in enumerate("xyw")]
+
+
+def test_answers_are_joined_by_id_in_any_order_and_else_by_order(tmp_path):
+    said = put(tmp_path / "p.jsonl", SAID)
+    shuffled = put(tmp_path / "a.json", TRUE[::-1])
+    rows, _, lines = scorers.read_predictions(said, {}, shuffled)
+    assert [(r["id"], r["prediction"], r["answer"], r["correct"]) for r in rows] == [
+        ("0", "x", "x", True),
+        ("1", "y", "y", True),
+        ("2", "z", "w", False),
+    ]
+    assert rows[0]["question"] == "Is it 0?" and "joined by id" in lines[0]
+    renamed = put(tmp_path / "b.json", [row | {"id": f"q{row['id']}"} for row in TRUE])
+    rows, _, lines = scorers.read_predictions(said, {}, renamed)
+    assert [r["correct"] for r in rows] == [True, True, False] and "joined by order" in lines[0]
+
+
+def test_a_field_of_the_answers_does_not_replace_a_prediction_of_the_same_name(tmp_path):
+    # `answer` is what the model said in one file and what is right in the other.
+    said = put(tmp_path / "p.json", [{"id": "1", "answer": "MRI", "response": "PET"}])
+    true = put(tmp_path / "a.json", [{"id": "1", "gt": "CT", "answer": "no", "response": "CT", "task": "t"}])
+    [got], _, _ = scorers.read_predictions(said, {"prediction": "answer", "answer": "gt"}, true)
+    assert (got["prediction"], got["response"], got["answer"], got["task"]) == ("MRI", "MRI", "CT", "t")
+
+
+@pytest.mark.parametrize(
+    "true, words",
+    [
+        (TRUE[:2], "3 predictions and 2 right answers"),
+        ([row | {"question": f"Was it {row['id']}?"} for row in TRUE], "row 1, joined by id: the questions"),
+        (
+            [{"question": r["question"], "answer": "x"} for r in TRUE[::-1]],
+            "row 1, joined by order: the questions",
+        ),
+        ([{"id": r["id"]} for r in TRUE], "row 1: no field `answer`"),
+    ],
+)
+def test_answers_that_do_not_fit_the_predictions_are_refused(tmp_path, true, words):
+    with pytest.raises(RecordError, match=words):
+        scorers.read_predictions(put(tmp_path / "p.json", SAID), {}, put(tmp_path / "a.json", true))
+
+
+def test_a_bad_row_is_left_out_aloud_if_it_may_be(tmp_path):
+    rows = [{"prediction": "CT", "answer": a, "options": ["CT", "MRI"]} for a in ("CT", "PET", "MRI")]
+    kept, _, lines = scorers.read_predictions(put(tmp_path / "p.json", rows), {}, stop=False)
+    assert [r["answer"] for r in kept] == ["CT", "MRI"] and "row 2: the right answer `PET`" in lines[0]
+
+
+@pytest.mark.skipif(not AUTHORS.exists(), reason=f"no {AUTHORS}")
+def test_real_predictions_with_and_without_the_truth_are_read(tmp_path):
+    folder = SHARED / "data" / "formats"
+    rows, _, _ = scorers.read_predictions(str(folder / "predictions_with_truth.jsonl"), {})
+    raw = json.loads((folder / "predictions_with_truth.jsonl").read_text())
+    same = [r["answer_pred"].strip().lower() == r["answer_gt"].strip().lower() for r in raw]
+    assert len(rows) == len(raw) == 200 and abs(sum(r["correct"] for r in rows) - sum(same)) <= 3
+    said = str(folder / "predictions_without_truth.jsonl")
+    with pytest.raises(RecordError, match="row 1: no field `answer` among .*--answers"):
+        scorers.read_predictions(said, {})
+    raw = json.loads((folder / "predictions_without_truth.jsonl").read_text())
+    true = [{"question_id": r["question_id"], "question": r["question"], "answer": "yes"} for r in raw]
+    assert len(scorers.read_predictions(said, {}, put(tmp_path / "a.json", true))[0]) == 200
