@@ -64,7 +64,7 @@ def parse_args():
     p.add_argument("--temperature", type=cli.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=count, default=160, help="longer replies are rejected")
     p.add_argument("--batch", type=count, default=16, help="images at a time, and between commits")
-    skip = "at an unreadable image: skip puts it into rejected.jsonl"
+    skip = "at an unreadable image (skip puts it into rejected.jsonl) or line (skip leaves it out)"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
     cycle = "number of the cycle, for provenance; another one gives other samples"
@@ -98,14 +98,14 @@ def find_tasks(path, root=None):
     return [task for task in TASKS if task in found] + sorted(found - set(TASKS))
 
 
-def read_images(path, skip=False, root=None, part=(1, 1)):
+def read_images(path, skip=0, root=None, part=(1, 1)):
     """One record per image: in a file of questions, the first about each.
 
-    `part` (k, n): every n-th image from the k-th on. Raises RecordError for a missing file now rather than
-    after hours, unless `skip`.
+    `part` (k, n): every n-th image from the k-th on. `skip`: the share of bad lines that may be left out.
+    Raises RecordError for a missing file now rather than after hours, unless `skip`.
     """
     images = {}
-    for record in records.read_records(path, ("image",), root):
+    for record in records.read_kept(path, ("image",), root, skip):
         missing = f"{path}: record {record['id']}: no image {record['image']}: correct the record's `image`"
         require(skip or os.path.isfile(record["image"]), missing)
         images.setdefault(record["image"], record)
@@ -268,7 +268,7 @@ def format_counts(counts, total):
 
 def main(args):
     skip = args.on_error == "skip"
-    images = read_images(args.images, skip, args.image_root, args.part)
+    images = read_images(args.images, skip and args.max_rejected, args.image_root, args.part)
     unreadable = find_unreadable(images, args.max_rejected) if skip else {}
     tasks = find_tasks(args.tasks_of, args.image_root) if args.tasks_of else args.tasks
     inputs, accelerator = [args.images, args.model, args.tasks_of], Accelerator()

@@ -82,7 +82,7 @@ def parse_args():
     s.add_argument("--cap", type=count, help="with --threshold: at most this many per cell of --per")
     answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`, which --cap reads"
     s.add_argument("--answered", help=answered)
-    skip = "at an unreadable image: skip puts its candidates into rejected.jsonl"
+    skip = "at an unreadable image (skip: its candidates go to rejected.jsonl) or line (it is left out)"
     s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     s.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
     fields, per = ["task", "modality"], "divide --top-k or --keep over these cells, by their size"
@@ -485,8 +485,9 @@ def with_pass_rates(rows, path):
 def score(args):
     accelerator = Accelerator()
     run = runs.start(args, [args.model, args.data], accelerator.is_main_process)
-    rows = list(records.read_records(args.data, records.QUESTION, args.image_root))
-    unreadable = find_unreadable(rows, args.max_rejected) if args.on_error == "skip" else {}
+    skip = args.on_error == "skip"
+    rows = records.read_kept(args.data, records.QUESTION, args.image_root, skip and args.max_rejected)
+    unreadable = find_unreadable(rows, args.max_rejected) if skip else {}
     rejected = [
         row | {"reason": "unreadable image", "text": unreadable[row["image"]]}
         for row in rows

@@ -60,7 +60,7 @@ TASKS_OF_TYPES = {
     "PRSE": "Disease Diagnosis",
 }
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
-SPLITS |= {"validate": "validation", "dev": "validation", "test": "test"}
+SPLITS |= {"validate": "validation", "dev": "dev", "test": "test"}
 
 
 def canonical_name(name):

@@ -171,6 +171,22 @@ def read_records(path, fields=("id",), root=None, on_error=None):
     require(line_of_id, f"{path}:{number or 1}: no records: the file is empty, give another")
 
 
+def read_kept(path, fields=("id",), root=None, limit=0):
+    """The records of a file. Lines that are none are printed and left out, up to this share of all lines.
+
+    Raises RecordError as `read_records`, and if there are more of them.
+    """
+    problems = []
+    rows = list(read_records(path, fields, root, problems.append if limit else None))
+    if problems:
+        lines = len(rows) + len(problems)
+        more = f"(and {len(problems) - 1} more of {lines}: above --max-rejected {limit})"
+        require(len(problems) <= limit * lines, f"{problems[0]} {more}")
+    for problem in problems:
+        print(f"left out: {problem}")
+    return rows
+
+
 def read_record(line, fields, folder, roots):
     """The validated record on a line of a file in `folder`. Raises what `explain` explains."""
     is_short = len(line) <= MAX_LINE_BYTES
@@ -290,9 +306,9 @@ def split_records(rows, fractions, seed, by="image"):
 # The command line.
 
 
-def check(path, root=None, on_error="stop"):
+def check(path, root=None, limit=0):
     """Print what a file of records holds. Raises RecordError, after the tables, if an image does not open."""
-    rows = read_kept(path, root, on_error)
+    rows = read_kept(path, ("id", "image"), root, limit)
     # The first record of each image.
     id_of_image = {row["image"]: row["id"] for row in reversed(rows)}
     problems = []
@@ -306,15 +322,6 @@ def check(path, root=None, on_error="stop"):
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RecordError(problems[0] + more)
-
-
-def read_kept(path, root, on_error):
-    """The records of a file. With `on_error` skip the lines that are none are printed and left out."""
-    problems = []
-    rows = list(read_records(path, ("id", "image"), root, problems.append if on_error == "skip" else None))
-    for problem in problems:
-        print(f"left out: {problem}")
-    return rows
 
 
 def print_counts(rows, images, problems):
@@ -359,9 +366,9 @@ def import_file(args):
         print(f"{reason}: {', '.join(places)}{more}")
 
 
-def split_file(path, out, fractions, seed, by, root=None, on_error="stop"):
+def split_file(path, out, fractions, seed, by, root=None, limit=0):
     """Split a file of records into train.jsonl, val.jsonl and test.jsonl in `out` and print their sizes."""
-    parts = split_records(read_kept(path, root, on_error), fractions, seed, by)
+    parts = split_records(read_kept(path, ("id", "image"), root, limit), fractions, seed, by)
     paths = {name: os.path.abspath(os.path.join(out, f"{name}.jsonl")) for name in parts}
     require(os.path.abspath(path) not in paths.values(), "--out holds FILE: give another folder")
     sizes = []
@@ -405,13 +412,15 @@ def parse_args():
 
 
 def main(args):
+    # All lines may be left out, if any.
+    limit = float(args.on_error == "skip")
     if args.command == "check":
-        check(args.file, args.image_root, args.on_error)
+        check(args.file, args.image_root, limit)
     elif args.command == "import":
         import_file(args)
     else:
         fractions = (args.train, args.val, args.test)
-        split_file(args.file, args.out, fractions, args.seed, args.by, args.image_root, args.on_error)
+        split_file(args.file, args.out, fractions, args.seed, args.by, args.image_root, limit)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 
 import pytest
-from helpers import DATA, needs_data, omni, put_image, put_json, question
+from helpers import DATA, ROOT, needs_data, omni, put_image, put_json, question
 from PIL import Image
 
+import generate
 from medgr2 import cli, formats, records, tables
 from medgr2.errors import RecordError
 from medgr2.images import open_image
@@ -178,6 +180,19 @@ def test_every_row_of_the_real_shapes_becomes_a_record_with_the_answer_of_the_fi
         options, answer = record.get("options"), record["answer"]
         named = "ABCD"[options.index(answer)] if options else answer
         assert row["answer"] in (named, answer)
+
+
+def test_every_command_of_the_document_is_one_and_every_format_is_in_its_table(monkeypatch):
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`python -m medgr2\.records (import .*?)`", text)
+    assert len(commands) >= 15
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["records.py", *command.split()])
+        args = records.parse_args()
+        assert set(cli.parse_pairs("--map", args.map)) <= set(formats.USUAL_COLUMNS)
+    for name, (known, _) in formats.FORMATS.items():
+        [line] = [line for line in text.splitlines() if re.match(rf"\|[^|]*`{name}`[^|]*\|", line)]
+        assert all(f"`{column}`" in line for column in known), name
 
 
 # CSV and other text ---------------------------------------------------------------------------------------
@@ -413,6 +428,20 @@ def test_check_and_split_name_a_bad_line_or_leave_it_out_aloud(tmp_path, monkeyp
         assert "left out: " in said and "r.jsonl:2: two options" in said and "r.jsonl:4: `id`" in said
     kept = records.read_records(tmp_path / "parts" / "train.jsonl", root=tmp_path)
     assert [r["id"] for r in kept] == ["q1", "q3"]
+
+
+def test_no_more_lines_are_left_out_than_is_allowed(tmp_path, capsys):
+    put_image(tmp_path / "a.png")
+    rows = [question("a.png", id=f"q{n}", options=["CT", "MRI"] + ["ct"] * (n > 2)) for n in range(4)]
+    path = put_json(tmp_path / "r.jsonl", rows, lines=True)
+    assert [r["id"] for r in records.read_kept(path, limit=0.25)] == ["q0", "q1", "q2"]
+    assert "left out: " in capsys.readouterr().out
+    with pytest.raises(RecordError, match="r.jsonl:4: two options .* above --max-rejected 0.2"):
+        records.read_kept(path, limit=0.2)
+    with pytest.raises(RecordError, match="r.jsonl:4: two options"):
+        records.read_kept(path, limit=0)
+    read = generate.read_images(path, 0.25)
+    assert [r["id"] for r in read] == ["q0"]
 
 
 @needs_data
