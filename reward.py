@@ -402,6 +402,8 @@ def train(args):
     # A frozen backbone has the dtype that it scores in. Weights that learn stay fp32.
     dtype = loading.best_dtype() if args.freeze == "backbone" else torch.float32
     backbone = loading.load(args.model, dtype=dtype)
+    if args.freeze == "nothing":
+        loading.freeze(backbone, "nothing")
     heads = Heads(feature_width(backbone, args.likelihood), args.hidden).to(backbone.device)
     model = RewardModel(backbone, heads, args.likelihood)
     fit(model, groups, args, run)

@@ -1,52 +1,58 @@
 """Models from disk and to disk: loading with its checks, what of a model learns, saving."""
 
 import copy
+import json
 import os
 import re
 import shutil
 import textwrap
 from dataclasses import replace
+from fnmatch import fnmatch
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch.nn.functional import pad
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from medgr2 import vlm
 from medgr2.errors import ModelError
+from medgr2.prompts import TAG, format_candidate
 from medgr2.vlm import VLM, encode_continuations, encode_prompts
 
 # How far two computations of the same states may differ, relative to their norm: in fp32, in half precision.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
 # What the checks at loading ask about: the second text is longer, so the first is padded.
 TEXTS = ["?", "Which side?"]
+# Files of weights: in formats that are not loaded, or written anew by `save`.
+WEIGHTS = "*.safetensors *.index.json *.bin *.pt *.pth *.ckpt *.gguf *.h5 *.msgpack *.onnx *.tar".split()
+# What a run of ours writes beside its model.
+RUN_FILES = ("args.json", "metrics.json", "*.jsonl", "*.damaged", "lock")
 
 
 def load(name, device=None, dtype=torch.float32):
     """The VLM of a folder or hub name. Raises ModelError if it is no usable image-text-to-text model."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # A hub name is owner/model.
-    is_local = os.path.exists(name) or name.startswith((".", "/")) or name.count("/") > 1
-    if is_local and not os.path.isfile(os.path.join(name, "config.json")):
-        raise ModelError(
-            f"{name}: not a model (no config.json in it); "
-            "give a folder saved by save_pretrained or a hub name"
-        )
     settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    device = device or best_device()
+    folder = find_folder(name)
+    fault = find_folder_fault(folder)
+    if fault:
+        raise ModelError(f"{name}: {fault}")
+    # A quantised model is put on its device as it is loaded.
+    quantisation = find_quantisation(folder)
+    place = {"device_map": device} if quantisation else {}
     try:
         processor = load_processor(name)
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, **settings
+            name, dtype=dtype, trust_remote_code=False, **settings, **place
         )
-        loaded = wrap(model.to(device or best_device()).eval(), processor)
+        loaded = wrap((model if place else model.to(device)).eval(), processor, folder)
     except Exception as error:
         # The library raises all kinds of exceptions at a folder that is not what it expects.
-        raise ModelError(
-            f"{name}: cannot load it as an image-text-to-text model: {in_one_line(error)}; "
-            "give one saved by save_pretrained, in safetensors, that needs no code of its own"
-        ) from error
+        raise ModelError(f"{name}: {explain_failure(error, quantisation)}") from error
     fault = find_loading_fault(loaded, report) or find_processor_fault(loaded)
     if fault:
         raise ModelError(f"{name}: {fault}")
@@ -61,7 +67,72 @@ def load(name, device=None, dtype=torch.float32):
     return loaded
 
 
+def find_folder(name):
+    """The folder of a model: the name itself, or what the hub has besides weights, downloaded once."""
+    # A hub name is owner/model.
+    if os.path.exists(name) or name.startswith((".", "/")) or name.count("/") > 1:
+        return name
+    try:
+        return snapshot_download(name, ignore_patterns=WEIGHTS)
+    except Exception as error:
+        # Of the hub, of the network or of the disk.
+        raise ModelError(f"{name}: {explain_failure(error)}") from error
+
+
+def read_json(folder, file):
+    """The JSON object of a model's folder; {} if there is none, which the library will explain."""
+    try:
+        with open(os.path.join(folder, file), encoding="utf-8") as f:
+            found = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_folder_fault(folder):
+    """Why a folder is no vision-language model, told by its files, or None."""
+    adapter, config = read_json(folder, "adapter_config.json"), read_json(folder, "config.json")
+    if adapter and not config:
+        return (
+            f"an adapter ({adapter.get('peft_type')}) of {adapter.get('base_model_name_or_path')}, no whole "
+            "model; merge the two (peft's merge_and_unload), save the result and give that"
+        )
+    if not has(folder, "config.json"):
+        return "not a model (no config.json in it); give a folder saved by save_pretrained or a hub name"
+    kind = str(config.get("model_type"))
+    mappings = transformers.models.auto.modeling_auto
+    if kind in mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
+        kind in mappings.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    ):
+        return f"a model of text only ({kind}), which sees no image; give a vision-language model"
+    return None
+
+
+def find_quantisation(folder):
+    """How the weights in this folder are quantised, as `awq`; None if they are not."""
+    quantisation = read_json(folder, "config.json").get("quantization_config")
+    return quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+
+
+def explain_failure(error, quantisation=None):
+    """In one line, why the library did not load a model, and what to do."""
+    if quantisation:
+        advice = "install what that names, or give the model that is not quantised"
+        return f"cannot load its quantised weights ({quantisation}): {in_one_line(error)}; {advice}"
+    return (
+        f"cannot load it as an image-text-to-text model: {in_one_line(error)}; "
+        "give one saved by save_pretrained, in safetensors, that needs no code of its own"
+    )
+
+
 def load_processor(name):
+    """The model's processor with its chat template, which older folders keep with the tokenizer."""
+    processor = load_without_video(name)
+    processor.chat_template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
+    return processor
+
+
+def load_without_video(name):
     """The model's processor without its video part, which alone would need torchvision."""
     # Left open, trust_remote_code asks on the terminal.
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -90,26 +161,54 @@ def in_one_line(error):
     return textwrap.shorten(str(error), 250, placeholder=" ...") or type(error).__name__
 
 
-def wrap(model, processor):
-    """The VLM of a model and its processor: finds which tokens end a turn and which must never be sampled."""
+def wrap(model, processor, folder=None):
+    """The VLM of a model and its processor: finds which tokens end a turn and which must never be sampled.
+
+    `folder`: where they were loaded from.
+    """
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    keep_tags_whole(tokenizer)
+    names = special_names(processor)
+    end_id = find_turn_end(processor, names)
+    end_id = tokenizer.eos_token_id if end_id is None else end_id
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    stops = {tokenizer.eos_token_id, *stops}
+    stops = {end_id, tokenizer.eos_token_id, *stops}
     tokens = set(tokenizer.get_vocab().values())
     rows = set(range(model.get_output_embeddings().weight.shape[0]))
     banned = (rows & special_ids(model, tokenizer) | rows - tokens) - stops
-    names = special_names(processor)
     rule = find_logit_rule(model)
-    return VLM(model, processor, tokenizer.eos_token_id, sorted(stops), sorted(banned), names, rule)
+    return VLM(model, processor, end_id, sorted(stops), sorted(banned), names, rule, source=folder)
+
+
+def keep_tags_whole(tokenizer):
+    """Make the tags of the replies' form plain tokens, in memory, if the tokenizer has them as special ones.
+
+    A special token is never sampled, is left out of decoded text, and is split up in the text of a record.
+    """
+    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not any(TAG.fullmatch(str(token)) for token in special):
+        return
+    # The library can make a token special, but not plain again. So its state is written, changed and read.
+    old = tokenizer.backend_tokenizer
+    state = json.loads(old.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] and not TAG.fullmatch(token["content"])
+    tokenizer._tokenizer = type(old).from_str(json.dumps(state))
+    tokenizer._tokenizer.encode_special_tokens = old.encode_special_tokens
+
+
+def special_tokens(tokenizer):
+    """The names of the tokenizer's special tokens, without the tags of the replies' form."""
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {name for name in names | set(tokenizer.all_special_tokens) if not TAG.fullmatch(name)}
 
 
 def special_ids(model, tokenizer):
     """The ids of all special tokens, image placeholders included."""
-    ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids |= set(tokenizer.all_special_ids)
+    ids = set(tokenizer.convert_tokens_to_ids(sorted(special_tokens(tokenizer))))
     for key, value in vars(model.config).items():
         if key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             ids.add(value)
@@ -118,17 +217,36 @@ def special_ids(model, tokenizer):
 
 def special_names(processor):
     """A pattern that finds the names of special tokens, the longest first."""
-    tokenizer = processor.tokenizer
-    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names |= set(tokenizer.all_special_tokens)
+    names = special_tokens(processor.tokenizer)
     # The processor's image placeholder.
     names |= {v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)}
     names = sorted((n for n in names if len(n) > 1), key=lambda n: (-len(n), n))
     return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
+def find_turn_end(processor, names):
+    """The token with which the chat template ends a reply, or None: often not the tokenizer's own end.
+
+    It is the first special token (`names`) after a reply, unless it opens a turn.
+    """
+    turns = [("user", "QUESTION"), ("assistant", "REPLY"), ("user", "QUESTION")]
+    chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    try:
+        asked = processor.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
+        answered = processor.apply_chat_template(chat, tokenize=False)
+    except Exception:
+        # A template may raise anything, and some take no replies.
+        return None
+    before, _, after = answered.partition("REPLY")
+    end = names.search(after.partition("QUESTION")[0])
+    openings = [names.findall(part)[-1:] for part in (asked, before, before.partition("QUESTION")[0])]
+    if end is None or [end[0]] in openings:
+        return None
+    return processor.tokenizer.convert_tokens_to_ids(end[0])
+
+
 def save(loaded, folder):
-    """Save in the Hugging Face format: config, safetensors, tokenizer, image processor, chat template.
+    """Save in the Hugging Face format. Whatever loads the folder that the model came from loads this one.
 
     Raises ModelError if the disk has no room for it.
     """
@@ -141,7 +259,29 @@ def save(loaded, folder):
             "make room, the same command resumes from here"
         )
     loaded.model.save_pretrained(folder)
-    loaded.processor.save_pretrained(folder)
+    if loaded.source is None:
+        loaded.processor.save_pretrained(folder)
+    else:
+        carry_over(loaded.source, folder)
+
+
+def carry_over(source, folder):
+    """Copy what the source has and no stage changes: tokenizer, processors, templates, licence, README.
+
+    They are not saved anew, because the processor in memory is not all of it (load_processor).
+    """
+    templates = os.path.join("additional_chat_templates", "")
+    for parent in ("", templates):
+        for name in sorted(os.listdir(os.path.join(source, parent)) if has(source, parent) else ()):
+            path = parent + name
+            is_ours = any(fnmatch(name, pattern) for pattern in (*WEIGHTS, *RUN_FILES, ".*"))
+            if os.path.isfile(os.path.join(source, path)) and not is_ours and not has(folder, path):
+                os.makedirs(os.path.join(folder, parent), exist_ok=True)
+                shutil.copyfile(os.path.join(source, path), os.path.join(folder, path))
+
+
+def has(folder, name):
+    return os.path.exists(os.path.join(folder, name))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -159,8 +299,14 @@ def find_loading_fault(loaded, report):
         )
     if not loaded.processor.chat_template:
         return (
-            "no chat template (chat_template.jinja), so it cannot be asked anything; "
+            "no chat template (chat_template.jinja, or in tokenizer_config.json), so it cannot be asked; "
             "take the -Instruct or -it model"
+        )
+    if getattr(loaded.processor, "patch_size", 0) is None:
+        strategy = "`vision_feature_select_strategy` and `num_additional_image_tokens`"
+        return (
+            f"its processor_config.json gives no `patch_size`; add it, with {strategy}, as config.json's "
+            "vision tower has them"
         )
     if loaded.logit_rule is None:
         return (
@@ -319,7 +465,16 @@ def can_reuse_features(loaded):
 
 
 def freeze(loaded, what):
-    """`what` does not learn: "vision" (the tower), "images" (tower and projector) or "nothing"."""
+    """`what` does not learn: "vision" (the tower), "images" (tower and projector) or "nothing".
+
+    Raises ModelError if the rest cannot learn either, because it is quantised.
+    """
+    quantisation = loaded.source and find_quantisation(loaded.source)
+    if quantisation:
+        raise ModelError(
+            f"{loaded.source}: its weights are quantised ({quantisation}) and cannot learn; "
+            "give the model that is not quantised"
+        )
     {"vision": freeze_vision, "images": freeze_images, "nothing": lambda _: None}[what](loaded)
 
 

@@ -26,6 +26,9 @@ from transformers.cache_utils import DynamicLayer
 
 from triton_ops import linear_logprob
 
+# How the template of a thinking model ends a prompt.
+OPEN_THINK = re.compile(r"<think>\s*\Z")
+
 
 @dataclass
 class VLM:
@@ -47,6 +50,8 @@ class VLM:
     reuses_features: bool = False
     # peft's LoraModel around the model (adapters.add_lora), or None.
     lora: object = None
+    # The folder that the model was loaded from; None if it was made in memory.
+    source: str | None = None
 
     @property
     def tokenizer(self):
@@ -95,12 +100,14 @@ def encode_prompts(vlm, images, texts, device=None):
     """B images (PIL, RGB) and B user texts → the model's Inputs, left-padded to (B, P).
 
     The name of a special token in a text is plain text: a space after its first character tells it from the
-    token.
+    token. A <think> with which the chat template opens the reply is left out: it belongs to the reply, which
+    is sampled, trained on and parsed with both tags.
     """
     prompts = [Prompt(image, text) for image, text in zip(images, texts)]
     texts = [vlm.special_names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text) for text in texts]
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}] for t in texts]
     chats = [vlm.processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
+    chats = [OPEN_THINK.sub("", chat) for chat in chats]
     # Some templates write <bos>; the tokenizer must not write a second one.
     has_bos = vlm.tokenizer.bos_token is not None and chats[0].startswith(vlm.tokenizer.bos_token)
     images = [[image] for image in images]

@@ -422,6 +422,8 @@ STOPS = {
     "qwen2_5_vl": [0, 2],
     "qwen3_vl": [0, 2],
 }
+# The token with which a reply ends in the chat: Gemma's tokenizer names another one.
+END = {name: 5 if name == "gemma3" else stops[-1] for name, stops in STOPS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -700,10 +702,10 @@ def test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vl
         assert row[-len(plain) :].equal(plain)
 
 
-def test_an_answer_closes_with_a_counted_end_of_turn_and_padding_counts_for_nothing(vlm_):
+def test_an_answer_closes_with_a_counted_end_of_turn_and_padding_counts_for_nothing(vlm_, architecture):
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
     for row, kept, answer in zip(ids, mask, ANSWERS):
-        own = vlm_.tokenizer(answer, add_special_tokens=False)["input_ids"] + [vlm_.tokenizer.eos_token_id]
+        own = vlm_.tokenizer(answer, add_special_tokens=False)["input_ids"] + [END[architecture]]
         assert row[: len(own)].tolist() == own
         assert kept.tolist() == [1] * len(own) + [0] * (len(row) - len(own))
     assert mask.any(0).all(), "no column of padding alone"
@@ -1386,6 +1388,48 @@ def test_a_saved_model_loads_with_the_same_logits_inputs_and_tokens(vlm_, tmp_pa
         assert vlm_.model(**before).logits.equal(again.model(**after).logits)
     assert (again.end_id, again.stop_ids, again.banned_ids) == (vlm_.end_id, vlm_.stop_ids, vlm_.banned_ids)
     assert not again.model.training and again.model.dtype == torch.float32
+
+
+def found_elsewhere(folder):
+    """What plain transformers makes of a folder: its processor's settings, or why it makes none."""
+    import transformers
+
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+    except Exception as error:
+        return str(error).replace(str(folder), "FOLDER")
+    return type(processor), processor.to_dict(), processor.chat_template, processor.tokenizer.get_vocab()
+
+
+def test_what_loads_the_source_loads_a_tuned_folder(architecture, built, tmp_path):
+    import transformers
+
+    source = shutil.copytree(built(architecture), tmp_path / "source")
+    put = {"README.md": "# A model", "LICENSE": "Its terms", "additional_chat_templates/rag.jinja": "{{ a }}"}
+    (source / "additional_chat_templates").mkdir()
+    for name, content in put.items():
+        (source / name).write_text(content)
+    # Not a part of the model: weights in another format, and what a run wrote.
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "metrics.json", "rollouts.jsonl"):
+        (source / name).write_text("{}")
+    vlm_ = loading.load(str(source), "cpu")
+    with torch.no_grad():
+        vlm_.head.weight += 1
+    loading.save(vlm_, tmp_path / "tuned")
+    assert found_elsewhere(tmp_path / "tuned") == found_elsewhere(source)
+    weights = ("config.json", "generation_config.json", "model.safetensors")
+    for path in built(architecture).iterdir():
+        assert path.name in weights or (tmp_path / "tuned" / path.name).read_bytes() == path.read_bytes()
+    assert all((tmp_path / "tuned" / name).read_text() == content for name, content in put.items())
+    own = {path.name for path in built(architecture).iterdir()}
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == own | {n.split("/")[0] for n in put}
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "tuned")
+    assert again.get_output_embeddings().weight.equal(vlm_.head.weight)
+    assert json.loads((tmp_path / "tuned" / "generation_config.json").read_text())["eos_token_id"] in (
+        STOPS[architecture],
+        STOPS[architecture][::-1],
+        STOPS[architecture][0],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
