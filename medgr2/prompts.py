@@ -74,12 +74,60 @@ class ParsedResponse(NamedTuple):
 RESPONSE = re.compile(
     r"\s*(?:<think>(?P<rationale>.*?)</think>\s*)?<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL
 )
-# "C", "(C)", "C." or "C) CT": the letter, and what follows it.
-LETTERED = re.compile(r"\(?([A-Za-z])(?:[).:]+|\s*$)\s*(.*)", re.DOTALL)
+# Characters that nobody sees.
+INVISIBLE = "\u200b\u200e\u200f\u2060\ufeff"
+# What may be around an answer: brackets, quotes, Markdown, stops.
+OUTER = " .,:;!?\"'`*()[]{}“”‘’«»「」『』【】《》〈〉、。" + INVISIBLE
+# The same, more of it, as a class of characters.
+MARK = r"[\s\\()\[\]{}<>\"'“”‘’«»「」『』【】《》〈〉*_`$.,:;!、。]"
+# A letter alone; or with the option's text behind it, and between them a mark, a dash, a line break, or a
+# change of script. A space alone is too little, as in the blood group "B negative".
+LETTERED = re.compile(
+    rf"{MARK}*(?P<letter>[A-Za-z])"
+    rf"(?:{MARK}*|(?:[^\S\n]*(?:[^\w\s+&/]|\n)\s*|\s*(?=[\u2e80-\uffef]))(?P<text>\S.*))",
+    re.DOTALL,
+)
+# "Normal (B)".
+TRAILING = re.compile(rf"(?P<text>.+?)\s*[(\[{{【]\s*(?P<letter>[A-Za-z])\s*[)\]}}】]{MARK}*", re.DOTALL)
+# The words that announce an answer: before a noun, the nouns, after a noun. A negation is none of them.
+BEFORE = (
+    "the my so therefore thus hence correct right best final die der richtige korrekte la le bonne "
+    "правильный верный doğru सही"
+)
+NOUNS = (
+    "answer option choice letter antwort lösung réponse choix respuesta opción resposta opção alternativa "
+    "risposta opzione ответ вариант cevap yanıt seçenek الإجابة الجواب उत्तर विकल्प"
+)
+AFTER = "is would be the ist lautet die est la le correcte correcta es correta é corretta giusta è это الصحيحة هي هو"
+# The same in scripts that write words together.
+BEFORE_TOGETHER = "因此 所以 正确 正確 最终 最終 最佳"
+NOUNS_TOGETHER = "答案 选项 選項 选择 選擇 应选 选 選 正解 正答 答え 回答 解答 選択肢 정답 선택지 답"
+AFTER_TOGETHER = "应为 是 为 為 は 은 는"
 
 
-# What does not count around a text.
-OUTER = " .,:;!?\"'`*()[]{}"
+def any_word(words, together):
+    """A pattern of one of these words: the first ones end where a word ends."""
+    apart, together = "|".join(words.split()), "|".join(together.split())
+    return rf"(?:(?:{apart})(?![^\W\d_])|{together})"
+
+
+# A stop before a digit belongs to the number.
+GAP = rf"(?:(?:{MARK}|[=-])(?!\d))*"
+NOUN = any_word(NOUNS, NOUNS_TOGETHER)
+LEAD = re.compile(rf"{MARK}*(?:{any_word(BEFORE, BEFORE_TOGETHER)}{GAP})*{NOUN}{GAP}", re.IGNORECASE)
+MORE_LEAD = re.compile(rf"(?:{any_word(AFTER, AFTER_TOGETHER)}|{NOUN}){GAP}", re.IGNORECASE)
+# "B is correct".
+TAIL = re.compile(
+    r"(?:\s+is(?: the)?(?: correct| right| best)?(?: answer| option| choice| one)?"
+    rf"|\s*(?:が正解)?(?:です|である)|\s*(?:번|입니다|이다)+|项|項|(?:是|为)?正确的?(?:答案)?){MARK}*\Z",
+    re.IGNORECASE,
+)
+# An answer with more characters around an option says more than the option; the patterns would take long.
+MOST_AROUND = 200
+# LaTeX around a text, as in \\boxed{\\text{B}}.
+LATEX = re.compile(r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+
+
 # Outer punctuation before a text. The point or comma of `.5` is none.
 LEADING = re.compile(rf"\A(?:(?![.,]\d)[{re.escape(OUTER)}])+")
 # NFKC would make 10⁵ and 105 the same, 1½ and 11/2, log₂8 and log28. These places get a ^ or a space first.
@@ -100,19 +148,47 @@ def normalise(text):
 def match_option(answer, options):
     """(the option that `answer` names by its text, its letter or both, None), or (None, the reason).
 
-    It never guesses: a letter with the text of another option names none, nor does a text of two options.
+    Words that announce the answer ("The answer is B.") are left out, in several languages. It never guesses:
+    a letter with the text of another option names none, nor does a text of two options, nor one with other
+    words.
     """
     same = [option for option in options if normalise(option) == normalise(answer)]
-    if len(same) == 1:
-        return same[0], None
     if len(same) > 1:
         return None, "several options match"
-    lettered = LETTERED.fullmatch(answer.strip(" \t\n.,;*\"'"))
-    if lettered:
-        index, rest = ord(lettered[1].upper()) - 65, normalise(lettered[2])
-        if index < len(options) and rest in ("", normalise(options[index])):
-            return options[index], None
-    return None, "answer not among the options"
+    is_short = len(answer) <= max(map(len, options), default=0) + MOST_AROUND
+    readings = [read_option(text, options) for text in announced_texts(answer)] if is_short else []
+    found = next((option for option in same + readings if option is not None), None)
+    return found, None if found is not None else "answer not among the options"
+
+
+def announced_texts(answer):
+    """The answer, and what is left of it without the words before and after it that announce it."""
+    text = unicodedata.normalize("NFKC", answer)
+    text = re.sub(f"[{INVISIBLE}]", "", text)
+    while (plain := LATEX.sub(r"\1", text)) != text:
+        text = plain
+    lead = LEAD
+    while True:
+        yield text
+        if tail := TAIL.search(text):
+            yield text[: tail.start()]
+        announced = lead.match(text)
+        # "The answer is a" may be cut off.
+        if not announced or text[announced.end() :].strip() == "a":
+            return
+        text, lead = text[announced.end() :], MORE_LEAD
+
+
+def read_option(text, options):
+    """The option whose text, letter, or letter and text this is; None if it is none."""
+    for option in options:
+        if normalise(option) == normalise(text):
+            return option
+    for form in (LETTERED.fullmatch(text), TRAILING.fullmatch(text)):
+        index = ord(form["letter"].upper()) - 65 if form else len(options)
+        if index < len(options) and normalise(form["text"] or "") in ("", normalise(options[index])):
+            return options[index]
+    return None
 
 
 def parse_response(text, options=None):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 from helpers import DATA, OPTIONS, few, needs_data, question
@@ -169,6 +170,134 @@ def test_a_response_without_a_prediction_has_a_reason(text, reason):
 def test_an_answer_in_another_form_counts_but_is_not_well_formed(text):
     parsed = parse_response(text, OPTIONS)
     assert parsed.prediction == "CT" and not parsed.well_formed and parsed.rationale is None
+
+
+SCAN = ["肺炎", "正常", "胸腔积液"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "[B]",
+        "`B`",
+        "“B”",
+        "{B}",
+        "B\u200b",
+        r"\boxed{B}",
+        r"$\boxed{\text{B}}$",
+        r"\(B\)",
+        "B - Normal",
+        "B\nNormal",
+        "**B** Normal",
+        "Normal (B)",
+        "Normal [b].",
+        "B (Normal)",
+        "Option B",
+        "Answer: B",
+        "**Answer:** B",
+        "The answer is B.",
+        "Therefore, the correct answer is option (B).",
+        "The answer is normal",
+        "B is correct.",
+        "B is the right answer",
+        "Die richtige Antwort ist B",
+        "La bonne réponse est la B.",
+        "La respuesta correcta es la B",
+        "Resposta: B",
+        "Risposta: B",
+        "Правильный ответ: B",
+        "Cevap: B",
+        "Ⓑ",
+        "𝐁",
+    ],
+)
+def test_an_answer_as_models_write_it_is_read(answer):
+    for options, normal in ((["Pneumonia", "Normal", "Effusion"], "Normal"), (["e. coli", "NORMAL"], "NORMAL")):
+        assert match_option(answer, options) == (normal, None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Ｂ",
+        "（B）",
+        "(B)正常",
+        "B：正常",
+        "B、正常",
+        "B．正常",
+        "B正常",
+        "正常（B）",
+        "正常。",
+        "「正常」",
+        "【B】正常",
+        "答案：B",
+        "答案是B。",
+        "正确答案为（B）",
+        "所以，答案是正常。",
+        "选B",
+        "选项B",
+        "B项",
+        "B是正确的",
+        "正解はBです。",
+        "答えは正常です",
+        "정답은 B입니다.",
+        "정답: B",
+    ],
+)
+def test_an_answer_in_a_script_of_full_width_or_without_spaces_is_read(answer):
+    assert match_option(answer, SCAN) == ("正常", None)
+
+
+@pytest.mark.parametrize(
+    "answer, options",
+    [
+        ("not B", OPTIONS),
+        ("The answer is not B", OPTIONS),
+        ("B is not correct", OPTIONS),
+        ("B or C", OPTIONS),
+        ("A, B", OPTIONS),
+        ("Answer: A, B", OPTIONS),
+        ("A and B", OPTIONS),
+        ("B/C", OPTIONS),
+        ("The answer is a", OPTIONS),
+        ("The answer is", OPTIONS),
+        ("MRI (A)", OPTIONS),
+        ("B (CT)", OPTIONS),
+        # A word of the text is no word that announces it.
+        ("right lung", ["left lung", "lung"]),
+        ("the best lung", ["left lung", "lung"]),
+        # Blood groups, a staging, a number.
+        ("B negative", ["A positive", "negative"]),
+        ("A+", ["B", "A"]),
+        ("A-", ["B", "A"]),
+        ("The answer is -5", ["5", "7"]),
+        ("不是B", SCAN),
+        ("不选B", SCAN),
+        ("B不正确", SCAN),
+        ("B超", SCAN),
+        ("A或B", SCAN),
+        ("B：肺炎", SCAN),
+        ("不正常", SCAN),
+        # The third letter of another alphabet.
+        ("Ответ: В", OPTIONS),
+    ],
+)
+def test_an_answer_that_names_no_option_or_several_is_not_guessed(answer, options):
+    assert match_option(answer, options) == (None, "answer not among the options")
+
+
+@pytest.mark.parametrize("part", [" ", "\n", "the ", "answer ", "答案", "项", "(", "\\boxed{", "is ", "a"])
+def test_a_long_answer_takes_no_long_time(part):
+    for length in (200, 200_000):
+        text, started = (part * length)[:length], time.perf_counter()
+        assert match_option(text + "x", OPTIONS)[0] is None and match_option("x" + text, OPTIONS)[0] is None
+        assert time.perf_counter() - started < 2
+
+
+def test_the_whole_text_counts_before_what_is_left_of_it():
+    assert match_option("The answer is right.", ["left", "right"]) == ("right", None)
+    assert match_option("Option B", ["Option B", "Option A"]) == ("Option B", None)
+    assert match_option("E. coli (B)", ["S. aureus", "E. coli"]) == ("E. coli", None)
 
 
 def test_an_option_that_contains_another_is_not_confused_with_it():

@@ -32,7 +32,7 @@ ODD = [
     ("ct", MODALITIES, ["CT", "CT", "Ultrasound", None, "CT", "CT"]),
     ("CT", MODALITIES, ["CT"] * 6),
     ("**CT**", MODALITIES, ["CT", "CT", "CT", None, "CT", "CT"]),
-    ("The answer is CT", MODALITIES, [None, None, "CT", None, None, "CT"]),
+    ("The answer is CT", MODALITIES, [None, "CT", "CT", None, None, "CT"]),
     # Two are named: difflib takes the longer.
     ("CT or MRI", MODALITIES, [None, None, "MRI", None, None, None]),
     # None is named: difflib still takes one.
