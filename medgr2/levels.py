@@ -18,6 +18,7 @@ import re
 
 from medgr2 import records, runs
 from medgr2.prompts import (
+    UNSPACED,
     format_response,
     is_match,
     normalise,
@@ -48,7 +49,27 @@ ALTERNATIVES = (
     ("anterior", "posterior"),
     ("present", "absent"),
     ("yes", "no"),
+    # A term alone is in the pattern and is never replaced: 左右 is "about".
+    ("左", "右"),
+    ("左右",),
+    ("轻度", "中度", "重度"),
+    ("上叶", "下叶"),
+    ("急性", "慢性"),
+    ("良性", "恶性"),
+    ("增大", "缩小"),
+    ("links", "rechts"),
+    ("linke", "rechte"),
+    ("linken", "rechten"),
+    ("gauche", "droite"),
+    ("izquierdo", "derecho"),
+    ("izquierda", "derecha"),
+    ("esquerdo", "direito"),
+    ("esquerda", "direita"),
+    ("sinistro", "destro"),
+    ("sinistra", "destra"),
 )
+# Where a clause of a report ends: at a stop with a space behind it, or at a full-width one.
+CLAUSE_END = re.compile(r"(?<=[.;])\s+|(?<=[。；！？])\s*")
 # Enough records to find another image's response among.
 MOST_OTHERS = 200
 
@@ -68,9 +89,16 @@ def find_terms(rows):
             others = {other for other in group if other.lower() != term.lower()}
             found.setdefault(term.lower(), set()).update(others)
     longest_first = sorted(found, key=lambda term: (-len(term), term))
-    any_term = "|".join(map(re.escape, longest_first))
-    pattern = re.compile(rf"(?<!\w)(?:{any_term})(?!\w)", re.IGNORECASE)
+    pattern = re.compile("|".join(map(whole_words, longest_first)), re.IGNORECASE)
     return pattern, {term: sorted(others) for term, others in found.items() if others}
+
+
+def whole_words(term):
+    """A pattern that finds the term as whole words. Scripts without spaces show no end of a word."""
+    letter = rf"[^\W{UNSPACED}]"
+    before = rf"(?<!{letter})" if re.match(letter, term) else ""
+    after = rf"(?!{letter})" if re.match(letter, term[-1]) else ""
+    return before + re.escape(term) + after
 
 
 def match_case(word, like):
@@ -163,11 +191,14 @@ def insert_clause(report, others, rng):
     reports = [other["report"] for other in others if "report" in other]
     strange = [clause for other in reports for clause in split_clauses(other) if clause not in own]
     place = rng.randint(0, len(own))
-    return " ".join([*own[:place], rng.choice(strange), *own[place:]]) if strange else None
+    if not strange:
+        return None
+    clauses = [*own[:place], rng.choice(strange), *own[place:]]
+    return "".join(clause if clause[-1] in "。；！？" else f"{clause} " for clause in clauses).strip()
 
 
 def split_clauses(report):
-    return re.split(r"(?<=[.;])\s+", report)
+    return [clause for clause in CLAUSE_END.split(report) if clause]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ TASKS = (
 # The texts of a record and the parts of a reply must not contain these.
 TAG = re.compile(r"</?(?:question|options|think|answer)>")
 
+# Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+
 # Options have letters, so there are no more of them than letters.
 MAX_OPTIONS = 26
 

@@ -10,12 +10,13 @@ import difflib
 import os
 import re
 import string
+import unicodedata
 from collections import Counter
 
 from medgr2 import cli, formats, measures, tables
 from medgr2.errors import RecordError, require
 from medgr2.images import find_file
-from medgr2.prompts import is_match, match_option, normalise, parse_response
+from medgr2.prompts import UNSPACED, is_match, match_option, normalise, parse_response
 
 # ---------------------------------------------------------------------------------------------------------
 # Closed questions: (text, options) → one of the options, or None.
@@ -111,8 +112,15 @@ def count_left_out(unread, questions, share=0.0):
 
 
 def count_words(text):
-    """{word: occurrences} of the normalised text."""
-    return Counter(re.findall(r"\w+", normalise(text)))
+    """{word: occurrences} of the normalised text; in a script without spaces each character is a word."""
+    letters = []
+    for character in normalise(text):
+        if re.match(f"[{UNSPACED}]", character):
+            letters.append(f" {character} ")
+        else:
+            # Letters, the marks that belong to them, and digits: \\w would split Hindi at its vowels.
+            letters.append(character if unicodedata.category(character)[0] in "LMN" else " ")
+    return Counter("".join(letters).split())
 
 
 def exact_match(text, answer):

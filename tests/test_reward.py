@@ -139,6 +139,43 @@ def test_irrelevant_is_of_another_image_and_its_answer_wrong_here():
     assert levels.irrelevant(REASONED, [twin], TERMS, random.Random(0)) is None
 
 
+def other_language(kind):
+    """Two records of two images, the first with a text about a side and a finding that can be replaced."""
+    if kind == "report":
+        texts = {"report": "左肺见结节。心影不大；约5mm左右。"}, {"report": "肝脏增大。脾脏正常。"}
+    else:
+        asked = {"question": "诊断是什么？", "options": ["肺炎", "结核"]}
+        told = ("左肺见斑片影，约5mm左右", "肺炎"), ("右肺见空洞", "结核")
+        texts = [asked | {"rationale": rationale, "answer": answer} for rationale, answer in told]
+    return [{"id": str(i), "image": f"/{i}.png"} | text for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("kind", ["report", "question"])
+def test_a_record_in_a_script_without_spaces_has_all_four_levels(kind):
+    rows = other_language(kind)
+    made = dict(levels.build_levels(rows, 1, 0)[0][1])
+    assert set(made) == {"original", "perturbed", "incoherent", "irrelevant"}
+    # The side is replaced, "about" is not.
+    assert made["perturbed"] == made["original"].replace("左肺", "右肺")
+    if kind == "report":
+        clauses = ["肝脏增大。", "脾脏正常。"]
+        assert any(made["incoherent"].replace(c, "") == made["original"] for c in clauses)
+
+
+@pytest.mark.parametrize(
+    "text, swapped",
+    [
+        ("Läsion links oben", "Läsion rechts oben"),
+        ("Pulmón izquierdo", "Pulmón derecho"),
+        ("CT示左侧", "CT示右侧"),
+        ("约5mm左右", None),
+        ("upperleft", None),
+    ],
+)
+def test_a_term_is_replaced_where_it_is_a_word(text, swapped):
+    assert levels.swap_term(text, levels.find_terms([]), random.Random(0)) == swapped
+
+
 def test_levels_are_drawn_anew_and_no_response_of_a_record_occurs_twice():
     one, many = (levels.build_levels(ALL, k, 0) for k in (1, 8))
     assert all(len(drawn) == len(set(drawn)) for _, drawn in many)

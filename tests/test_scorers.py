@@ -101,6 +101,14 @@ def test_a_text_over_twice_as_long_as_all_options_is_not_searched():
         ("", "left", 0, 0, 0),
         ("no", "yes", 0, 0, 0),
         ("5 cm", "5.1 cm", 0, 2 / 3, 2 * 2 / 5),
+        # Characters, where words have no spaces; words, where they have.
+        ("左肺上叶", "左肺。", 0, 1, 2 * 2 / 6),
+        ("右肺", "左肺", 0, 0.5, 0.5),
+        ("CT显示肺炎", "肺炎", 0, 1, 2 * 2 / 7),
+        ("ปอด", "ปอดซ้าย", 0, 3 / 7, 2 * 3 / 10),
+        ("왼쪽 폐", "오른쪽 폐", 0, 0.5, 0.5),
+        # Yes and no: they differ by the vowel's mark alone.
+        ("हूँ", "हाँ", 0, 0, 0),
     ],
 )
 def test_open_answers_equal_a_count_by_hand(text, answer, exact, recall, f1):
