@@ -19,6 +19,7 @@ from PIL import Image
 
 from medgr2 import loading, vlm
 from medgr2.errors import ModelError
+from medgr2.prompts import parse_response
 
 TOY = Path(__file__).parent.parent / "toy" / "policy"
 
@@ -1444,6 +1445,155 @@ def test_stops_end_a_turn_and_every_other_special_or_nameless_token_is_banned(ar
     assert vlm_.banned_ids == sorted({*special, *range(tokens, rows)} - set(STOPS[architecture]))
 
 
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+
+
+def add_tags(folder):
+    """Make the tags special tokens of the model in `folder`: they take its last rows, and two new ones."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": TAGS}, replace_extra_special_tokens=False)
+    tokenizer.save_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    return tokenizer.convert_tokens_to_ids(TAGS)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+def test_tags_of_the_form_that_are_special_tokens_are_sampled_decoded_and_encoded_whole(
+    name, built, tmp_path
+):
+    folder = shutil.copytree(built(name), tmp_path / "tags")
+    tags = add_tags(folder)
+    vlm_ = loading.load(str(folder), "cpu")
+    response = "<think>a cyst</think><answer>left</answer>"
+    ids, mask = vlm.encode_continuations(vlm_, [response])
+    assert [i for i in ids[0].tolist() if i in tags] == tags and not set(tags) & set(vlm_.banned_ids)
+    assert vlm.decode(vlm_, ids, mask) == [response] and parse_response(response).well_formed
+    # As the library encodes a prompt that shows the form, and other special tokens are still plain text.
+    text = "Reply as <think>reasoning</think><answer>answer</answer>"
+    ours, plain = vlm.encode_prompts(vlm_, IMAGES[:1], [text]), plain_prompt(vlm_, IMAGES[0], text)
+    assert ours["input_ids"].equal(plain["input_ids"]) and set(tags) <= set(ours["input_ids"][0].tolist())
+    test_the_name_of_a_special_token_in_an_answer_is_plain_text(vlm_)
+    # A model that says nothing else says them.
+    bonus = torch.zeros(1, len(vlm_.head.weight))
+    hook = push(vlm_, lambda call: bonus.index_fill(1, torch.tensor(tags[call % 4]), 1e5))
+    sampled = vlm.decode(vlm_, *vlm.sample(vlm_, ours, [1], 4)[:2])
+    hook.remove()
+    assert sampled == ["".join(TAGS)]
+    loading.save(vlm_, tmp_path / "saved")
+    saved, own = ((f / "tokenizer.json").read_bytes() for f in (tmp_path / "saved", folder))
+    assert saved == own, "the tokenizer on disk is the source's"
+
+
+@pytest.mark.parametrize("opened", ["<think>", "<think>\n"])
+def test_a_think_tag_that_the_template_opens_is_left_to_the_reply(opened, built, tmp_path):
+    folder = shutil.copytree(built("qwen2_5_vl"), tmp_path / "thinking")
+    template = (folder / "chat_template.jinja").read_text()
+    opening = template.replace("assistant\n{% endif %}", f"assistant\n{opened}{{% endif %}}")
+    assert opening != template
+    (folder / "chat_template.jinja").write_text(opening)
+    thinking, plain = (loading.load(str(f), "cpu") for f in (folder, built("qwen2_5_vl")))
+    # A tag in the text of a user stays.
+    texts = ["What?", "Reply as <think>"]
+    ours, theirs = (vlm.encode_prompts(v, IMAGES[:2], texts)["input_ids"] for v in (thinking, plain))
+    assert ours.equal(theirs)
+    shown = thinking.tokenizer.decode(plain_prompt(thinking, IMAGES[0], "?")["input_ids"][0])
+    assert shown.endswith(opened), "the template opens no tag"
+    loading.save(thinking, tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == opening
+
+
+@pytest.mark.parametrize(
+    "template, end",
+    [
+        (CHATML, "<|im_end|>"),
+        # With a system prompt, whose end stands before the question.
+        ("<|im_start|>system\nHelp.<|im_end|>\n" + CHATML, "<|im_end|>"),
+        # No end: a token opens each turn, and another one stands where the toy's <|assistant|> opens a reply.
+        (CHATML.replace("<|im_end|>", ""), None),
+        (CHATML.split("{% if add")[0], None),
+        # It refuses a reply.
+        ("{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + CHATML, None),
+    ],
+)
+def test_the_end_of_a_reply_is_the_chat_template_s_own(template, end, built, tmp_path):
+    """As in a base model tuned to chat: its tokenizer and generation config name the end of a document."""
+    folder = shutil.copytree(built("qwen2_5_vl"), tmp_path / "tuned")
+    (folder / "chat_template.jinja").write_text(template)
+    for name, value in (("tokenizer_config.json", "<|endoftext|>"), ("generation_config.json", 0)):
+        config = json.loads((folder / name).read_text())
+        config["eos_token" if "tokenizer" in name else "eos_token_id"] = value
+        (folder / name).write_text(json.dumps(config))
+    vlm_ = loading.load(str(folder), "cpu")
+    wanted = (2, [0, 2]) if end else (0, [0])
+    assert (vlm_.end_id, vlm_.stop_ids) == wanted and (2 in vlm_.banned_ids) == (end is None)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.json"])
+def test_a_chat_template_in_the_place_of_older_folders_is_used_and_carried_over(place, built, tmp_path):
+    folder = shutil.copytree(built("qwen2_5_vl"), tmp_path / "older")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / place).read_text()) if (folder / place).exists() else {}
+    (folder / place).write_text(json.dumps(config | {"chat_template": template}))
+    loading.save(loading.load(str(folder), "cpu"), tmp_path / "tuned")
+    tuned, plain = (loading.load(str(f), "cpu") for f in (tmp_path / "tuned", built("qwen2_5_vl")))
+    ours, theirs = (vlm.encode_prompts(v, IMAGES, TEXTS)["input_ids"] for v in (tuned, plain))
+    assert ours.equal(theirs)
+
+
+def write_adapter(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+
+
+def quantise(method):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def leave_out_the_patch_size(folder):
+    config = json.loads((folder / "processor_config.json").read_text())
+    del config["patch_size"]
+    (folder / "processor_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (write_adapter, r"an adapter \(LORA\) of owner/base.*merge"),
+        (leave_out_the_patch_size, "no `patch_size`"),
+        # As long as what reads it is not installed.
+        (quantise("gptq"), r"quantised weights \(gptq\).*optimum.*not quantised"),
+        (quantise("awq"), r"quantised weights \(awq\).*gptqmodel.*not quantised"),
+    ],
+)
+def test_a_folder_that_is_no_whole_model_is_told_in_one_line_with_its_cause(change, why, built, tmp_path):
+    folder = shutil.copytree(built("llava"), tmp_path / "folder")
+    change(folder)
+    with pytest.raises(ModelError, match=why) as refused:
+        loading.load(str(folder), "cpu")
+    assert str(refused.value).startswith(f"{folder}: ") and "\n" not in str(refused.value)
+
+
+def test_a_quantised_model_is_not_trained(built, tmp_path):
+    folder = shutil.copytree(built("llava"), tmp_path / "folder")
+    # A method that the library does not know: it warns and loads the weights as they are.
+    quantise("of its own")(folder)
+    vlm_ = loading.load(str(folder), "cpu")
+    with pytest.raises(ModelError, match=r"quantised \(of its own\) and cannot learn"):
+        loading.freeze(vlm_, "vision")
+
+
 def test_a_vocabulary_with_holes_bans_the_holes_and_not_its_last_tokens(llava):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -1640,7 +1790,7 @@ def test_a_model_of_text_alone_is_refused_in_one_line_that_names_it(tmp_path):
 
     build_tokenizer(["<|end|>"], eos_token="<|end|>").save_pretrained(tmp_path)
     Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=300)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="Qwen2Config") as refused:
+    with pytest.raises(ModelError, match=r"a model of text only \(qwen2\), which sees no image") as refused:
         loading.load(str(tmp_path), "cpu")
     assert str(refused.value).startswith(f"{tmp_path}: ") and "\n" not in str(refused.value)
 
