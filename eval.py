@@ -49,6 +49,8 @@ OPTIONAL = ("blind", "option_logps", "option_tokens", "samples")
 BLANK_COLOUR = (128, 128, 128)
 # The k of pass@k, as far as there are samples.
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# The reason of a response without a prediction that was cut.
+CUT = "cut at --max-new-tokens"
 # Flags that change no file.
 FREE = ("markdown",)
 
@@ -126,7 +128,7 @@ def with_prediction(record, response, truncated=False):
     return record | {
         "response": response,
         "prediction": parsed.prediction,
-        "reason": "cut at --max-new-tokens" if truncated and parsed.prediction is None else parsed.reason,
+        "reason": CUT if truncated and parsed.prediction is None else parsed.reason,
         "correct": is_correct(record, parsed.prediction),
         "image_hash": hash_image(record["image"]),
     }
@@ -339,6 +341,8 @@ def main(args):
         for step, done in zip(run.progress(range(first, last), "eval"), answered):
             run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in done])
             run.commit(step=step + 1)
+            if step == first:
+                cli.tell_cut(len(done), sum(row["reason"] == CUT for row in done), args.max_new_tokens)
         rows = list(records.read_records(run.path("predictions.jsonl"), root=records.ANYWHERE))
     score_run(run, rows, args.seed, args.markdown)
 

@@ -301,6 +301,9 @@ def main(args):
             run.append(name, [records.with_relative_image(row, run.part) for row in rows])
         run.log(step=step, asked=len(drafts) + len(not_asked), kept=len(candidates), seconds=seconds)
         run.commit(step=step + args.batch)
+        if not step and run.main:
+            cut = sum(truncated for _, truncated in replies)
+            cli.tell_cut(len(replies), cut, args.max_new_tokens)
     if not run.main:
         return
 

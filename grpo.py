@@ -95,6 +95,8 @@ def parse_args():
     p.add_argument("--micro-batch", type=count, default=8, help="groups per backward pass; same result")
     micro_group = "responses of each group per backward pass: less memory, same result (all)"
     p.add_argument("--micro-group", type=count, help=micro_group)
+    patience = "end the run after so many steps in a row without any reward, or with most responses cut"
+    p.add_argument("--patience", type=cli.number(int, 0), default=20, help=f"{patience}; 0 never")
     p.add_argument("--watch-every", type=count, default=10, help="steps between accuracy checks on --val")
     p.add_argument("--watch-items", type=count, default=200, help="records of --val to check")
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
@@ -401,6 +403,8 @@ def main(args):
     training.restore_state(run.state, policy.model, optimizer)
     watch = Watch(policy, reward_model, args, accelerator, run.state)
     cursor = run.state.get("cursor", 0)
+    lowest = args.alpha * (R_MIN if args.reward_scale == "raw" else 0)
+    patience = rollouts.Patience(min(args.patience, args.steps), lowest, run.main)
     sizes = args.prompts, args.rollout_batch
     batches = rollouts.prefetch_batches(policy, examples, cursor, *sizes, args.seed, accelerator)
 
@@ -423,7 +427,8 @@ def main(args):
             groups, metrics = update_policy(policy, optimizer, groups, counts, lr, args, accelerator)
         # Log and commit.
         times = started, scored, time.perf_counter()
-        rollouts.log_step(run, step, groups, drawn, times, metrics, watched)
+        metrics = rollouts.log_step(run, step, groups, drawn, times, metrics, watched)
+        patience.check(step, metrics, drawn)
         if run.due(step + 1, args.save_every):
             state = training.state(parameters, optimizer) | watch.state()
             run.commit(step=step + 1, cursor=cursor, **state)

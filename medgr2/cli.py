@@ -95,6 +95,13 @@ def add_run_arguments(parser):
     add_switch(parser, "--resume", "resume an unfinished run of the same command", default=True)
 
 
+def tell_cut(replies, cut, limit):
+    """Say so if more than half of the replies were cut at --max-new-tokens."""
+    if 2 * cut > replies:
+        advice = "raise it, or see whether the model's stop tokens hold the end of turn of its chat"
+        print(f"{cut} of {replies} replies were cut at --max-new-tokens {limit}: {advice}", flush=True)
+
+
 def format_table(rows, headers, markdown=False):
     """Rows of cells as aligned text or Markdown. Floats have three digits, columns of numbers align right."""
     headers = [str(header) for header in headers]

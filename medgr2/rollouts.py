@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from torch.nn.functional import pad
 
 from medgr2 import records, training, vlm
+from medgr2.errors import RunError
 from medgr2.images import open_image
 from medgr2.prompts import policy_prompt
 
@@ -86,7 +87,7 @@ def mean_metrics(sums, tokens, accelerator):
 
 
 def log_step(run, step, groups, drawn, times, metrics, watched):
-    """Write the step's rollouts and its line of metrics.jsonl, both of all processes.
+    """Write the step's rollouts and its line of metrics.jsonl, both of all processes; return the metrics.
 
     groups: those that were learned from; drawn: all that this process sampled. times: the start, the end of
     sampling (with scoring), the end of learning. metrics: update_policy's. watched: Watch.check's.
@@ -100,6 +101,7 @@ def log_step(run, step, groups, drawn, times, metrics, watched):
     metrics |= {"sample_tokens_per_s": drawn_tokens / sampling, "learn_tokens_per_s": tokens / learning}
     run.append("rollouts.jsonl", rollout_rows(groups, step, run.folder))
     run.log(step=step, **metrics, **watched)
+    return metrics
 
 
 def reward_metrics(groups):
@@ -135,3 +137,28 @@ def rollout_rows(groups, step, folder):
             rows.append(record | response)
     # The step may have drawn a record twice, so its responses are numbered over the whole step.
     return [row | {"id": f"{row['record']}/{step}/{i}"} for i, row in enumerate(gather_object(rows))]
+
+
+class Patience:
+    """Tells of steps in which no response earns anything or most are cut, and ends a run of such steps."""
+
+    def __init__(self, steps, lowest, main):
+        # The reward of a malformed response, and after how many such steps in a row the run ends (0: never).
+        self.lowest, self.steps, self.main = lowest, steps, main
+        self.lost = 0
+
+    def check(self, step, metrics, groups):
+        """Count the step. Raises RunError, in every process, if it is the last that is waited for."""
+        earned = metrics["reward"] > self.lowest + 1e-6
+        if earned and metrics["truncated"] <= 0.5:
+            self.lost = 0
+            return
+        self.lost += 1
+        what = "most responses were cut at --max-new-tokens" if earned else "no response earned a reward"
+        shares = f"{metrics['unparsed']:.0%} without a readable answer, {metrics['truncated']:.0%} cut"
+        problem = f"step {step}: {what} ({shares}), for example {groups[0].texts[0][:80]!r}"
+        advice = "see whether the model follows the prompt's form, its stop tokens and --max-new-tokens"
+        if self.lost == self.steps:
+            raise RunError(f"{problem}; {self.lost} such steps in a row: {advice}")
+        if self.lost == 1 and self.main:
+            print(f"{problem}; {advice}", flush=True)

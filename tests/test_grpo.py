@@ -19,6 +19,7 @@ from helpers import run_in_one_and_two
 
 import grpo
 from medgr2 import loading, records, rollouts, vlm, watch
+from medgr2.errors import RunError
 from medgr2.images import open_image
 from medgr2.prompts import is_match, parse_response, policy_prompt
 from medgr2.watch import is_hacking
@@ -778,6 +779,42 @@ def test_if_no_group_is_informative_one_fills_the_step_and_teaches_nothing(monke
         and {r["advantage"] for r in rows} == {0.0}
         and len({r["rollout_reward"] for r in rows}) > 1
     )
+
+
+def test_a_run_in_which_no_response_earns_anything_says_so_at_once_and_ends(
+    monkeypatch, folder, tmp_path, capsys
+):
+    # No response is complete within two tokens.
+    with pytest.raises(RunError, match="step 1: no response earned a reward .100% .*2 such steps in a row"):
+        run_grpo(monkeypatch, folder, tmp_path / "run", "--max-new-tokens", "2", "--patience", "2")
+    assert capsys.readouterr().out.count("step 0: no response earned a reward") == 1
+    assert not (tmp_path / "run").exists()
+    logged = [json.loads(line) for line in open(tmp_path / "run.part" / "metrics.jsonl")]
+    assert all(line["reward"] == 0 and line["truncated"] == 1 for line in logged)
+
+
+def test_a_run_shorter_than_its_patience_does_not_end_as_done_either(monkeypatch, folder, tmp_path):
+    with pytest.raises(RunError, match="step 2: .*3 such steps in a row"):
+        run_grpo(monkeypatch, folder, tmp_path / "run", "--max-new-tokens", "2")
+
+
+@pytest.mark.parametrize("steps, ends", [(2, 6), (3, None), (0, None)])
+def test_patience_counts_steps_in_a_row_that_earn_nothing_or_are_mostly_cut(steps, ends, capsys):
+    good, nothing = {"reward": -4.0, "truncated": 0.5}, {"reward": -4.8, "truncated": 0.0}
+    cut = {"reward": 0.3, "truncated": 0.6}
+    patience, said = rollouts.Patience(steps, -4.8, True), []
+    groups = [argparse.Namespace(texts=["Well, "])]
+    for step, metrics in enumerate([good, nothing, good, cut, good, nothing, cut, good]):
+        try:
+            patience.check(step, metrics | {"unparsed": 0.0}, groups)
+        except RunError as error:
+            assert step == ends and "most responses were cut" in str(error) and "'Well, '" in str(error)
+            break
+        said += [(step, line.split(" (")[0]) for line in capsys.readouterr().out.splitlines()]
+    else:
+        assert ends is None
+    nothing, most = "no response earned a reward", "most responses were cut at --max-new-tokens"
+    assert said == [(1, f"step 1: {nothing}"), (3, f"step 3: {most}"), (5, f"step 5: {nothing}")]
 
 
 def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path):
