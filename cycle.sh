@@ -41,8 +41,19 @@ CLINIC_FLAGS=${CLINIC_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
 # A stage runs in the background, because bash handles no signal while a command runs in the foreground. So a
-# signal that only this shell gets reaches the stage. One process commits and exits; several only exit.
-trap 'kill $(jobs -p) 2>/dev/null || :; wait; exit 143' TERM INT
+# signal that only this shell gets reaches the stage. One process commits and exits; several only exit. A second
+# Ctrl-C kills the stage; accelerate, if killed, would leave its processes running.
+stop() {
+  local harder=KILL
+  [ -z "$LAUNCH" ] || harder=TERM
+  trap "kill -$harder \$(jobs -p) 2>/dev/null || :; exit 130" INT
+  kill $(jobs -p) 2>/dev/null || :
+  wait
+  echo "cycle.sh: stopped; the same command resumes it" >&2
+  exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
 run() { "$@" & wait $!; }
 
 # stage FOLDER SCRIPT FLAGS...: run the script unless its output folder exists.

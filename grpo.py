@@ -395,7 +395,8 @@ def main(args):
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
     paths = [args.model, args.reward, *args.data, args.val, args.test]
-    run = runs.start(args, paths, accelerator.is_main_process)
+    # Less at a time, if memory runs out.
+    run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch",))
     examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]
     policy, reference, reward_model = load_models(args, accelerator)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}

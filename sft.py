@@ -153,7 +153,9 @@ def main(args):
     if args.test:
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
-    run = runs.start(args, [args.model, *args.data, args.val, args.test], accelerator.is_main_process)
+    paths = [args.model, *args.data, args.val, args.test]
+    # Less at a time, if memory runs out.
+    run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch",))
     weights = args.weights or [1.0] * len(args.data)
     if len(weights) != len(args.data):
         raise RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")

@@ -3,14 +3,10 @@
 import argparse
 import errno
 import os
-import re
+import signal
 import sys
 
-from medgr2.errors import RunError, UserError
-
-# The disk is full, over quota or read-only, the folder belongs to someone else, or the path leads through
-# a file. These are the user's to solve, so they need no traceback.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+from medgr2.errors import RunError, UserError, explain_system_error
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -25,6 +21,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(**{"formatter_class": Help, "allow_abbrev": False} | kwargs)
+
+    def parse_args(self, *args, **kwargs):
+        """As argparse. From here on Ctrl-C shows no traceback, not even while torch is imported."""
+        sys.excepthook = show_uncaught
+        # The output may not be UTF-8, and the name of a file need not be text.
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; --help explains every flag\n")
@@ -47,17 +51,24 @@ def number(kind, least, most=None):
 
 
 def run_main(main, args):
-    """Run a script's `main`. A user's mistake ends it in one line on stderr; a bug keeps its traceback."""
+    """Run a script's `main`. A mistake of the user or an error of the system ends it in one line on stderr.
+
+    A bug keeps its traceback.
+    """
     try:
         main(args)
+        # Written now: what Python writes when it ends cannot be caught.
+        print(end="", flush=True)
     except UserError as error:
         leave(str(error), error.exit_status)
     except Exception as error:
-        reason = unwritable_reason(error)
-        if not reason:
+        line = explain_system_error(error, vars(args))
+        if not line:
             raise
-        path = getattr(error, "filename", None) or args.out
-        leave(f"{path}: {reason}; make room or choose another --out, the same command resumes from here", 2)
+        if getattr(error, "errno", None) == errno.EPIPE:
+            # Else Python writes the rest once more when it ends, and fails again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        leave(line, 2)
 
 
 def leave(message, status):
@@ -65,11 +76,22 @@ def leave(message, status):
     sys.exit(status)
 
 
-def unwritable_reason(error):
-    """Why nothing can be written, or None. `error` is an OSError, or what safetensors makes of one."""
-    text = re.search(r"\(os error (\d+)\)", str(error))
-    code = int(text[1]) if text else getattr(error, "errno", None)
-    return os.strerror(code) if code in UNWRITABLE else None
+def leave_at_once(message):
+    """Exit with the status of Ctrl-C and, from the first of several processes, one line.
+
+    Only what a signal handler may do at any moment.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{os.path.basename(sys.argv[0])}: {message}\n".encode(errors="backslashreplace"))
+    os._exit(128 + signal.SIGINT)
+
+
+def show_uncaught(kind, error, traceback):
+    """sys.excepthook: Ctrl-C is one line, anything else Python's traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(end="", flush=True)
+        leave_at_once("stopped by Ctrl-C")
+    sys.__excepthook__(kind, error, traceback)
 
 
 def parse_pairs(flag, pairs):

@@ -1,4 +1,27 @@
-"""A user's mistake: the message is one line that says what is wrong, where, and what to do. Exit status 2."""
+"""Errors in one line: what is wrong, where, and what to do. The user's mistakes, and errors of the system."""
+
+import errno
+import os
+import re
+import textwrap
+
+MAKE_ROOM = "make room or choose another --out"
+MOUNT = "mount the disk again or choose another --out"
+ADVICE = {
+    errno.ENOSPC: MAKE_ROOM,
+    errno.EDQUOT: MAKE_ROOM,
+    errno.EFBIG: "raise the limit (ulimit -f), or choose another --out on a disk that takes larger files",
+    errno.ENAMETOOLONG: "choose a shorter --out",
+    errno.EIO: MOUNT,
+    errno.ESTALE: MOUNT,
+    errno.ENOTCONN: MOUNT,
+    errno.ENOENT: MOUNT,
+    errno.ENOMEM: "close other programs",
+    errno.EMFILE: "raise the limit (ulimit -n)",
+    errno.EPIPE: "let something read the output, or write it to a file",
+}
+# Flags that say how much is computed at a time.
+SIZES = ("micro_batch", "batch", "prompts", "group", "max_new_tokens")
 
 
 class UserError(ValueError):
@@ -23,3 +46,39 @@ def require(holds, message):
     """Raise RecordError(message) unless `holds`. A message is `what is wrong: what to do`."""
     if not holds:
         raise RecordError(message)
+
+
+def explain_system_error(error, args):
+    """What the machine lacks and what to do, in one line; None if `error` is no such error.
+
+    `args`: the values of the script's flags, by name.
+    """
+    text, out = " ".join(str(error).split()), args.get("out") or ""
+    short = textwrap.shorten(text, 160, placeholder=" ...")
+    if re.search("/dev/shm|</torch_", text) and os.strerror(errno.ENOSPC) in text:
+        return f"{short}: /dev/shm is full; give it more room (docker run --shm-size=8g)"
+    if is_out_of_memory(error):
+        flags = [f"--{name.replace('_', '-')}" for name in SIZES if args.get(name)]
+        return f"{short or 'out of memory'}; lower {' or '.join(flags) or 'the size of the input'}"
+    # safetensors makes an error of its own of an OSError.
+    found = re.search(r"\(os error (\d+)\)", text)
+    code = int(found[1]) if found else getattr(error, "errno", None)
+    path = str(getattr(error, "filename", None) or out)
+    is_network = isinstance(error, ConnectionError) and code != errno.EPIPE
+    if code in (None, errno.EBADF) or is_network or code == errno.ENOENT and not is_lost(path, out):
+        return None
+    resumes = args.get("resume") and code != errno.ENAMETOOLONG
+    advice = ADVICE.get(code, "choose another --out") + ", the same command resumes from here" * bool(resumes)
+    return f"{'stdout' if code == errno.EPIPE else path}: {os.strerror(code)}; {advice}"
+
+
+def is_out_of_memory(error):
+    """Is it that the GPU or the machine has no memory left? torch has several errors for it."""
+    says = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    is_told = isinstance(error, RuntimeError) and any(words in str(error) for words in says)
+    return isinstance(error, MemoryError) or is_told
+
+
+def is_lost(path, out):
+    """Is the path in a folder of the output that is no longer there?"""
+    return bool(out) and path.startswith(out) and not os.path.exists(os.path.dirname(path))

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from medgr2 import vlm
-from medgr2.errors import ModelError
+from medgr2 import training, vlm
+from medgr2.errors import ModelError, is_out_of_memory
 from medgr2.prompts import TAG, format_candidate
 from medgr2.vlm import VLM, encode_continuations, encode_prompts
 
@@ -52,6 +52,8 @@ def load(name, device=None, dtype=torch.float32):
         loaded = wrap((model if place else model.to(device)).eval(), processor, folder)
     except Exception as error:
         # The library raises all kinds of exceptions at a folder that is not what it expects.
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{name}: {explain_failure(error, quantisation)}") from error
     fault = find_loading_fault(loaded, report) or find_processor_fault(loaded)
     if fault:
@@ -370,6 +372,8 @@ def find_processor_fault(loaded):
             vlm.hidden_states(loaded, inputs, *encode_continuations(loaded, ["!"]))
     except Exception as error:
         # The two can disagree in many ways, each with its own exception.
+        if is_out_of_memory(error):
+            raise
         return (
             f"its processor does not fit the model: {in_one_line(error)}; give it its own processor's files"
         )
@@ -396,9 +400,10 @@ def find_prefix_sharing(loaded):
             # In bf16 a model answers and scores; it is not trained.
             if loaded.model.dtype != torch.float32 or learns_as_plain_rows(loaded):
                 found = "always"
-    except Exception:
+    except Exception as error:
         # The library raises all kinds of exceptions at what an architecture was not made for.
-        pass
+        if is_out_of_memory(error):
+            raise
     return found
 
 
@@ -454,8 +459,10 @@ def can_reuse_features(loaded):
         prompts = vlm.encode_images(reusing, vlm.preprocess(reusing, images, TEXTS))
         kept = vlm.hidden_states(loaded, vlm.collate_prompts(loaded, prompts), *continuations)
         plain = vlm.hidden_states(loaded, encode_prompts(loaded, images, TEXTS), *continuations)
-    except Exception:
+    except Exception as error:
         # As above: all kinds of exceptions.
+        if is_out_of_memory(error):
+            raise
         return False
     return is_close(loaded, kept[:, 0].float(), plain[:, 0].float())
 

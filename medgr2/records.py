@@ -268,7 +268,7 @@ def write_records(path, rows):
         with file:
             for count, record in enumerate(rows, 1):
                 line = json.dumps(with_relative_image(record, folder), ensure_ascii=False, allow_nan=False)
-                file.write(line.encode() + b"\n")
+                file.write(line.encode(errors="backslashreplace") + b"\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -17,13 +17,15 @@ exists. The same command again finds the run complete, or resumes it from the la
             run.commit(step=step + 1)
     run.finish({"loss": loss})
 
-SIGTERM, with which a scheduler announces the end, ends a run of one process after its next commit. SIGKILL
-ends it at once, and so does SIGTERM if there are several processes. The same command resumes the run.
+Ctrl-C, or SIGTERM, with which a scheduler announces the end, ends a run of one process after its next commit.
+A second Ctrl-C and SIGKILL end it at once, and so does either signal if there are several processes. The same
+command resumes the run.
 """
 
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -32,9 +34,12 @@ import signal
 import subprocess
 import sys
 
+from medgr2 import cli
 from medgr2.errors import RunError
 
 MIB = 1 << 20
+# A file's name need not be text. What UTF-8 cannot hold is written as JSON's escape and read as it was.
+ESCAPED = {"errors": "backslashreplace"}
 
 
 def seed_of(*parts):
@@ -96,11 +101,22 @@ def git(*command):
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def dump_json(value, path, **layout):
+    """The text of a JSON value. Raises RunError, which names `path`, if a number in it is not finite."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, **layout)
+    except ValueError:
+        named = f" of {value['id']}" if isinstance(value, dict) and "id" in value else ""
+        raise RunError(
+            f"{path}: a number{named} is not finite, which is no JSON; lower --lr, or take another model"
+        ) from None
+
+
 def write_json(path, value):
     """Write a JSON file: first beside it, then renamed, so that it is never half written."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.write("\n")
+    text = dump_json(value, path, indent=1)
+    with open(path + ".tmp", "w", encoding="utf-8", **ESCAPED) as f:
+        f.write(text + "\n")
     os.replace(path + ".tmp", path)
 
 
@@ -140,11 +156,23 @@ class Run:
         self.lock = lock
         self.files = {}
         self.commits = state.get("commits", 0)
-        self.stopping = False
-        self.old_handler = signal.signal(signal.SIGTERM, self.stop) if main else None
+        # The signal after which this run is to stop.
+        self.stopping = None
+        self.old_handlers = self.handle_signals()
 
-    def stop(self, *_):
-        self.stopping = True
+    def handle_signals(self):
+        """Let Ctrl-C and SIGTERM call `stop` → {signal: its handler before}."""
+        # Several processes would wait for the one that stops. A job in the background ignores Ctrl-C.
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return {}
+        signals = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+        return {s: signal.signal(s, self.stop) for s in signals}
+
+    def stop(self, number, frame):
+        """Stop after the next commit; at a second Ctrl-C at once, like after SIGKILL."""
+        if self.stopping and number == signal.SIGINT:
+            cli.leave_at_once(f"{self.part}: stopped at once; the same command resumes from the last commit")
+        self.stopping = signal.Signals(number)
 
     def path(self, name):
         """Where a file of this run is written (inside `OUT.part`)."""
@@ -155,24 +183,31 @@ class Run:
         if not self.main:
             return
         if name not in self.files:
-            self.files[name] = open(self.path(name), "a", encoding="utf-8", newline="\n")
+            self.files[name] = open(self.path(name), "a", encoding="utf-8", newline="\n", **ESCAPED)
         for row in rows:
-            self.files[name].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self.files[name].write(dump_json(row, self.path(name)) + "\n")
 
     def log(self, **metrics):
-        """Append one line to metrics.jsonl. Floats are rounded to six significant digits."""
-        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+        """Append one line to metrics.jsonl. Floats are rounded to six significant digits.
+
+        One that is not finite, such as the gradient norm of a skipped step, is null.
+        """
+        row = {}
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                value = float(f"{value:.6g}") if math.isfinite(value) else None
+            row[name] = value
         self.append("metrics.jsonl", [row])
 
     def due(self, step, every):
-        """Is it time to commit? It is after every `every` steps, and after SIGTERM."""
-        return step % every == 0 or self.stopping
+        """Is it time to commit? It is after every `every` steps, and after Ctrl-C or SIGTERM."""
+        return step % every == 0 or bool(self.stopping)
 
     def commit(self, **state):
         """Make everything appended so far safe; a resumed run starts from `state`.
 
-        `state` holds numbers, strings, tensors and dicts of them. After SIGTERM the run exits here with
-        status 143. Raises RunError if the disk has no room; the commits before this one are kept.
+        `state` holds numbers, strings, tensors and dicts of them. After Ctrl-C or SIGTERM the run exits here
+        with status 130 or 143. Raises RunError if the disk has no room; the commits before this one are kept.
         """
         if not self.main:
             return
@@ -223,11 +258,12 @@ class Run:
             )
 
     def exit_if_stopping(self):
-        """After SIGTERM: exit with status 143."""
+        """After Ctrl-C: exit with status 130; after SIGTERM: with 143."""
         if self.stopping:
+            name = "Ctrl-C" if self.stopping == signal.SIGINT else self.stopping.name
             step = self.state.get("step", 0)
-            print(f"{self.part}: stopped by SIGTERM at step {step}; the same command resumes it", flush=True)
-            sys.exit(128 + signal.SIGTERM)
+            print(f"{self.part}: stopped by {name} at step {step}; the same command resumes it", flush=True)
+            sys.exit(128 + self.stopping)
 
     def progress(self, items, description):
         """Yield the items, with a progress bar if stderr is a terminal."""
@@ -251,7 +287,8 @@ class Run:
         os.replace(self.part, self.folder)
         os.remove(os.path.join(self.folder, "lock"))
         self.lock.close()
-        signal.signal(signal.SIGTERM, self.old_handler)
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
         print(f"{self.folder}: {line or 'done'}", flush=True)
 
 

@@ -241,6 +241,38 @@ def test_a_cycle_that_was_killed_and_stopped_gives_the_files_of_an_undisturbed_o
     assert contents(again) == contents(out)
 
 
+# In place of a stage: writes its process id, and takes long to end after SIGTERM.
+SLOW_STAGE = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(float(sys.argv[-1])), sys.exit(143)))
+with open("PIDS", "w") as file:
+    file.write(str(os.getpid()))
+time.sleep(999)
+"""
+
+
+@pytest.mark.parametrize("stage_seconds, signals", [(0, 1), (999, 2)])
+def test_ctrl_c_waits_for_the_stage_to_commit_and_a_second_one_does_not(tmp_path, stage_seconds, signals):
+    pid, script = tmp_path / "pid", tmp_path / "stage.py"
+    script.write_text(SLOW_STAGE.replace("PIDS", str(pid)))
+    files = dict.fromkeys(("EXPERT", "TEST", "VAL", "IMAGES"), __file__) | {"IMAGE_ROOT": str(tmp_path)}
+    env = os.environ | SMALL | files | {"OUT": str(tmp_path / "run"), "EVAL": str(script)}
+    env |= {"EVAL_FLAGS": "", "SEED": str(stage_seconds)}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(["bash", "cycle.sh"], cwd=ROOT, env=env, start_new_session=True, **pipes)
+    while not (pid.exists() and pid.read_text()):
+        assert running.poll() is None
+        time.sleep(0.02)
+    for _ in range(signals):
+        # To the whole group, as a terminal does.
+        os.killpg(running.pid, signal.SIGINT)
+        time.sleep(0.3)
+    # It ends once no process holds the pipe, so the stage has ended too.
+    _, error = running.communicate(timeout=50)
+    assert running.returncode == 130
+    assert error == ("cycle.sh: stopped; the same command resumes it\n" if signals == 1 else "")
+
+
 def test_a_cycle_that_finds_a_stage_of_another_one_running_says_which_process_is_writing(tmp_path):
     lock = runs.take_lock(str(tmp_path / "run" / "eval_base.part"))
     done = cycle(tmp_path / "run")

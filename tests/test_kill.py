@@ -1,11 +1,12 @@
-"""However often a stage is killed, it ends with the records and weights of an undisturbed run.
+"""However often a stage is killed or stopped, it ends with the records and weights of an undisturbed run.
 
-    python tests/test_kill.py --kills 300    at least so many kills; writes benchmarks/results/kills.json
-    python tests/test_kill.py --readme       writes the table of docs/reliability.md from that file
+    python tests/test_kill.py --kills 300                  at least so many; benchmarks/results/kills.json
+    python tests/test_kill.py --kills 200 --signal SIGINT  by Ctrl-C; benchmarks/results/interrupts.json
+    python tests/test_kill.py --readme                     writes the tables of docs/reliability.md from them
 
-A stage runs in a process forked from a server that has imported torch. It is killed by SIGKILL at a random
-time within the duration of the undisturbed run and started again by the same command. After some kills it is
-left to finish.
+A stage runs in a process forked from a server that has imported torch. It is killed, or interrupted as by
+Ctrl-C, at a random time within the duration of the undisturbed run, and is started again by the same command.
+After some signals it is left to finish.
 """
 
 import hashlib
@@ -56,6 +57,8 @@ STAGES = {
     ),
     "eval": ("eval.py", "--model {d}/grpo --data {d}/clinic/test.jsonl --batch 4"),
 }
+# The names of the result files, without .json, and of the tables in docs/reliability.md.
+RESULTS = {"SIGKILL": "kills", "SIGINT": "interrupts"}
 # The metrics that depend on a clock differ between any two runs.
 VOLATILE = ("seconds", "tokens_per_s")
 
@@ -65,7 +68,11 @@ def run_script(script, flags, stderr):
     os.chdir(ROOT)
     sys.argv = [script, *flags]
     sys.stdout, sys.stderr = open(os.devnull, "w"), open(stderr, "w")
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except KeyboardInterrupt:
+        # As sys.excepthook does it, which the module multiprocessing does not call.
+        sys.exit(128 + signal.SIGINT)
 
 
 class Runner:
@@ -100,13 +107,13 @@ class Runner:
         self.seconds[name] = time.monotonic() - started
 
     def disturb(self, name, kills, rng, how=signal.SIGKILL):
-        """Start the stage and kill it `kills` times, then let it finish.
+        """Start the stage and kill it `kills` times by the signal `how`, then let it finish.
 
         Returns (how many kills found it alive, what differs from the undisturbed run, how many records of the
         undisturbed run are missing).
         """
         out, hits = os.path.join(self.folder, f"{name}-disturbed-{rng.random()}"), 0
-        killed = (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM)
+        killed = (-how, 128 + how)
         for _ in range(kills):
             hits += self.run(name, out, rng.random() * self.seconds[name], how) in killed
         status, undisturbed = self.run(name, out), os.path.join(self.folder, name)
@@ -159,9 +166,18 @@ def test_a_stage_that_was_killed_twice_ends_like_an_undisturbed_one(runner, name
     assert runner.disturb(name, 2, random.Random(f"kill {name}"))[1:] == ([], 0)
 
 
-@pytest.mark.parametrize("name", ["candidates", "sft", "grpo"])
-def test_a_stage_that_got_sigterm_ends_like_an_undisturbed_one(runner, name):
-    assert runner.disturb(name, 1, random.Random(f"term {name}"), signal.SIGTERM)[1:] == ([], 0)
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("candidates", signal.SIGTERM),
+        ("grpo", signal.SIGTERM),
+        ("sft", signal.SIGINT),
+        ("scored", signal.SIGINT),
+        ("eval", signal.SIGINT),
+    ],
+)
+def test_a_stage_that_got_sigterm_or_ctrl_c_ends_like_an_undisturbed_one(runner, name, how):
+    assert runner.disturb(name, 1, random.Random(f"term {name}"), how)[1:] == ([], 0)
 
 
 @pytest.fixture
@@ -221,8 +237,8 @@ def test_a_file_that_differs_and_a_record_that_is_lost_are_counted(runner, monke
     assert runner.disturb("more", 0, random.Random(0)) == (0, ["args.json", "candidates.jsonl"], 1)
 
 
-def soak(kills, out):
-    """Kill stages in turn, at least `kills` times, and write the result to `out`.
+def soak(kills, how, out):
+    """Kill stages in turn by the signal `how`, at least `kills` times, and write the result to `out`.
 
     Returns the disturbed runs that differ from the undisturbed one or lost a record.
     """
@@ -238,13 +254,13 @@ def soak(kills, out):
             for name, count in counts.items():
                 # The seed of the moments of its kills.
                 schedule = f"{name} {count['runs']}"
-                hits, differing, lost = runner.disturb(name, 3, random.Random(schedule))
+                hits, differing, lost = runner.disturb(name, 3, random.Random(schedule), how)
                 for field, more in zip(fields, (1, hits, lost, bool(differing))):
                     count[field] += more
                 if differing or lost:
                     differences.append({"schedule": schedule, "differing": differing, "lost": lost})
             print({name: count["kills"] for name, count in counts.items()}, *differences, flush=True)
-    command = f"python tests/test_kill.py --kills {kills}"
+    command = f"python tests/test_kill.py --kills {kills} --signal {how.name}"
     result = {"command": command, "differences": differences, "stages": counts, **runs.environment()}
     runs.write_json(out, result)
     return differences
@@ -268,19 +284,24 @@ def parse_args():
 
     p = cli.Parser(description=__doc__)
     p.add_argument("--kills", type=int, help="continue until there are so many")
-    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "kills.json"), help="result file")
-    cli.add_switch(p, "--readme", "write the table of docs/reliability.md from the result file")
+    p.add_argument("--signal", choices=RESULTS, default="SIGKILL", help="what kills it")
+    cli.add_switch(p, "--readme", "write the tables of docs/reliability.md from the result files")
     return p.parse_args()
 
 
 def main(args):
-    differences = soak(args.kills, args.out) if args.kills else []
-    print(kills_table(args.out))
+    files = {block: ROOT / "benchmarks" / "results" / f"{block}.json" for block in RESULTS.values()}
+    differences = []
+    if args.kills:
+        out = files[RESULTS[args.signal]]
+        differences = soak(args.kills, signal.Signals[args.signal], str(out))
+        print(kills_table(out))
     if args.readme:
         sys.path.append(str(ROOT / "benchmarks"))
         import readme
 
-        readme.write_block("kills", kills_table(args.out))
+        for block, path in files.items():
+            readme.write_block(block, kills_table(path))
     sys.exit(bool(differences))
 
 
