@@ -369,7 +369,7 @@ def update_policy(policy, optimizer, groups, counts, lr, args, accelerator):
     # A sum, not a mean: every process has divided by the whole batch's counts.
     training.sum_gradients(parameters, accelerator)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-    training.step(optimizer, lr)
+    training.step(optimizer, lr, norm)
     return groups, metrics | {"grad_norm": norm, "lr": lr}
 
 
@@ -403,7 +403,7 @@ def main(args):
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
     training.restore_state(run.state, policy.model, optimizer)
     watch = Watch(policy, reward_model, args, accelerator, run.state)
-    cursor = run.state.get("cursor", 0)
+    cursor, skipped = run.state.get("cursor", 0), training.Skipped(run.state.get("skipped", 0))
     lowest = args.alpha * (R_MIN if args.reward_scale == "raw" else 0)
     patience = rollouts.Patience(min(args.patience, args.steps), lowest, run.main)
     sizes = args.prompts, args.rollout_batch
@@ -426,15 +426,17 @@ def main(args):
         lr = training.learning_rate(step, args.steps, args.lr, args.warmup)
         for _ in range(args.iterations):
             groups, metrics = update_policy(policy, optimizer, groups, counts, lr, args, accelerator)
+            skipped.count(step, metrics["loss"], metrics["grad_norm"])
         # Log and commit.
         times = started, scored, time.perf_counter()
+        metrics |= {"skipped": skipped.total}
         metrics = rollouts.log_step(run, step, groups, drawn, times, metrics, watched)
         patience.check(step, metrics, drawn)
         if run.due(step + 1, args.save_every):
             state = training.state(parameters, optimizer) | watch.state()
-            run.commit(step=step + 1, cursor=cursor, **state)
+            run.commit(step=step + 1, cursor=cursor, skipped=skipped.total, **state)
 
-    result = {"steps": args.steps, **watch.finish()}
+    result = {"steps": args.steps, "skipped": skipped.total, **watch.finish()}
     if run.main:
         adapters.save_trained(policy, run.part)
     run.finish(result, watch.summary())

@@ -31,8 +31,9 @@ import itertools
 import json
 import os
 import random
+import textwrap
 
-from medgr2 import cli, records, runs
+from medgr2 import cli, records, runs, training
 from medgr2.errors import ModelError, require
 from medgr2.images import find_unreadable, open_image
 from medgr2.levels import LEVELS, build_levels, label_rollouts
@@ -177,7 +178,9 @@ def normalise_reward(R):
 
 
 def denormalise_reward(R_bar):
-    """R̄ → R, clamped to [-6, 10]."""
+    """R̄ → R, clamped to [-6, 10]. Raises ModelError if an R̄ is not finite."""
+    if not R_bar.isfinite().all():
+        raise ModelError("a reward is not finite; train the reward model again with a lower --lr")
     return (R_bar * (R_MAX - R_MIN) + R_MIN).clamp(R_MIN, R_MAX)
 
 
@@ -207,7 +210,16 @@ class RewardModel:
         self.backbone, self.heads, self.likelihood = backbone, heads, likelihood
 
     def features(self, images, prompts, responses):
-        return compute_features(self.backbone, images, prompts, responses, self.likelihood)
+        """The heads' features (N, F). Raises ModelError if they are not finite."""
+        features = compute_features(self.backbone, images, prompts, responses, self.likelihood)
+        broken = (~features.isfinite()).any(1).nonzero()[:, 0].tolist()
+        if broken:
+            response = textwrap.shorten(responses[broken[0]], 80, placeholder=" ...")
+            raise ModelError(
+                f"the backbone's features are not finite for the response {response!r}; "
+                "take another --model, or leave the record out"
+            )
+        return features
 
     @torch.no_grad()
     def __call__(self, images, prompts, responses):
@@ -230,6 +242,8 @@ class RewardModel:
             features, likelihood = config["features"], config["likelihood"]
             heads = Heads(features, config["hidden"])
             heads.load_state_dict(load_file(os.path.join(folder, "heads.safetensors")))
+            if name := training.find_not_finite(heads.state_dict()):
+                raise ValueError(f"{name} of its heads is not finite")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
             message = (
                 f"{folder}: not a reward model (reward.py train makes one): {loading.in_one_line(error)}"
@@ -254,14 +268,14 @@ def load_groups(args):
     require(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
     parts = records.split_records(rows, (1 - args.holdout, 0, args.holdout), args.seed)
     held_out_images = {r["image"] for r in parts["test"]}
-    training = build_levels(parts["train"], args.resamples, args.seed)
+    learned = build_levels(parts["train"], args.resamples, args.seed)
     held_out = build_levels(parts["test"], 1, args.seed)
     for record, labelled in label_rollouts(args.rollouts, args.image_root):
-        part = held_out if record["image"] in held_out_images else training
+        part = held_out if record["image"] in held_out_images else learned
         part.append((record, labelled))
     few = f"{args.data[0]}: too few records to train on and hold out; give more data, or another --holdout"
-    require(training and held_out, few)
-    return training, held_out
+    require(learned and held_out, few)
+    return learned, held_out
 
 
 def collect_features(model, groups, batch, progress=iter):
@@ -297,7 +311,10 @@ def reward_loss(out, targets):
 
 
 def fit(model, groups, args, run):
-    """Train the heads on features computed once, or, with --freeze nothing, heads and backbone together."""
+    """Train the heads on features computed once, or, with --freeze nothing, heads and backbone together.
+
+    Returns the number of skipped steps, whose gradient was not finite.
+    """
     with torch.no_grad():
         features, rows = collect_features(
             model, groups, args.batch, lambda batches: run.progress(batches, "features")
@@ -308,7 +325,7 @@ def fit(model, groups, args, run):
     if args.freeze == "nothing":
         learning += model.backbone.model.parameters()
     optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=0.1)
-    rng = random.Random(runs.seed_of(args.seed, "fit"))
+    rng, skipped = random.Random(runs.seed_of(args.seed, "fit")), training.Skipped()
     for step in run.progress(range(args.steps), "heads"):
         # A batch of features and targets; the features are computed anew if the backbone learns.
         if args.freeze == "nothing":
@@ -320,12 +337,14 @@ def fit(model, groups, args, run):
             x, y = features[index], targets[index]
         # Loss, gradient and step.
         loss = reward_loss(model.heads(x), y)
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]).item()
+        training.step(optimizer, args.lr, norm)
+        skipped.count(step, loss.item(), norm)
         # Log.
         if step % LOG_EVERY == 0:
-            run.log(step=step, loss=loss.item())
+            run.log(step=step, loss=loss.item(), grad_norm=norm, skipped=skipped.total)
+    return skipped.total
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -406,13 +425,14 @@ def train(args):
         loading.freeze(backbone, "nothing")
     heads = Heads(feature_width(backbone, args.likelihood), args.hidden).to(backbone.device)
     model = RewardModel(backbone, heads, args.likelihood)
-    fit(model, groups, args, run)
+    skipped = fit(model, groups, args, run)
     metrics = evaluate_heads(model, held_out, args.batch, args.seed)
     print_evaluation(metrics)
     model.save(run.part)
     known = [k for k in ("auroc", "spearman", "image_swap_drop") if metrics[k] is not None]
     line = "held-out " + ", ".join(f"{k} {metrics[k]:.3f}" for k in known)
-    run.finish(metrics | {"examples": sum(len(labelled) for _, labelled in groups)}, line)
+    metrics |= {"examples": sum(len(labelled) for _, labelled in groups), "skipped": skipped}
+    run.finish(metrics, line)
 
 
 # ---------------------------------------------------------------------------------------------------------

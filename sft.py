@@ -169,7 +169,7 @@ def main(args):
     training.restore_state(run.state, policy.model, optimizer)
 
     steps = args.steps or math.ceil(args.epochs * len(examples) / args.batch)
-    loss = run.state.get("loss")
+    loss, skipped = run.state.get("loss"), training.Skipped(run.state.get("skipped", 0))
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
         # Collect the batch. Each epoch is another permutation of the examples.
         batch = [examples[i] for i in training.batch_indices(step, args.batch, len(examples), args.seed)]
@@ -178,15 +178,17 @@ def main(args):
             loss, tokens = compute_gradient(policy, parameters.values(), batch, args.micro_batch, accelerator)
         # Clip the gradient.
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
-        # Step, at this step's learning rate.
+        # Step, at this step's learning rate; not if the gradient is not finite.
         lr = training.learning_rate(step, steps, args.lr, args.warmup)
-        training.step(optimizer, lr)
+        training.step(optimizer, lr, norm)
+        skipped.count(step, loss, norm)
         # Log and commit.
-        run.log(step=step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens)
+        run.log(step=step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens, skipped=skipped.total)
         if run.due(step + 1, args.save_every):
-            run.commit(step=step + 1, loss=loss, **training.state(parameters, optimizer))
+            state = training.state(parameters, optimizer)
+            run.commit(step=step + 1, loss=loss, skipped=skipped.total, **state)
 
-    result = {"steps": steps, "examples": len(examples), "train_loss": loss}
+    result = {"steps": steps, "examples": len(examples), "train_loss": loss, "skipped": skipped.total}
     if args.val:
         held_out = load_examples([args.val], [1.0], args.role, args.image_root)
         with accelerator.autocast():

@@ -250,8 +250,12 @@ def find_turn_end(processor, names):
 def save(loaded, folder):
     """Save in the Hugging Face format. Whatever loads the folder that the model came from loads this one.
 
-    Raises ModelError if the disk has no room for it.
+    Raises ModelError if a weight is not finite, or the disk has no room for it.
     """
+    if weight := training.find_not_finite(dict(loaded.model.named_parameters())):
+        raise ModelError(
+            f"{folder}: not saved, because {weight} is not finite; lower --lr, with another --out"
+        )
     os.makedirs(folder, exist_ok=True)
     size = sum(p.nbytes for p in loaded.model.parameters()) / 2**20
     free = shutil.disk_usage(folder).free / 2**20
@@ -299,6 +303,8 @@ def find_loading_fault(loaded, report):
             f"weights do not fit config.json: {unset[0]} and {len(unset) - 1} more are missing or of another "
             "shape; save or download it again"
         )
+    if weight := training.find_not_finite(dict(loaded.model.named_parameters())):
+        return f"{weight} is not finite; train it again with a lower --lr, or download it again"
     if not loaded.processor.chat_template:
         return (
             "no chat template (chat_template.jinja, or in tokenizer_config.json), so it cannot be asked; "

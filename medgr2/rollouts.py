@@ -110,7 +110,9 @@ def reward_metrics(groups):
     for g in groups:
         lengths, truncated, rewards = g.mask.sum(1).tolist(), g.truncated.tolist(), g.rewards.tolist()
         for k, parsed in enumerate(g.parsed):
-            row = {"reward": rewards[k], "reward_model": g.scores["overall"][k], "match": g.match[k]}
+            R = g.scores["overall"][k]
+            row = {"reward": rewards[k], "reward_model": R, "match": g.match[k]}
+            row |= {"saturated": R in (records.MIN_REWARD, records.MAX_REWARD)}
             row |= {"length": lengths[k], "truncated": truncated[k], "unparsed": parsed.prediction is None}
             rows.append(row)
     rows = gather_object(rows)

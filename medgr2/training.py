@@ -4,7 +4,11 @@ import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+from medgr2.errors import RunError
 from medgr2.runs import seed_of
+
+# So many steps in a row whose gradient is not finite stop a run.
+MAX_SKIPPED = 5
 
 
 def batch_indices(step, size, n, seed):
@@ -50,17 +54,54 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def step(optimizer, lr):
-    """One step of the optimiser at this learning rate; then the gradients are cleared."""
+def step(optimizer, lr, norm):
+    """One step of the optimiser at this learning rate; then the gradients are cleared.
+
+    norm: of the gradient. If it is not finite, there is no step.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad()
 
 
+class Skipped:
+    """Counts the steps that `step` skipped. `total` is part of a commit."""
+
+    def __init__(self, total=0):
+        self.total, self.in_a_row = total, 0
+
+    def count(self, step, loss, norm):
+        """Raise RunError if the loss is not finite, or for the MAX_SKIPPEDth time in a row the gradient."""
+        is_skipped = not math.isfinite(norm)
+        self.total, self.in_a_row = self.total + is_skipped, (self.in_a_row + 1) * is_skipped
+        problem = "the loss is not finite"
+        if math.isfinite(loss):
+            problem = f"the gradient is not finite in {self.in_a_row} steps in a row"
+        if not math.isfinite(loss) or self.in_a_row == MAX_SKIPPED:
+            raise RunError(
+                f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: {problem}; "
+                "lower --lr, with another --out (the last commit is kept)"
+            )
+
+
+def find_not_finite(tensors):
+    """The name of the first of these tensors, {name: tensor}, that holds an infinity or NaN, or None."""
+    import torch
+
+    # A sum needs no memory of the size of the tensor, and what is not finite stays so in it.
+    return next((name for name, x in tensors.items() if not x.sum(dtype=torch.float32).isfinite()), None)
+
+
 def state(parameters, optimizer):
-    """What a commit keeps of a training run: the weights that learn, by name, and the optimiser's state."""
+    """What a commit keeps of a training run: the weights that learn, by name, and the optimiser's state.
+
+    Raises RunError if a weight is not finite: the commit before is better.
+    """
     weights = {name: p.detach() for name, p in parameters.items()}
+    if name := find_not_finite(weights):
+        raise RunError(f"{name} is not finite; lower --lr, with another --out (the last commit is kept)")
     return {"model": weights, "optimizer": optimizer.state_dict()}
 
 

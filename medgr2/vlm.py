@@ -24,6 +24,7 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
+from medgr2.errors import ModelError
 from triton_ops import linear_logprob
 
 # How the template of a thinking model ends a prompt.
@@ -428,8 +429,18 @@ def token_logps(vlm, inputs, ids, mask, temperature=1.0, states=None):
     keep = mask.bool()
     rows, weight, options = lm_head(vlm, states[:, :-1][keep], temperature)
     logps, entropy = linear_logprob(rows, weight, ids[keep], **options)
+    require_numbers(vlm, ~logps.isnan().any())
     zeros = torch.zeros(mask.shape, dtype=logps.dtype, device=mask.device)
     return zeros.masked_scatter(keep, logps), zeros.masked_scatter(keep, entropy)
+
+
+def require_numbers(vlm, holds):
+    """Raise ModelError unless `holds`, a bool tensor: are the model's logits numbers?"""
+    if not holds:
+        raise ModelError(
+            f"{type(vlm.model).__name__}: its logits are not finite; if it is being trained, lower --lr, "
+            "with another --out; if not, take another model"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -456,6 +467,7 @@ def sample(vlm, inputs, seeds, max_new_tokens, temperature=1.0, group=1):
     # The rows that are still in the batch, and which of them have not ended: (n,) each.
     rows = torch.arange(N, device=vlm.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
+    are_finite = torch.ones((), dtype=torch.bool, device=vlm.device)
     if vlm.can_share_prefix:
         prefix, state = prefill(vlm, inputs, group)
         prefix.reserve(max_new_tokens)
@@ -466,6 +478,7 @@ def sample(vlm, inputs, seeds, max_new_tokens, temperature=1.0, group=1):
         # One position, not C of them.
         logits = apply_logit_rule(vlm.head(state).float(), vlm.logit_rule)  # (n, V)
         logits[:, banned] = -torch.inf
+        are_finite &= logits.amax(-1).isfinite().all()
         token = sample_token(logits, temperature, uniform[rows, step])
         ids[rows, step] = torch.where(alive, token, vlm.tokenizer.pad_token_id)
         mask[rows, step] = alive.long()
@@ -483,6 +496,7 @@ def sample(vlm, inputs, seeds, max_new_tokens, temperature=1.0, group=1):
             rows, alive = rows[kept], alive[kept]
             prefix.select(kept)
         state = decode_step(vlm, prefix, ids[rows, step][:, None], mask[rows, step][:, None])[:, 0]
+    require_numbers(vlm, are_finite)
     return ids[:, : step + 1], mask[:, : step + 1], truncated
 
 

@@ -21,6 +21,7 @@ from typing import Callable, NamedTuple
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
@@ -613,6 +614,18 @@ def own_code(model):
     (model / "own.py").write_text(f"open({str(Path(tempfile.gettempdir()) / 'unpickled')!r}, 'w')\n")
 
 
+def not_a_number(name):
+    """Put a NaN into a file of weights."""
+
+    def damage(folder):
+        weights = load_file(folder / name)
+        first = next(x for key, x in sorted(weights.items()) if "mlp" in key or "shared" in key)
+        first.view(-1)[0] = torch.nan
+        save_file(weights, folder / name, metadata={"format": "pt"})
+
+    return damage
+
+
 def half(name):
     return lambda model: os.truncate(model / name, (model / name).stat().st_size // 2)
 
@@ -676,6 +689,8 @@ MODELS = [
         "weights do not fit config.json",
         change("config.json", text_config={"intermediate_size": 64}),
     ),
+    model("a weight that is not a number", "is not finite", not_a_number("model.safetensors")),
+    model("a weight that is not a number", "is not finite", not_a_number("model.safetensors"), "sft.py"),
     model("code of its own", "needs no code of its own", own_code),
     reward_model(
         "a policy in place of a reward model",
@@ -684,6 +699,7 @@ MODELS = [
     ),
     reward_model("a reward model without heads", "not a reward model", no_file("heads.safetensors")),
     reward_model("half its heads", "not a reward model", half("heads.safetensors")),
+    reward_model("heads that are not numbers", "not a reward model", not_a_number("heads.safetensors")),
     reward_model("broken heads.json", "not a reward model", half("heads.json")),
     reward_model("heads of another backbone", "not a reward model", change("heads.json", likelihood=False)),
     reward_model("a missing reward model", "not a reward model", shutil.rmtree, "grpo.py"),

@@ -19,7 +19,7 @@ from helpers import run_in_one_and_two
 
 import grpo
 from medgr2 import loading, records, rollouts, vlm, watch
-from medgr2.errors import RunError
+from medgr2.errors import RunError, UserError
 from medgr2.images import open_image
 from medgr2.prompts import is_match, parse_response, policy_prompt
 from medgr2.watch import is_hacking
@@ -766,6 +766,51 @@ def test_the_learning_rate_of_a_step_rises_then_falls_and_is_the_optimisers(monk
     logged = [json.loads(line)["lr"] for line in open(tmp_path / "run" / "metrics.jsonl")]
     # One of three steps rises to the peak. Of half a cosine over two steps, the places 0 and 1/2 are left.
     assert stepped == pytest.approx([4e-4, 4e-4, 2e-4]) and logged == pytest.approx(stepped)
+
+
+def test_a_policy_that_diverges_is_one_line_and_the_last_commit_is_kept(monkeypatch, folder, tmp_path):
+    with pytest.raises(UserError, match="not finite; .*lower --lr"):
+        run_grpo(monkeypatch, folder, tmp_path / "run", "--lr", "1e30", "--min-spread", "-1")
+    assert not (tmp_path / "run").exists() and list((tmp_path / "run.part" / "state").glob("*.pt"))
+
+
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(monkeypatch, folder, tmp_path):
+    real, calls = grpo.policy_gradient, []
+
+    def policy_gradient(policy, *args):
+        result = real(policy, *args)
+        if not calls:
+            next(p for p in policy.model.parameters() if p.grad is not None).grad.view(-1)[0] = torch.nan
+        calls.append(1)
+        return result
+
+    monkeypatch.setattr(grpo, "policy_gradient", policy_gradient)
+    run_grpo(monkeypatch, folder, tmp_path / "run", "--min-spread", "-1")
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [(line["skipped"], line["grad_norm"] is None) for line in lines] == [
+        (1, True),
+        (1, False),
+        (1, False),
+    ]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped"] == 1
+
+
+@pytest.mark.parametrize("R, share", [(10.0, 1.0), (-6.0, 1.0), (9.9999, 0.0)])
+def test_rewards_at_the_end_of_their_range_are_counted(groups, R, share):
+    scored = [
+        replace(g, scores={"overall": [R] * len(g.texts)}, rewards=torch.zeros(len(g.texts))) for g in groups
+    ]
+    assert rollouts.reward_metrics(scored)["saturated"] == share
+
+
+def test_responses_to_a_question_that_is_drawn_twice_in_a_step_have_ids_of_their_own(groups):
+    scored = []
+    for g in groups[:1] * 2 + groups[1:2]:
+        zeros = torch.zeros(len(g.texts))
+        scores = {"overall": zeros.tolist()}
+        scored.append(replace(g, scores=scores, rewards=zeros, advantages=zeros))
+    ids = [row["id"] for step in (0, 1) for row in rollouts.rollout_rows(scored, step, ".")]
+    assert len(set(ids)) == len(ids) == 2 * 3 * len(groups[0].texts)
 
 
 def test_if_no_group_is_informative_one_fills_the_step_and_teaches_nothing(monkeypatch, folder, tmp_path):

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 
 import clinic
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 import reward
 from medgr2 import levels, loading, records, vlm
-from medgr2.errors import ModelError, RecordError
+from medgr2.errors import ModelError, RecordError, RunError
 from medgr2.images import open_image
 from medgr2.prompts import format_response, policy_prompt, reference_response
 
@@ -418,6 +419,61 @@ def test_train_then_score_on_the_toy_adds_one_field_and_changes_no_other(monkeyp
     assert [{k: v for k, v in r.items() if k != "reward"} for r in scored] == questions
     assert len(accepted) == len(drawn) == round(len(scored) / 2)
     assert all(r in scored for r in accepted + drawn)
+
+
+@pytest.fixture(scope="module")
+def saturated(rows, backbone, tmp_path_factory):
+    """(reward model that gives every response 10, candidates)."""
+    folder = tmp_path_factory.mktemp("saturated")
+    model = reward.RewardModel(backbone, reward.Heads(reward.feature_width(backbone, True), 4), True)
+    torch.nn.init.zeros_(model.heads.out.weight)
+    torch.nn.init.constant_(model.heads.out.bias, 1.2)
+    model.save(str(folder))
+    records.write_records(folder / "c.jsonl", [r for r in rows if "answer" in r])
+    return folder
+
+
+def test_scores_at_the_end_of_their_range_are_reported(monkeypatch, saturated, tmp_path, capsys):
+    flags = f"score --model {saturated} --keep 0.5 --per"
+    run(monkeypatch, flags, saturated / "c.jsonl", tmp_path / "out")
+    n = len((saturated / "c.jsonl").read_text().splitlines())
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["saturated"] == metrics["tied"] == n
+    shown = capsys.readouterr().out
+    assert f"{n} of {n} have the least or greatest R" in shown and f"{n} are equal at the limit" in shown
+
+
+def test_a_filter_that_accepts_nothing_is_one_line(monkeypatch, saturated, tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text((saturated / "c.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(RecordError, match="one.jsonl: none of 1 is accepted: --keep rounds to 0; raise it"):
+        run(monkeypatch, f"score --model {saturated} --keep 0.5", one, tmp_path / "a")
+    model = reward.RewardModel.load(str(saturated))
+    torch.nn.init.constant_(model.heads.out.bias, 0.5)
+    model.save(str(tmp_path / "low"))
+    with pytest.raises(RecordError, match="R is from 2.0 to 2.0, below --threshold 8; lower it"):
+        run(monkeypatch, f"score --model {tmp_path / 'low'} --threshold 8", one, tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_a_loss_of_the_heads_that_is_not_finite_is_one_line(monkeypatch, rows, tmp_path):
+    records.write_records(tmp_path / "expert.jsonl", rows)
+    with pytest.raises(RunError, match=r"^step \d: loss .*the loss is not finite; lower --lr"):
+        run(monkeypatch, f"{TRAIN} --lr 1e30", tmp_path / "expert.jsonl", tmp_path / "rm")
+
+
+def test_features_and_scores_that_are_not_finite_are_one_line_that_names_the_response(backbone, rows):
+    record = next(r for r in rows if "answer" in r)
+    asked = [open_image(record["image"])], [policy_prompt(record)], ["<answer>odd</answer>"]
+    heads = reward.Heads(reward.feature_width(backbone, True), 4)
+    # A token that can never be sampled has no probability.
+    banned = backbone.tokenizer("odd", add_special_tokens=False)["input_ids"]
+    strict = replace(backbone, banned_ids=sorted({*backbone.banned_ids, *banned}))
+    with pytest.raises(ModelError, match="features are not finite for the response '<answer>odd</answer>'"):
+        reward.RewardModel(strict, heads, True)(*asked)
+    torch.nn.init.constant_(heads.out.bias, torch.inf)
+    with pytest.raises(ModelError, match="a reward is not finite"):
+        reward.RewardModel(backbone, heads, True)(*asked)
 
 
 def test_with_freeze_nothing_the_backbone_learns(monkeypatch, rows, tmp_path):

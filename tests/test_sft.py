@@ -155,6 +155,49 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+def test_a_loss_that_is_not_finite_is_one_line_and_the_last_commit_is_kept(monkeypatch, data, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(RunError, match=r"^step \d: loss nan, gradient norm nan: the loss is not finite"):
+        run_sft(monkeypatch, data, out, "--lr 1e30 --save-every 1")
+    assert not out.exists() and list((tmp_path / "run.part" / "state").glob("*.pt"))
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(steps): the gradients of these steps, counted by computing them, hold an infinity."""
+    real, calls = sft.compute_gradient, []
+
+    def start(steps):
+        def compute_gradient(policy, parameters, *args):
+            result = real(policy, parameters, *args)
+            if len(calls) in steps:
+                list(parameters)[0].grad.view(-1)[0] = torch.inf
+            calls.append(1)
+            return result
+
+        calls.clear()
+        monkeypatch.setattr(sft, "compute_gradient", compute_gradient)
+
+    return start
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(monkeypatch, data, tmp_path, poison):
+    poison({1, 3})
+    run_sft(monkeypatch, data, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 2, 2]
+    assert [line["grad_norm"] is None for line in lines] == [False, True, False, True, False, False]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped"] == 2
+    loading.load(str(tmp_path / "run"))
+
+
+def test_too_many_skipped_steps_in_a_row_stop_and_keep_the_last_commit(monkeypatch, data, tmp_path, poison):
+    poison(range(1, 99))
+    with pytest.raises(RunError, match="^step 5: .* the gradient is not finite in 5 steps in a row"):
+        run_sft(monkeypatch, data, tmp_path / "run")
+    assert list((tmp_path / "run.part" / "state").glob("*.pt"))
+
+
 def test_training_on_test_images_is_refused_unless_allowed(monkeypatch, data, tmp_path):
     test = f"--test {data / 'expert.jsonl'}"
     with pytest.raises(RunError, match="leak from the training files.*--allow-leakage"):

@@ -3,8 +3,10 @@
 import threading
 
 import pytest
+import torch
 
 from medgr2 import training
+from medgr2.errors import RunError
 
 
 def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
@@ -41,3 +43,40 @@ def test_an_error_in_an_item_comes_when_the_caller_asks_for_that_item():
     assert [next(coming), next(coming)] == [0, 1]
     with pytest.raises(ValueError, match="item 2"):
         next(coming)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("norm, moved", [(1.0, True), (NAN, False), (INF, False)])
+def test_a_step_whose_gradient_is_not_finite_changes_neither_weights_nor_moments(norm, moved):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.full((2,), norm)
+    training.step(optimizer, 0.1, norm)
+    assert weight.grad is None and (not torch.equal(weight, torch.ones(2))) == moved == bool(optimizer.state)
+
+
+def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run():
+    skipped = training.Skipped(total=3)
+    for step, norm in enumerate([NAN, INF, 1.0, NAN, NAN, NAN, NAN]):
+        skipped.count(step, 0.5, norm)
+    assert skipped.total == 9
+    with pytest.raises(
+        RunError, match="^step 7: loss 0.5, gradient norm inf: .* in 5 steps in a row; lower --lr"
+    ):
+        skipped.count(7, 0.5, INF)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_once():
+    with pytest.raises(
+        RunError, match="^step 2: loss nan, gradient norm 3: the loss is not finite; lower --lr"
+    ):
+        training.Skipped().count(2, NAN, 3.0)
+
+
+def test_weights_that_are_not_finite_are_not_committed():
+    weight = torch.nn.Parameter(torch.tensor([1.0, INF]))
+    optimizer = torch.optim.AdamW([weight])
+    with pytest.raises(RunError, match="^head.weight is not finite; lower --lr.*the last commit is kept"):
+        training.state({"head.weight": weight}, optimizer)
