@@ -26,7 +26,7 @@ import time
 from collections import Counter
 
 from medgr2 import cli, endpoint, records, runs
-from medgr2.errors import require
+from medgr2.errors import RunError, require
 from medgr2.images import find_unreadable, hash_image, open_image
 from medgr2.prompts import PARADIGMS, TASKS, generator_prompt, normalise, parse_candidate
 
@@ -313,6 +313,12 @@ def main(args):
     assert total.total() == asked, "a draft is neither kept nor rejected"
     print(format_counts(counts, total))
     by_paradigm = {paradigm: count_entry(counter) for paradigm, counter in counts.items()}
+    if not total["kept"]:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in total.most_common())
+        raise RunError(
+            f"none of {asked} candidates is kept ({reasons}): see {run.path('rejected.jsonl')}; "
+            "take another generator, or other flags, with another --out"
+        )
     metrics = {"images": len(images), **count_entry(total), "by_paradigm": by_paradigm}
     run.finish(metrics, f"kept {total['kept']} of {asked} candidates about {len(images)} images")
 

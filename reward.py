@@ -456,28 +456,40 @@ def allocate(sizes, total):
 
 
 def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None, cap=None):
-    """(accepted, random): indices of the best of each cell, and of as many of the same cell at random.
+    """(accepted, random, tied): indices of the best of each cell, and of as many of the same cell at random.
 
-    Best is the highest R; ties stay in the order of the file. With a threshold every candidate from it on is
-    good enough, and a cap takes those that the policy answers nearest to half of the time.
+    Best is the highest R. With a threshold every candidate from it on is good enough, and a cap takes those
+    that the policy answers nearest to half of the time, of these the highest R. A draw decides among equals;
+    `tied` counts the candidates that it decided about.
     """
     index = {}
     for i, row in enumerate(rows):
         index.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
     overall = [row["reward"]["overall"] for row in rows]
-    cells = [sorted(cell, key=lambda i: overall[i], reverse=True) for cell in index.values()]
+    # The draw is the order in which equals are sorted.
+    draw = random.Random(runs.seed_of(seed, "ties"))
+    cells = [draw.sample(cell, len(cell)) for cell in index.values()]
+    order = [(0, -R) for R in overall]
     if threshold is not None:
         good = [[i for i in cell if overall[i] >= threshold] for cell in cells]
         # What the policy always answers right teaches it nothing.
-        distance = [abs(row.get("pass_rate", 0.5) - 0.5) for row in rows]
-        best = [sorted(cell, key=lambda i: distance[i])[:cap] for cell in good]
+        order = [(abs(row.get("pass_rate", 0.5) - 0.5), -R) for row, R in zip(rows, overall)]
+        cells, places = good, [cap if cap else len(cell) for cell in good]
     else:
         total = round(keep * len(rows)) if top_k is None else top_k
         places = allocate([len(cell) for cell in cells], min(len(rows), total))
-        best = [cell[:n] for cell, n in zip(cells, places)]
+    ranked = [sorted(cell, key=lambda i: order[i]) for cell in cells]
+    best = [cell[:n] for cell, n in zip(ranked, places)]
+    tied = sum(count_tied([order[i] for i in cell], n) for cell, n in zip(ranked, places))
     rng = random.Random(runs.seed_of(seed, "random"))
     drawn = [i for cell, chosen in zip(index.values(), best) for i in rng.sample(cell, len(chosen))]
-    return sorted(itertools.chain(*best)), sorted(drawn)
+    return sorted(itertools.chain(*best)), sorted(drawn), tied
+
+
+def count_tied(ranked, n):
+    """How many of the ranked values equal both the n-th and the one after it, so that a draw parts them."""
+    is_parted = 0 < n < len(ranked) and ranked[n - 1] == ranked[n]
+    return ranked.count(ranked[n]) if is_parted else 0
 
 
 def print_selection(rows, accepted):
@@ -516,6 +528,7 @@ def score(args):
         if row["image"] in unreadable
     ]
     rows = [row for row in rows if row["image"] not in unreadable]
+    require(rows, f"{args.data}: no image is readable; correct `image`, see --image-root")
     if args.answered:
         rows = with_pass_rates(rows, args.answered)
     model = RewardModel.load(args.model)
@@ -545,18 +558,34 @@ def score(args):
     # Keep the best, and as many at random to compare with.
     rows = list(records.read_records(run.path("scored.jsonl"), root=records.ANYWHERE))
     how = args.per, args.threshold, args.top_k, args.keep, args.cap
-    accepted, drawn = select_candidates(rows, args.seed, *how)
+    accepted, drawn, tied = select_candidates(rows, args.seed, *how)
+    R = [row["reward"]["overall"] for row in rows]
+    require(accepted, f"{args.data}: none of {len(rows)} is accepted: {explain_rejection(R, args)}")
     records.write_records(run.path("accepted.jsonl"), (rows[i] for i in accepted))
     records.write_records(run.path("random.jsonl"), (rows[i] for i in drawn))
     print_selection(rows, accepted)
+    saturated = R.count(R_MIN) + R.count(R_MAX)
+    print(f"{saturated} of {len(rows)} have the least or greatest R that there is, {R_MIN} or {R_MAX}")
+    print(f"{tied} are equal at the limit of what is accepted: a draw decided")
     metrics = {"scored": len(rows), "accepted": len(accepted), "rejected": len(rejected)}
+    metrics |= {"saturated": saturated, "tied": tied}
     metrics |= {"mean": mean_reward(rows), "mean_accepted": mean_reward([rows[i] for i in accepted])}
     aside = f", {len(rejected)} with an unreadable image set aside" if rejected else ""
     run.finish(metrics, f"accepted {len(accepted)} of {len(rows)}{aside}")
 
 
+def explain_rejection(R, args):
+    """Why the filter accepts none of the candidates with these R, and what to do."""
+    if args.threshold is None:
+        return "--keep rounds to 0; raise it, with another --out"
+    least, greatest = min(R), max(R)
+    return (
+        f"R is from {least} to {greatest}, below --threshold {args.threshold:g}; lower it, with another --out"
+    )
+
+
 def mean_reward(rows):
-    return float(np.mean([row["reward"]["overall"] for row in rows])) if rows else None
+    return float(np.mean([row["reward"]["overall"] for row in rows]))
 
 
 def main(args):

@@ -308,6 +308,20 @@ def test_every_reply_is_kept_or_rejected_for_its_reason(serve, ask, tmp_path):
     assert len(list(records.read_records(tmp_path / "out/candidates.jsonl", records.QUESTION, tmp_path))) == 4
 
 
+def test_if_nothing_is_kept_the_reasons_are_counted_and_the_replies_can_be_read(serve, ask, tmp_path):
+    replies = itertools.cycle(
+        [("no form", "stop"), (candidate(answer="PET"), "stop"), (candidate(), "length")]
+    )
+    write_images(tmp_path, 2)
+    server = serve(lambda body: next(replies))
+    status, _, error = ask(server)
+    assert status == 2 and error.count("\n") == 1 and "none of 6 candidates is kept (" in error
+    assert all(f"{why} 2" in error for why in ("malformed", "answer not among the options", "truncated"))
+    assert not (tmp_path / "out").exists() and len(lines(tmp_path / "out.part" / "rejected.jsonl")) == 6
+    # The same command asks nothing anew.
+    assert ask(server)[2] == error and len(server.seen) == 6
+
+
 def test_counts_are_by_paradigm(serve, ask, tmp_path):
     bad = PARADIGMS["stepwise"]
     write_images(tmp_path, 2)

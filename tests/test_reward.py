@@ -379,12 +379,32 @@ def candidates(scores, cells):
 
 def test_the_best_of_each_cell_are_kept_and_as_many_drawn_at_random_from_it():
     rows = candidates([9, 8, 7, 6, 1, 2, 3, 4], "aaaabbbb")
-    accepted, drawn = reward.select_candidates(rows, 0, ["task"], keep=0.5)
-    assert accepted == [0, 1, 6, 7] and [rows[i]["task"] for i in drawn] == ["a", "a", "b", "b"]
+    accepted, drawn, tied = reward.select_candidates(rows, 0, ["task"], keep=0.5)
+    assert tied == 0 and accepted == [0, 1, 6, 7] and [rows[i]["task"] for i in drawn] == ["a", "a", "b", "b"]
     assert reward.select_candidates(rows, 0, [], keep=0.5)[0] == [0, 1, 2, 3]
     assert reward.select_candidates(rows, 0, [], threshold=4)[0] == [0, 1, 2, 3, 7]
     assert reward.select_candidates(rows, 0, [], top_k=3)[0] == [0, 1, 2]
     assert reward.select_candidates(rows, 0, ["task"], top_k=99)[0] == list(range(8))
+
+
+@pytest.mark.parametrize("how", [{"keep": 0.5}, {"top_k": 50}, {"threshold": 8, "cap": 50}])
+def test_a_seeded_draw_and_not_the_order_of_the_file_decides_among_equals(how):
+    rows = candidates([10] * 100, "a" * 100)
+    accepted, _, tied = reward.select_candidates(rows, 0, [], **how)
+    assert len(accepted) == 50 and tied == 100
+    # Of the first half of the file about half is accepted: 25 ± 4 standard deviations of 2.5.
+    assert 15 <= sum(i < 50 for i in accepted) <= 35
+    assert reward.select_candidates(rows, 0, [], **how)[0] == accepted
+    assert reward.select_candidates(rows, 1, [], **how)[0] != accepted
+
+
+def test_only_those_are_counted_as_tied_that_a_draw_parted():
+    rows = candidates([9, 8, 8, 8, 1, 5, 5], "aaaaabb")
+    accepted, _, tied = reward.select_candidates(rows, 0, ["task"], top_k=3)
+    # Two places for a, one for b: three are equal at a's limit, two at b's.
+    assert tied == 3 + 2 and 0 in accepted and 4 not in accepted
+    assert reward.select_candidates(rows, 0, ["task"], top_k=7)[2] == 0
+    assert reward.select_candidates(rows, 0, [], threshold=8)[2] == 0
 
 
 def test_places_are_allocated_in_proportion_and_the_total_is_exact():
@@ -496,7 +516,7 @@ def test_a_cap_takes_of_the_good_ones_those_nearest_to_half_and_at_most_so_many_
         return {"task": task, "reward": {"overall": overall}, "pass_rate": pass_rate}
 
     rows = [row("a", 9, 1.0), row("a", 8, 0.5), row("a", 10, 0.25), row("a", 5, 0.5), row("b", 9, 1.0)]
-    accepted, drawn = reward.select_candidates(rows, 0, ["task"], threshold=8, cap=2)
+    accepted, drawn, _ = reward.select_candidates(rows, 0, ["task"], threshold=8, cap=2)
     # The fourth is nearest to half, and not good enough.
     assert accepted == [1, 2, 4]
     assert sorted(rows[i]["task"] for i in drawn) == ["a", "a", "b"]
