@@ -102,7 +102,7 @@ def parse_args():
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "train on it anyway")
     p.add_argument("--save-every", type=count, default=25, help="steps between checkpoints")
-    cli.add_run_arguments(p)
+    cli.add_training_arguments(p)
     return p.parse_args()
 
 

@@ -90,7 +90,8 @@ def parse_args():
     s.add_argument("--per", nargs="*", choices=fields, default=fields, help=per)
     for command in (t, s):
         command.add_argument("--batch", type=count, default=32, help="questions at a time")
-        cli.add_run_arguments(command)
+    cli.add_training_arguments(t)
+    cli.add_run_arguments(s)
     args = p.parse_args()
     if args.command == "score" and args.cap and args.threshold is None:
         s.error("--cap goes with --threshold; --top-k and --keep say how many already")

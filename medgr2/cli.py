@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+from medgr2 import trackers
 from medgr2.errors import RunError, UserError, explain_system_error
 
 
@@ -115,6 +116,13 @@ def add_run_arguments(parser):
         "--image-root", help="folder that images may be in, besides the folder of the data file"
     )
     add_switch(parser, "--resume", "resume an unfinished run of the same command", default=True)
+
+
+def add_training_arguments(parser):
+    """Add the flags that every stage has that trains a model."""
+    add_run_arguments(parser)
+    report = "also log the metrics there, offline by default (medgr2/trackers.py)"
+    parser.add_argument("--report-to", nargs="+", choices=trackers.NAMES, default=[], help=report)
 
 
 def tell_cut(replies, cut, limit):

@@ -36,6 +36,7 @@ import sys
 
 from medgr2 import cli
 from medgr2.errors import RunError
+from medgr2.trackers import Trackers, require_installed
 
 MIB = 1 << 20
 # A file's name need not be text. What UTF-8 cannot hold is written as JSON's escape and read as it was.
@@ -147,13 +148,14 @@ class HashingFile:
 class Run:
     """An unfinished output folder. Only the main process writes; the calls of the others do nothing."""
 
-    def __init__(self, folder, part, main, metadata, state, lock=None):
+    def __init__(self, folder, part, main, metadata, state, lock=None, trackers=None):
         self.folder = folder
         self.part = part
         self.main = main
         self.metadata = metadata
         self.state = state
         self.lock = lock
+        self.trackers = trackers
         self.files = {}
         self.commits = state.get("commits", 0)
         # The signal after which this run is to stop.
@@ -188,7 +190,7 @@ class Run:
             self.files[name].write(dump_json(row, self.path(name)) + "\n")
 
     def log(self, **metrics):
-        """Append one line to metrics.jsonl. Floats are rounded to six significant digits.
+        """Append one line to metrics.jsonl, and log it to the trackers. Floats are rounded to six significant digits.
 
         One that is not finite, such as the gradient norm of a skipped step, is null.
         """
@@ -198,6 +200,8 @@ class Run:
                 value = float(f"{value:.6g}") if math.isfinite(value) else None
             row[name] = value
         self.append("metrics.jsonl", [row])
+        if self.trackers:
+            self.trackers.log(row, row.get("step"))
 
     def due(self, step, every):
         """Is it time to commit? It is after every `every` steps, and after Ctrl-C or SIGTERM."""
@@ -280,6 +284,9 @@ class Run:
             return
         for file in self.files.values():
             file.close()
+        if self.trackers:
+            self.trackers.log({f"result/{name}": value for name, value in metrics.items()})
+            self.trackers.finish()
         self.metadata["ended"] = now()
         write_json(self.path("metrics.json"), metrics)
         write_json(self.path("args.json"), self.metadata)
@@ -303,6 +310,8 @@ def start(args, inputs=(), main=True, free=()):
 
     random.seed(args.seed)
     torch.manual_seed(args.seed)
+    report_to = getattr(args, "report_to", [])
+    require_installed(report_to)
     folder = args.out.rstrip("/")
     part = folder + ".part"
     metadata = run_metadata(args, inputs)
@@ -323,7 +332,10 @@ def start(args, inputs=(), main=True, free=()):
     if main and not state:
         clear(part)
         write_json(os.path.join(part, "args.json"), metadata)
-    return Run(folder, part, main, metadata, state, lock)
+    trackers = None
+    if main and report_to:
+        trackers = Trackers(report_to, folder, part, metadata["args"], state.get("step", 0))
+    return Run(folder, part, main, metadata, state, lock, trackers)
 
 
 def run_metadata(args, inputs):
@@ -389,8 +401,8 @@ def require_same_run(folder, metadata, free=()):
     advice = "choose another --out or remove it"
     if old["script"] != metadata["script"]:
         raise RunError(f"{folder}: holds another run (of {old['script']}); {advice}")
-    # --image-root says which images may be read, and no output depends on that.
-    names = sorted({*old["args"], *metadata["args"]} - {*free, "image_root"})
+    # --image-root says which images may be read and --report-to who is told: no output depends on them.
+    names = sorted({*old["args"], *metadata["args"]} - {*free, "image_root", "report_to"})
     differences = []
     for name in names:
         there, here = old["args"].get(name), metadata["args"].get(name)
