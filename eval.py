@@ -6,7 +6,8 @@ Every question is in the denominator: an answer that cannot be parsed is wrong. 
 table scores the same answers with every scorer in use (medgr2/scorers.py), over the same denominator and over
 the scorer's own.
 
-Reads   question records (JSONL) and a model; or a third-party file of predictions
+Reads   question records (JSONL) and a model, on this machine or behind an OpenAI-compatible server
+        (--endpoint); or a third-party file of predictions
 Writes  OUT/predictions.jsonl, in the order of --data: the record with `response`, `prediction` (None if it
         cannot be parsed, and then a `reason`), `correct` and `image_hash`
         OUT/metrics.json, which holds what is printed; docs/metrics.md explains every name
@@ -28,16 +29,19 @@ all options of all questions, `ece` over those of the most probable options. --s
 Departs from the paper: the authors leave answers outside the options out of the denominator.
 
     python eval.py --model runs/toy/cycle1/grpo --data runs/toy/data/test.jsonl --out runs/toy/answers
+    python eval.py --endpoint http://host:8000 --endpoint-model Qwen/Qwen2.5-VL-72B-Instruct \\
+        --data runs/toy/data/test.jsonl --out runs/toy/answers_72b
     python eval.py --predictions theirs.jsonl --answers test.json --fields prediction=said --out runs/theirs
 """
 
+import functools
 import os
 from collections import Counter
 
 import numpy as np
 
-from medgr2 import cli, measures, records, runs, scorers
-from medgr2.errors import RunError, require
+from medgr2 import cli, endpoint, measures, records, runs, scorers
+from medgr2.errors import require
 from medgr2.images import hash_image, open_image
 from medgr2.prompts import format_response, is_match, normalise, parse_response, policy_prompt
 
@@ -52,62 +56,92 @@ PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # The reason of a response without a prediction that was cut.
 CUT = "cut at --max-new-tokens"
 # Flags that change no file.
-FREE = ("markdown",)
+FREE = ("markdown", *endpoint.FREE)
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
-    p.add_argument("--model", help="folder or hub name of the model to evaluate")
-    p.add_argument("--data", help="question records to answer")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="folder or hub name of the model to evaluate")
+    endpoint.add_arguments(p, which, "the model")
+    which.add_argument("--predictions", help="third-party file of predictions to score, without a model")
+    p.add_argument("--answers", help="file with the right answers, if --predictions lacks them")
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a bad prediction row")
+    p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="their names of fields")
+    p.add_argument("--data", help="question records to answer, unless --predictions is given")
     p.add_argument("--batch", type=cli.number(int, 1), default=64, help="questions per batch")
     p.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, help="longest response")
     cli.add_switch(p, "--scores", "also compute the log-probability of each option")
     cli.add_switch(p, "--blind", "also ask without the image")
     p.add_argument("--samples", type=cli.number(int, 0), default=0, help="responses to draw per question")
     p.add_argument("--temperature", type=cli.number(float, 1e-3), default=1.0, help="of these responses")
-    p.add_argument("--predictions", help="third-party file of predictions to score, without a model")
-    p.add_argument("--answers", help="file with the right answers, if --predictions lacks them")
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a bad prediction row")
-    p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="their names of fields")
     cli.add_switch(p, "--markdown", "print tables in Markdown")
     cli.add_run_arguments(p)
-    return p.parse_args()
+    args = p.parse_args()
+    endpoint.check_arguments(p, args)
+    if bool(args.data) == bool(args.predictions):
+        p.error("give --data with --model or --endpoint, and not with --predictions")
+    if args.data and args.answers:
+        p.error("--answers: belongs to --predictions; --data has its answers")
+    if args.endpoint and args.scores:
+        p.error("--scores: a server does not say how probable the options are; leave it out")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Answers. Only this part needs a model: the rest takes the rows of predictions.jsonl.
+#
+# respond(images, texts, seeds=None, temperature=0, group=1) → [(response, truncated)]: `group` responses to
+# each image and text in turn. Greedy responses need no seeds.
 
 
-def predict(model, batches, max_new_tokens, scores=False, blind=False, samples=0, temperature=1.0, seed=0):
-    """Load the model, then yield the rows of predictions.jsonl for each batch of records.
+def open_model(name, max_new_tokens):
+    """A model on this machine → (respond, with_option_scores of it)."""
+    from medgr2 import loading
 
-    A row has the fields in ADDED; `scores`, `blind` and `samples` add those in OPTIONAL.
+    vlm_ = loading.load(name, dtype=loading.best_dtype())
+    respond = functools.partial(ask_model, vlm_, max_new_tokens)
+    return respond, functools.partial(with_option_scores, vlm_)
+
+
+def ask_model(vlm_, max_new_tokens, images, texts, seeds=None, temperature=0, group=1):
+    from medgr2 import vlm
+
+    prompts = vlm.encode_prompts(vlm_, images, texts)
+    ids, mask, truncated = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature, group)  # (N, C)
+    return list(zip(vlm.decode(vlm_, ids, mask), truncated.tolist()))
+
+
+def ask_server(ask, max_new_tokens, images, texts, seeds=None, temperature=0, group=1):
+    """As ask_model, by a server. ask: of endpoint.connect."""
+    asked = [(image, text) for image, text in zip(images, texts) for _ in range(group)]
+    # 31 bits: servers take no more.
+    seeds = [seed >> 32 for seed in seeds or [0] * len(asked)]
+    requests = [endpoint.Request(*question, seed) for question, seed in zip(asked, seeds)]
+    return ask(requests, temperature=temperature, max_tokens=max_new_tokens)
+
+
+def predict(respond, batches, score=None, blind=False, samples=0, temperature=1.0, seed=0):
+    """Yield the rows of predictions.jsonl for each batch of records.
+
+    A row has the fields in ADDED; `score` (with_option_scores of a model), `blind` and `samples` add those in
+    OPTIONAL.
     """
-    from medgr2 import loading, vlm
-
-    vlm_ = loading.load(model, dtype=loading.best_dtype())
     for batch in batches:
         images = [open_image(record["image"]) for record in batch]
         texts = [policy_prompt(record) for record in batch]
-        prompts = vlm.encode_prompts(vlm_, images, texts)
-        replies = respond(vlm_, prompts, max_new_tokens)
+        replies = respond(images, texts)
         rows = [with_prediction(record, *reply) for record, reply in zip(batch, replies)]
         if blind:
-            blank_prompts = vlm.encode_prompts(vlm_, [blank_like(image) for image in images], texts)
-            replies = respond(vlm_, blank_prompts, max_new_tokens)
+            replies = respond([blank_like(image) for image in images], texts)
             rows = [row | {"blind": parse_prediction(row, text)} for row, (text, _) in zip(rows, replies)]
         if samples:
-            drawn = draw_predictions(vlm_, prompts, batch, max_new_tokens, temperature, samples, seed)
-            rows = [row | {"samples": predictions} for row, predictions in zip(rows, drawn)]
-        yield with_option_scores(vlm_, images, rows) if scores else rows
-
-
-def respond(vlm_, prompts, max_new_tokens, seeds=None, temperature=0, group=1):
-    """[(response, truncated)]: `group` responses to each prompt in turn. Greedy responses need no seeds."""
-    from medgr2 import vlm
-
-    ids, mask, truncated = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature, group)  # (N, C)
-    return list(zip(vlm.decode(vlm_, ids, mask), truncated.tolist()))
+            ids = [(record["id"], k) for record in batch for k in range(samples)]
+            seeds = [runs.seed_of(seed, "sample", *own) for own in ids]
+            replies = respond(images, texts, seeds, temperature, group=samples)
+            drawn = [replies[i : i + samples] for i in range(0, len(replies), samples)]
+            rows = [row | {"samples": parse_predictions(row, own)} for row, own in zip(rows, drawn)]
+        yield score(images, rows) if score else rows
 
 
 def blank_like(image):
@@ -122,6 +156,10 @@ def parse_prediction(record, response):
     return parse_response(response, record.get("options")).prediction
 
 
+def parse_predictions(record, replies):
+    return [parse_prediction(record, text) for text, _ in replies]
+
+
 def with_prediction(record, response, truncated=False):
     """The record with the fields in ADDED. `truncated`: the response was cut at --max-new-tokens."""
     parsed = parse_response(response, record.get("options"))
@@ -132,17 +170,6 @@ def with_prediction(record, response, truncated=False):
         "correct": is_correct(record, parsed.prediction),
         "image_hash": hash_image(record["image"]),
     }
-
-
-def draw_predictions(vlm_, prompts, batch, max_new_tokens, temperature, samples, seed):
-    """`samples` predictions per record, None for those that cannot be parsed: a list per record."""
-    seeds = [runs.seed_of(seed, "sample", record["id"], k) for record in batch for k in range(samples)]
-    replies = respond(vlm_, prompts, max_new_tokens, seeds, temperature, group=samples)
-    predictions = []
-    for i, record in enumerate(batch):
-        own = replies[i * samples : (i + 1) * samples]
-        predictions.append([parse_prediction(record, text) for text, _ in own])
-    return predictions
 
 
 def with_option_scores(vlm_, images, rows):
@@ -318,9 +345,6 @@ def score_run(run, rows, seed, markdown):
 
 
 def main(args):
-    is_pair = bool(args.model) == bool(args.data) and not (args.model and args.answers)
-    if not is_pair or bool(args.model) == bool(args.predictions):
-        raise RunError("give --model and --data, or --predictions and perhaps --answers")
     if args.predictions:
         fields = cli.parse_pairs("--fields", args.fields)
         rows, _, lines = scorers.read_predictions(
@@ -336,8 +360,12 @@ def main(args):
         # A resumed run starts at the next batch of the same division, so that it writes the same bytes.
         first, last = run.state.get("step", 0), -(-len(questions) // args.batch)
         batches = (questions[i * args.batch : (i + 1) * args.batch] for i in range(first, last))
-        options = (args.scores, args.blind, args.samples, args.temperature, args.seed)
-        answered = predict(args.model, batches, args.max_new_tokens, *options)
+        if args.endpoint:
+            respond, score = functools.partial(ask_server, endpoint.connect(args), args.max_new_tokens), None
+        else:
+            respond, score = open_model(args.model, args.max_new_tokens)
+        options = (score if args.scores else None, args.blind, args.samples, args.temperature, args.seed)
+        answered = predict(respond, batches, *options)
         for step, done in zip(run.progress(range(first, last), "eval"), answered):
             run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in done])
             run.commit(step=step + 1)

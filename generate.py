@@ -47,13 +47,7 @@ def parse_args():
     p.add_argument("--part", type=parse_part, default="1/1", metavar="K/N", help=part)
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="folder or hub name of the generator")
-    which.add_argument("--endpoint", metavar="URL", help="or base URL of an OpenAI-compatible server")
-    p.add_argument("--endpoint-model", metavar="NAME", help="the generator's name on that server")
-    key = "environment variable with the server's API key, if it wants one"
-    p.add_argument("--endpoint-key-env", default="OPENAI_API_KEY", metavar="VARIABLE", help=key)
-    p.add_argument("--concurrency", type=count, default=8, help="requests at a time")
-    p.add_argument("--retries", type=cli.number(int, 0), default=6, help="after no reply, a 429 or a 5xx")
-    p.add_argument("--timeout", type=cli.number(float, 1), default=300, help="seconds to wait for a reply")
+    endpoint.add_arguments(p, which, "the generator")
     names = list(PARADIGMS)
     p.add_argument("--paradigms", nargs="+", choices=names, default=names, help="ways to ask for reasoning")
     tasks = p.add_mutually_exclusive_group()
@@ -71,10 +65,7 @@ def parse_args():
     p.add_argument("--cycle", type=cli.number(int, 0), default=1, help=cycle)
     cli.add_run_arguments(p)
     args = p.parse_args()
-    if bool(args.endpoint) != bool(args.endpoint_model):
-        p.error("--endpoint and --endpoint-model go together")
-    if args.endpoint and not endpoint.URL.fullmatch(args.endpoint):
-        p.error("--endpoint: give a URL like http://host:8000 or https://host/v1, without user and password")
+    endpoint.check_arguments(p, args)
     if len(set(args.paradigms)) < len(args.paradigms):
         p.error("--paradigms: one is named twice; --per-image asks it more often")
     return args
@@ -162,10 +153,8 @@ def build_drafts(record, turn, paradigms, tasks, per_image, cycle, seed, generat
 def open_generator(args, tasks):
     """ask(drafts) → replies [(text, truncated)] in their order, each sampled with its own draft's seed."""
     if args.endpoint:
-        client = endpoint.connect(args.endpoint, os.environ.get(args.endpoint_key_env), args.timeout)
         sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
-        requests = {"client": client, "concurrency": args.concurrency, "retries": args.retries}
-        return functools.partial(endpoint.ask_server, model=args.endpoint_model, **sampling, **requests)
+        return functools.partial(ask_server, ask=endpoint.connect(args), **sampling)
     generator = loading.load(args.model, dtype=loading.best_dtype())
     # With a single task, all drafts about an image in one paradigm have the same prompt.
     group = args.per_image if len(tasks) == 1 else 1
@@ -173,9 +162,22 @@ def open_generator(args, tasks):
     return functools.partial(ask_model, generator=generator, group=group, **sampling)
 
 
+def open_images(drafts):
+    return {path: open_image(path) for path in {draft["image"] for draft in drafts}}
+
+
+def ask_server(drafts, ask, **sampling):
+    """Ask a model behind a server, one request per draft. ask: of endpoint.connect."""
+    images, requests = open_images(drafts), []
+    for draft in drafts:
+        prompt = generator_prompt(draft["paradigm"], draft["task"])
+        requests.append(endpoint.Request(images[draft["image"]], prompt, draft["seed"]))
+    return ask(requests, **sampling)
+
+
 def ask_model(drafts, generator, temperature, max_new_tokens, group):
     """Ask a model on this machine. `group` neighbouring drafts share a prompt, which is prefilled once."""
-    images = {path: open_image(path) for path in {draft["image"] for draft in drafts}}
+    images = open_images(drafts)
     asked = drafts[::group]
     prompts = [generator_prompt(draft["paradigm"], draft["task"]) for draft in asked]
     inputs = vlm.encode_prompts(generator, [images[draft["image"]] for draft in asked], prompts)  # (B, P)
@@ -272,7 +274,7 @@ def main(args):
     unreadable = find_unreadable(images, args.max_rejected) if skip else {}
     tasks = find_tasks(args.tasks_of, args.image_root) if args.tasks_of else args.tasks
     inputs, accelerator = [args.images, args.model, args.tasks_of], Accelerator()
-    run = runs.start(args, inputs, accelerator.is_main_process, free=("concurrency", "retries", "timeout"))
+    run = runs.start(args, inputs, accelerator.is_main_process, free=endpoint.FREE)
     ask = open_generator(args, tasks)
     generator = args.model or args.endpoint_model
     # The same for all drafts.

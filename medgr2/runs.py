@@ -190,9 +190,10 @@ class Run:
             self.files[name].write(dump_json(row, self.path(name)) + "\n")
 
     def log(self, **metrics):
-        """Append one line to metrics.jsonl, and log it to the trackers. Floats are rounded to six significant digits.
+        """Append one line to metrics.jsonl, and log it to the trackers.
 
-        One that is not finite, such as the gradient norm of a skipped step, is null.
+        Floats are rounded to six significant digits. One that is not finite, such as the gradient norm of a
+        skipped step, is null.
         """
         row = {}
         for name, value in metrics.items():

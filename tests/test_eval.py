@@ -1,6 +1,8 @@
 """eval.py: figures against computations by hand, baselines, and real runs of the toy policy."""
 
+import base64
 import copy
+import io
 import json
 import os
 import pathlib
@@ -9,17 +11,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
 import clinic
 import numpy as np
 import pytest
+from PIL import Image
 
 import eval as evaluation
 import medgr2.loading
 import medgr2.vlm
-from medgr2 import measures, records
+from medgr2 import cli, measures, records
 from medgr2.images import open_image
 from medgr2.prompts import policy_prompt
 
@@ -130,7 +134,8 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
         monkeypatch.setattr(medgr2, name, fake)
     monkeypatch.setattr(evaluation, "open_image", lambda path: opened.append(path))
     asked = [question | {"id": name} for name in "abc"]
-    got = list(evaluation.predict("model", [asked[:3], asked[:1]], 3))
+    respond, _ = evaluation.open_model("model", 3)
+    got = list(evaluation.predict(respond, [asked[:3], asked[:1]]))
     assert [[(r["id"], r["response"]) for r in batch] for batch in got] == [
         [("a", "1"), ("b", "2"), ("c", "3")],
         [("a", "1")],
@@ -224,15 +229,19 @@ def test_baselines_are_fitted_to_the_whole_file_and_scored_by_group():
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def policy():
+    """(respond, score) of the toy policy."""
+    return evaluation.open_model(str(POLICY), 64)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, policy):
     """Seven rows of a real run with every flag: options of four, three and two, and an open question."""
     home = tmp_path_factory.mktemp("asked")
     rows = list(clinic.question_rows(str(home), "test", 3, 0, 2))
     rows[2]["options"] = [rows[2]["answer"], next(o for o in rows[2]["options"] if o != rows[2]["answer"])]
     rows.append({k: v for k, v in rows[0].items() if k != "options"} | {"id": "open"})
-    (got,) = evaluation.predict(
-        str(POLICY), [rows], 64, scores=True, blind=True, samples=3, temperature=1.0, seed=0
-    )
+    (got,) = evaluation.predict(policy[0], [rows], policy[1], blind=True, samples=3, seed=0)
     assert {len(r.get("options", ())) for r in got} == {0, 2, 3, 4}
     return got
 
@@ -268,28 +277,26 @@ def test_an_open_question_has_no_option_scores_and_is_wrong_by_them(asked):
     assert evaluation.calibrate(asked[-1:]) == {}
 
 
-def test_blind_predictions_are_those_on_a_grey_image_of_the_same_size(asked, tmp_path):
-    from PIL import Image
-
+def test_blind_predictions_are_those_on_a_grey_image_of_the_same_size(asked, policy, tmp_path):
     grey = [r | {"id": r["id"] + "-grey", "image": str(tmp_path / f"{i}.png")} for i, r in enumerate(asked)]
     for r, old in zip(grey, asked):
         Image.new("RGB", Image.open(old["image"]).size, (128, 128, 128)).save(r["image"])
-    (got,) = evaluation.predict(str(POLICY), [grey], 64)
+    (got,) = evaluation.predict(policy[0], [grey])
     assert [r["prediction"] for r in got] == [r["blind"] for r in asked]
     assert [r["blind"] for r in asked] != [r["prediction"] for r in asked]
 
 
-def test_samples_depend_only_on_the_seed_and_their_own_record(asked):
-    (again,) = evaluation.predict(str(POLICY), [asked[3:5]], 64, samples=3, seed=0)
+def test_samples_depend_only_on_the_seed_and_their_own_record(asked, policy):
+    (again,) = evaluation.predict(policy[0], [asked[3:5]], samples=3, seed=0)
     assert [r["samples"] for r in again] == [r["samples"] for r in asked[3:5]] and all(
         len(r["samples"]) == 3 for r in asked
     )
-    other = evaluation.predict(str(POLICY), [asked], 64, samples=3, seed=1)
+    other = evaluation.predict(policy[0], [asked], samples=3, seed=1)
     assert [r["samples"] for r in next(other)] != [r["samples"] for r in asked]
 
 
-def test_flags_change_no_answer(asked):
-    (got,) = evaluation.predict(str(POLICY), [asked], 64)
+def test_flags_change_no_answer(asked, policy):
+    (got,) = evaluation.predict(policy[0], [asked])
     assert [r["response"] for r in got] == [r["response"] for r in asked]
 
 
@@ -331,26 +338,29 @@ def test_help_and_the_metrics_do_not_import_torch():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "arguments, says",
     [
-        [],
-        ["--model", "m"],
-        ["--data", "d"],
-        ["--predictions", "p", "--model", "m"],
-        ["--predictions", "p", "--data", "d"],
-        ["--model", "m", "--data", "d", "--batch", "0"],
-        ["--model", "m", "--data", "d", "--max-new-tokens", "0"],
-        ["--predictions", "p", "--model", "m", "--data", "d"],
-        ["--model", "m", "--data", "d", "--answers", "a"],
-        ["--model", "m", "--data", "d", "--samples", "-1"],
-        ["--model", "m", "--data", "d", "--temperature", "0.0"],
+        ("", "one of the arguments --model --endpoint --predictions is required"),
+        ("--data d", "one of the arguments --model --endpoint --predictions is required"),
+        ("--model m", "give --data"),
+        ("--endpoint http://h --endpoint-model m", "give --data"),
+        ("--predictions p --data d", "not with --predictions"),
+        ("--predictions p --model m", "not allowed with argument --predictions"),
+        ("--predictions p --model m --data d", "not allowed with argument --predictions"),
+        ("--endpoint http://h --model m --data d", "not allowed with argument --endpoint"),
+        ("--endpoint http://h --data d", "--endpoint-model go together"),
+        ("--model m --endpoint-model m --data d", "--endpoint-model go together"),
+        ("--endpoint http://me:secret@h --endpoint-model m --data d", "--endpoint: give a URL"),
+        ("--endpoint http://h --endpoint-model m --data d --scores", "--scores"),
+        ("--model m --data d --answers a", "--answers: belongs to --predictions"),
+        ("--model m --data d --batch 0", "0 is not at least 1"),
+        ("--model m --data d --max-new-tokens 0", "0 is not at least 1"),
+        ("--model m --data d --samples -1", "--samples"),
+        ("--model m --data d --temperature 0.0", "--temperature"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(tmp_path, arguments):
-    words = {"0": "0 is not at least 1", "-1": "--samples", "0.0": "--temperature"}.get(
-        arguments[-1] if arguments else "", "--model and --data, or --predictions"
-    )
-    assert_refused(command(*arguments, "--out", tmp_path / "out"), words)
+def test_flags_that_do_not_go_together_are_refused(tmp_path, arguments, says):
+    assert_refused(command(*arguments.split(), "--out", tmp_path / "out"), says)
     assert os.listdir(tmp_path) == []
 
 
@@ -483,3 +493,124 @@ def test_killed_and_called_again_it_gives_the_same_bytes_and_then_is_complete(ho
         assert (home / "b" / name).read_bytes() == (home / "a" / name).read_bytes()
     again = command(*answer(home, "b"))
     assert (again.returncode, again.stdout) == (0, f"{home / 'b'}: complete already\n")
+
+
+# --endpoint ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """chat(body) → (text, finish_reason): the toy policy as a server would ask it, by transformers alone."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(POLICY).eval()
+    processor = transformers.AutoProcessor.from_pretrained(POLICY, backend="pil")
+    lock = threading.Lock()
+
+    def reply(body):
+        image, text = image_of(body), text_of(body)
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = processor(text=prompt, images=image, return_tensors="pt", add_special_tokens=False)
+        settings = {"do_sample": body["temperature"] > 0, "max_new_tokens": body["max_tokens"]}
+        with lock, torch.no_grad():
+            torch.manual_seed(body["seed"])
+            ids = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+        is_whole = ids[-1].item() == processor.tokenizer.eos_token_id
+        return processor.decode(ids, skip_special_tokens=True), "stop" if is_whole else "length"
+
+    return reply
+
+
+def image_of(body):
+    data = body["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def text_of(body):
+    return body["messages"][0]["content"][1]["text"]
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """ask(server, words) calls eval.py as the command line does → (exit status, stdout, stderr)."""
+
+    def call(server, words):
+        words = f"--endpoint {server.url} --endpoint-model m {words}"
+        monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
+        status = 0
+        try:
+            cli.run_main(evaluation.main, evaluation.parse_args())
+        except SystemExit as leaving:
+            status = leaving.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_a_server_of_the_same_model_gives_the_same_predictions_and_table(home, chat, serve, ask):
+    server = serve(chat)
+    words = f"--data {home}/test.jsonl --batch {BATCH} --max-new-tokens 64 --out {home}/served"
+    status, printed, _ = ask(server, words)
+    assert status == 0 and {path for path, _, _ in server.seen} == {"/v1/chat/completions"}
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (home / "served" / name).read_bytes() == (home / "a" / name).read_bytes()
+    assert printed.replace(f"{home}/served", f"{home}/a") == (home / "stdout.txt").read_text()
+    assert all((b["model"], b["temperature"], b["max_tokens"]) == ("m", 0, 64) for _, _, b in server.seen)
+
+
+def test_blind_questions_and_samples_go_to_the_server_too(home, serve, ask):
+    def script(body):
+        colours = image_of(body).getcolors(1)
+        answer = "grey" if colours and colours[0][1] == (128, 128, 128) else "seen"
+        return f"<answer>{answer if body['temperature'] == 0 else body['seed']}</answer>", "stop"
+
+    rows = [{k: v for k, v in r.items() if k != "options"} for r in lines(home / "test.jsonl")[:3]]
+    (home / "open.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = f"--data {home}/open.jsonl --blind --samples 2 --temperature 0.7 --out {home}/sampled"
+    server = serve(script)
+    assert ask(server, words)[0] == 0
+    found = lines(home / "sampled" / "predictions.jsonl")
+    assert [(r["prediction"], r["blind"]) for r in found] == [("seen", "grey")] * 3
+    seeds = [int(seed) for r in found for seed in r["samples"]]
+    assert len(set(seeds)) == 6 and all(0 <= seed < 2**31 for seed in seeds)
+    sent = {body["seed"]: (body["temperature"], text_of(body)) for _, _, body in server.seen}
+    assert [sent[seed] for seed in seeds] == [(0.7, policy_prompt(r)) for r in rows for _ in range(2)]
+
+
+def test_an_image_is_sent_at_a_bounded_size_and_a_small_one_as_it_is(tmp_path, serve, ask, question):
+    sizes = {"small": (64, 48), "wide": (3000, 1500), "tall": (20, 4000)}
+    rows = []
+    for name, size in sizes.items():
+        Image.linear_gradient("L").resize(size).save(tmp_path / f"{name}.png")
+        rows.append(question | {"id": name, "question": name, "image": str(tmp_path / f"{name}.png")})
+    records.write_records(tmp_path / "test.jsonl", rows)
+    for flags, expected in [
+        ("", {"small": (64, 48), "wide": (2048, 1024), "tall": (10, 2048)}),
+        ("--endpoint-side 32", {"small": (32, 24), "wide": (32, 16), "tall": (1, 32)}),
+    ]:
+        server = serve(lambda body: ("<answer>CT</answer>", "stop"))
+        words = f"--data {tmp_path}/test.jsonl {flags} --out {tmp_path}/out{len(flags)}"
+        assert ask(server, words)[0] == 0
+        sent = {text_of(body).split("\n")[0]: image_of(body).size for _, _, body in server.seen}
+        assert {name: sent[key] for name in sizes for key in sent if name in key} == expected
+
+
+def test_if_the_server_goes_away_the_same_command_asks_only_what_is_left(home, chat, serve, ask):
+    away = threading.Event()
+
+    def script(body):
+        if len(server.seen) > 2 * BATCH:
+            away.set()
+        return (503, {"error": "out for lunch"}) if away.is_set() else chat(body)
+
+    server = serve(script)
+    words = f"--data {home}/test.jsonl --batch {BATCH} --max-new-tokens 64 --retries 1 --out {home}/back"
+    status, _, err = ask(server, words)
+    assert status == 2 and err.count("\n") == 1 and "HTTP 503 out for lunch; gave up after 1 retries" in err
+    del server.seen[:]
+    server.script = chat
+    assert ask(server, words + " --concurrency 2")[0] == 0 and len(server.seen) == 25 - 2 * BATCH
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (home / "back" / name).read_bytes() == (home / "a" / name).read_bytes()

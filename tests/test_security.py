@@ -20,6 +20,7 @@ from test_bad_input import READERS, Payload, call, own_code, put_reward_model
 
 from analysis import report
 from medgr2 import endpoint, loading, records, runs, vlm
+from medgr2.images import open_image
 from medgr2.prompts import PARADIGMS
 
 PLANTED = "planted"
@@ -181,7 +182,7 @@ def test_only_the_pixels_of_an_image_go_to_a_server_or_into_the_report(kind, tmp
         path, kind, exif=exif, icc_profile=planted + bytes(200), xmp=planted, **more
     )
     assert path.read_bytes().count(planted) >= 2
-    for url in (endpoint.data_url(path), report.thumbnail(path, 32)):
+    for url in (endpoint.data_url(open_image(path), 64), report.thumbnail(path, 32)):
         sent = base64.b64decode(url.partition(",")[2])
         with Image.open(io.BytesIO(sent)) as image:
             assert image.size in ((64, 64), (32, 32))
