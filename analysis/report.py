@@ -1,9 +1,10 @@
 """The report: one page that shows a run, `report.html`, self-contained, for any browser, offline.
 
-It holds the tables of metrics.json files, figures, the curves of metrics.jsonl files, and items to page
-through: image, question, options, rationale, answer, rewards and each run's response, with filters and a
-search. An evaluated question is one item with the responses of all runs that answered it, so that runs can be
-compared on it.
+It holds a figure of the accuracy after each stage of each cycle, for all questions or one task, the tables
+of metrics.json files, figures, the curves of metrics.jsonl files, and items to page through: image, question,
+options, rationale, answer, rewards and each run's response, with filters and a search. An evaluated question
+is one item with the responses of all runs that answered it, so that runs can be compared on it. The name of a
+run, or of a task or modality, in a table leads to its items.
 
 The page can do no harm. Records are untrusted text: they travel as JSON and are shown as text only, never as
 HTML. The page's Content-Security-Policy names the hash of its own script and style and forbids everything
@@ -36,11 +37,22 @@ TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_temp
 KINDS = ("metrics", "predictions", "scored", "figures")
 # Most points of a curve: more would not be visible.
 POINTS = 200
-# The runs of a cycle, in order.
-RUNS = (
-    "reward scored sft_random eval_sft_random sft eval_sft sft_first eval_sft_first sft_more eval_sft_more "
-    "grpo eval_grpo generator"
-).split()
+# The policies of a cycle's folder, in order, with the names that they have in the table of cycle.sh.
+START = {
+    "base": "base",
+    "sft_expert": "SFT on expert data",
+    "ceiling": "ceiling: SFT on plenty of expert data",
+}
+# And those of the folder of each cycle. With FILTER=random `sft` has the name of `sft_random`.
+POLICIES = {
+    "sft": "SFT on accepted",
+    "grpo": "+ GRPO",
+    "sft_first": "SFT on accepted of cycle 1",
+    "sft_random": "SFT on random",
+    "sft_more": "+ as many SFT steps",
+}
+# Its other runs: those before the policies and the one after them.
+BEFORE, AFTER = {"reward": "reward model", "scored": "candidates"}, {"generator": "generator"}
 # Metrics whose curves are shown first; the others are folded away.
 MAIN_CURVES = "reward reward_model match watch_accuracy watch_reward loss kl entropy length".split()
 # Fields of a record, and of a response, that an item keeps.
@@ -61,27 +73,56 @@ def parse_label(value, by_name=False):
     return label, path
 
 
+def name_runs(folder):
+    """{folder of a run, below `folder`: its name} of a cycle, as its table has it, in the order of stages."""
+    named = {}
+
+    def add(prefix, policies, path="", evaluated=True):
+        for run, name in policies.items():
+            named[f"{path}{run}"] = prefix + name
+            if evaluated:
+                named[f"{path}eval_{run}"] = prefix + name
+
+    add("", START)
+    settings = os.path.join(folder, "settings")
+    is_random = os.path.isfile(settings) and "FILTER=random" in read_lines(settings)
+    policies = POLICIES | {"sft": POLICIES["sft_random"]} if is_random else POLICIES
+    for c in range(1, count_cycles(folder) + 1):
+        named[f"cycle{c}"] = f"cycle {c}: candidates"
+        add(f"cycle {c}: ", BEFORE, f"cycle{c}/", evaluated=False)
+        add(f"cycle {c}: ", policies, f"cycle{c}/")
+        add(f"cycle {c}: ", AFTER, f"cycle{c}/", evaluated=False)
+    return named
+
+
+def count_cycles(folder):
+    return len(glob.glob(os.path.join(glob.escape(folder), "cycle[0-9]*")))
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read().splitlines()
+
+
 def find_cycle_files(folder):
     """What cycle.sh leaves in `folder`, in the order of its stages. Raises RunError if that is nothing."""
-    count = len(glob.glob(os.path.join(glob.escape(folder), "cycle[0-9]*")))
-    cycles = [f"cycle{c + 1}" for c in range(count)]
-    names = ["eval_base", "sft_expert", "eval_sft_expert", "ceiling", "eval_ceiling"]
-    names += [f"{cycle}/{run}" for cycle in cycles for run in RUNS]
-    with_tables = [n for n in names if os.path.basename(n).startswith(("eval", "reward", "scored"))]
+    named = name_runs(folder)
 
-    def existing(names, file):
-        found = [(name, os.path.join(folder, name, file)) for name in names]
-        return [(name, path) for name, path in found if os.path.isfile(path)]
+    def existing(file, *kinds):
+        """(name, path) of each run that has the file, of these kinds of run only."""
+        found = [(name, run, os.path.join(folder, run, file)) for run, name in named.items()]
+        kept = [(n, path) for n, run, path in found if os.path.basename(run).startswith(kinds or "")]
+        return [(name, path) for name, path in kept if os.path.isfile(path)]
 
     figures = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.svg"), recursive=True))
     files = {
         "metrics": [
-            *existing(with_tables, "metrics.json"),
-            *existing(cycles, "marks.json"),
-            *existing(names, "metrics.jsonl"),
+            *existing("metrics.json", "eval", "reward", "scored"),
+            *existing("marks.json"),
+            *existing("metrics.jsonl"),
         ],
-        "predictions": existing(names, "predictions.jsonl"),
-        "scored": existing(names, "scored.jsonl"),
+        "predictions": existing("predictions.jsonl"),
+        "scored": existing("scored.jsonl"),
         "figures": [(os.path.relpath(path, folder), path) for path in figures],
     }
     if not any(files.values()):
@@ -219,7 +260,37 @@ def make_group_tables(script, results):
             measures |= {shown_measure(value): None for value in group.values() if isinstance(value, dict)}
         if rows:
             title = " ".join([f"{script}: {field}", *filter(None, measures)])
-            yield {"title": title, "columns": [label for label, _ in having], "rows": rows}
+            yield {"title": title, "field": field, "columns": [label for label, _ in having], "rows": rows}
+
+
+def make_headline(folder):
+    """The accuracy of a cycle's policies, or None without a cycle: {"groups", "cycles", "levels", "lines"}.
+
+    groups: "" (all questions), then the tasks. A point is [cycle, {group: [accuracy, low, high]}]. lines:
+    [{"name", "points"}], one for each stage; levels: the same, with one point, for what comes before.
+    """
+    levels, lines = {}, {}
+    for run, name in name_runs(folder).items():
+        path = os.path.join(folder, run, "metrics.json")
+        if os.path.basename(run).startswith("eval") and os.path.isfile(path):
+            result, (cycle, _, stage) = read_json(path), name.rpartition(": ")
+            groups = {"": result} | result.get("task", {})
+            point = {
+                group: [r.get(key) for key in ("accuracy", "low", "high")] for group, r in groups.items()
+            }
+            if name in START.values():
+                levels[name] = [[0, point]]
+            else:
+                lines.setdefault(stage, []).append([int(cycle.removeprefix("cycle ")), point])
+    if not lines:
+        return None
+    points = [point for own in (levels | lines).values() for _, point in own]
+    return {
+        "groups": all_keys(points),
+        "cycles": count_cycles(folder),
+        "levels": [{"name": name, "points": own} for name, own in levels.items()],
+        "lines": [{"name": name, "points": own} for name, own in lines.items()],
+    }
 
 
 def make_curves(files):
@@ -393,6 +464,7 @@ def main(args):
         "items": items,
         "images": images,
         "runs": [label for label, _ in files["predictions"]],
+        "headline": make_headline(args.run) if args.run else None,
         "tables": make_tables([f for f in files["metrics"] if f not in curve_files]),
         "curves": make_curves(curve_files),
         "figures": [{"label": label, "url": embed_figure(path)} for label, path in files["figures"]],

@@ -37,6 +37,24 @@ def test_the_cycle_finishes_and_ends_with_its_table(finished):
     assert f"{accuracy:.3f}" in next(line for line in table.splitlines() if line.startswith("base"))
 
 
+def test_every_stage_begins_with_a_line_that_says_what_it_will_do_and_where(finished):
+    out, done = finished
+    said = {}
+    for line in done.stdout.splitlines():
+        if found := re.fullmatch(rf"{re.escape(str(out))}/(\S+): (.*), on \S.*", line):
+            said.setdefault(found[1], found[2])
+    stages = {os.path.relpath(path.parent, out) for path in out.rglob("args.json")}
+    assert set(said) == stages and len(stages) > 10
+    asked = len((out / "data" / "test.jsonl").read_text().splitlines())
+    assert said["eval_base"] == f"{asked} questions to answer"
+    assert said["ceiling"].startswith("2 steps of 8 examples out of ")
+    assert said["cycle1/grpo"].startswith("1 steps of 2 questions x 4 responses out of ")
+    assert said["cycle1/reward"].startswith("50 steps on the responses to ")
+    candidates = len((out / "cycle1" / "scored" / "scored.jsonl").read_text().splitlines())
+    assert said["cycle1/scored"] == f"{candidates} candidates to score"
+    assert re.fullmatch(r"\d+ candidates about 8 images", said["cycle1/candidates"])
+
+
 def test_every_record_file_of_the_cycle_is_valid_and_traces_to_its_image(finished):
     out, _ = finished
     images = {r["id"]: r["image"] for r in records.read_records(out / "data" / "unlabelled" / "images.jsonl")}
@@ -68,6 +86,10 @@ def test_the_report_holds_every_evaluated_question_every_candidate_and_the_curve
     assert {curve["title"] for curve in data["curves"]} == {"sft.py"}
     accuracy = json.load(open(out / "eval_base" / "metrics.json"))["accuracy"]
     assert data["tables"][0]["rows"][0][1][0] == f"{accuracy:.3f}"
+    # Its rows have the names and the order of the table that the terminal shows.
+    names = [re.split("  +", line)[0] for line in (out / "table.txt").read_text().splitlines()[2:-2]]
+    assert len(names) == 7 and data["runs"] == names
+    assert [row[0][0] for row in data["tables"][0]["rows"]] == names
 
 
 def test_a_second_call_runs_no_stage_again(finished):

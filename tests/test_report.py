@@ -24,6 +24,8 @@ HOSTILE = (
     "</script><script>window.harm = 1</script><img src=x onerror='window.harm = 2'> "
     "<!-- <b>bold</b> & \u2028 {{DATA}}"
 )
+# What the table of cycle.sh calls the runs of the fixture `cycle`.
+BASE, GRPO, CANDIDATES = "base", "cycle 1: + GRPO", "cycle 1: candidates"
 TASKS, MODALITIES = ("Disease Diagnosis", "Lesion Grading"), ("CT", "MRI", "OCT")
 
 
@@ -85,8 +87,8 @@ def cycle(tmp_path_factory):
         draw(folder / "images" / f"{i}.png", i)
     rows = questions(folder)
     made = {
-        name: evaluate(folder / name, rows, rate, name)
-        for name, rate in (("eval_base", 0.4), ("cycle1/eval_grpo", 0.8))
+        label: evaluate(folder / name, rows, rate, name)
+        for label, name, rate in ((BASE, "eval_base", 0.4), (GRPO, "cycle1/eval_grpo", 0.8))
     }
     rng = random.Random(0)
     scored = [
@@ -117,7 +119,7 @@ def cycle(tmp_path_factory):
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="90" height="90">'
         '<script>top.harm = 3</script><circle r="4"/></svg>'
     )
-    return folder, made | {"cycle1/scored": scored}
+    return folder, made | {CANDIDATES: scored}
 
 
 class Scripts(html.parser.HTMLParser):
@@ -179,20 +181,19 @@ def test_an_evaluated_question_is_one_item_with_every_run_and_a_candidate_knows_
         [i for i in data["items"] if i["set"] == "evaluated"],
         [i for i in data["items"] if i["set"] != "evaluated"],
     )
-    assert [i["id"] for i in first] == [r["id"] for r in rows["eval_base"]] and len(second) == 60
-    for item, *answers in zip(first, rows["eval_base"], rows["cycle1/eval_grpo"]):
+    assert [i["id"] for i in first] == [r["id"] for r in rows[BASE]] and len(second) == 60
+    for item, *answers in zip(first, rows[BASE], rows[GRPO]):
         assert [(r["run"], r["correct"], r.get("prediction")) for r in item["responses"]] == [
-            (run, a["prediction"] == a["answer"], a["prediction"])
-            for run, a in zip(("eval_base", "cycle1/eval_grpo"), answers)
+            (run, a["prediction"] == a["answer"], a["prediction"]) for run, a in zip((BASE, GRPO), answers)
         ]
     assert [i["accepted"] for i in second] == [n % 3 == 0 for n in range(60)]
-    assert data["runs"] == ["eval_base", "cycle1/eval_grpo"]
+    assert data["runs"] == [BASE, GRPO]
 
 
 def test_the_same_id_on_another_question_is_another_item(cycle, tmp_path):
     folder, rows = cycle
     for name, question in (("a", "One?"), ("b", "Two?")):
-        records.write_records(tmp_path / name / "p.jsonl", [rows["eval_base"][0] | {"question": question}])
+        records.write_records(tmp_path / name / "p.jsonl", [rows[BASE][0] | {"question": question}])
     files = [tmp_path / "a" / "p.jsonl", f"other={tmp_path / 'b' / 'p.jsonl'}"]
     data, _ = made(tmp_path / "r.html", "--predictions", *files, "--image-root", folder)
     assert [(i["question"], len(i["responses"])) for i in data["items"]] == [("One?", 1), ("Two?", 1)]
@@ -237,12 +238,12 @@ def test_tables_show_the_numbers_of_the_files_with_their_intervals(cycle, tmp_pa
     result = json.loads((folder / "eval_base" / "metrics.json").read_text())
     assert first["title"] == "eval.py" and first["columns"][0] == "accuracy" and "low" not in first["columns"]
     assert first["rows"][0][:2] == [
-        ["eval_base"],
+        [BASE],
         [f"{result['accuracy']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}"],
     ]
-    assert [row[0] for row in first["rows"]] == [["eval_base"], ["cycle1/eval_grpo"]]
+    assert [row[0] for row in first["rows"]] == [[BASE], [GRPO]]
     assert by_modality["title"] == "eval.py: modality accuracy"
-    assert by_modality["columns"] == ["eval_base", "cycle1/eval_grpo"]
+    assert by_modality["columns"] == [BASE, GRPO]
     assert {row[0][0]: row[1][0] for row in by_modality["rows"]} == {
         m: f"{g['accuracy']:.3f}" for m, g in result["modality"].items()
     }
@@ -256,13 +257,62 @@ def test_a_group_in_a_group_has_a_table_and_shows_its_first_fraction_if_it_has_n
     tables = made(tmp_path / "r.html", "--metrics", f"mine={tmp_path / 'm.json'}")[0]["tables"]
     assert tables == [
         {"title": "m.json", "columns": ["n", "ok"], "rows": [[["mine"], ["3"], [""]]]},
-        {"title": "m.json: levels mean", "columns": ["mine"], "rows": [[["x"], ["0.500"]], [["y"], ["7"]]]},
+        {
+            "title": "m.json: levels mean",
+            "field": "levels",
+            "columns": ["mine"],
+            "rows": [[["x"], ["0.500"]], [["y"], ["7"]]],
+        },
         {
             "title": "m.json: scorers: closed accuracy",
+            "field": "scorers: closed",
             "columns": ["mine"],
             "rows": [[["n"], ["9"]], [["strict"], ["0.250"]]],
         },
     ]
+
+
+def test_with_a_random_filter_the_policy_is_called_so(cycle, tmp_path):
+    folder = tmp_path / "run"
+    for name in ("eval_base", "cycle1/eval_sft"):
+        shutil.copytree(cycle[0] / "eval_base", folder / name)
+    for chosen in ("accepted", "random"):
+        (folder / "settings").write_text(f"SEED=0\nFILTER={chosen}\n")
+        assert made(tmp_path / "r.html", "--run", folder)[0]["runs"] == ["base", f"cycle 1: SFT on {chosen}"]
+
+
+def test_the_headline_holds_accuracy_and_interval_of_each_stage_by_cycle_and_task(cycle, tmp_path):
+    folder = tmp_path / "run"
+    for name in ("eval_base", "cycle1/eval_grpo"):
+        shutil.copytree(cycle[0] / name, folder / name)
+    # A second cycle with one stage, and without one of the tasks.
+    shutil.copytree(cycle[0] / "eval_base", folder / "cycle2" / "eval_grpo")
+    path = folder / "cycle2" / "eval_grpo" / "metrics.json"
+    result = json.loads(path.read_text())
+    del result["task"][TASKS[1]]
+    path.write_text(json.dumps(result))
+    (folder / "cycle2" / "eval_sft.part").mkdir()
+    headline = made(tmp_path / "r.html", "--run", folder)[0]["headline"]
+
+    def point(name, groups=("", *TASKS)):
+        whole = json.loads((folder / name / "metrics.json").read_text())
+        by_group = {"": whole} | whole["task"]
+        return {g: [by_group[g][key] for key in ("accuracy", "low", "high")] for g in groups}
+
+    assert headline == {
+        "groups": ["", *TASKS],
+        "cycles": 2,
+        "levels": [{"name": "base", "points": [[0, point("eval_base")]]}],
+        "lines": [
+            {
+                "name": "+ GRPO",
+                "points": [[1, point("cycle1/eval_grpo")], [2, point("cycle2/eval_grpo", ("", TASKS[0]))]],
+            }
+        ],
+    }
+    shutil.rmtree(folder / "cycle1")
+    shutil.rmtree(folder / "cycle2")
+    assert made(tmp_path / "r.html", "--run", folder)[0]["headline"] is None
 
 
 def test_a_curve_keeps_its_ends_and_at_most_200_points(cycle, tmp_path):
@@ -272,7 +322,7 @@ def test_a_curve_keeps_its_ends_and_at_most_200_points(cycle, tmp_path):
     assert (len(x), x[0], x[-1]) == (200, 0, 999) and x == sorted(set(x))
     assert y == [step / 10 for step in x]
     steps = list(range(0, 1000, 100))
-    line = {"label": "cycle1/grpo", "x": steps, "y": [0.5 + step / 1000 for step in steps]}
+    line = {"label": GRPO, "x": steps, "y": [0.5 + step / 1000 for step in steps]}
     assert curves[1]["lines"] == [line]
 
 
@@ -407,7 +457,7 @@ def test_the_page_opens_without_an_error_or_a_request_and_fits_the_screen(browse
 
 def test_every_filter_leaves_exactly_the_records_that_it_names(cycle, view):
     rows = cycle[1]
-    base, grpo, scored = rows["eval_base"], rows["cycle1/eval_grpo"], rows["cycle1/scored"]
+    base, grpo, scored = rows[BASE], rows[GRPO], rows[CANDIDATES]
     right = [{r["id"] for r in run if r["prediction"] == r["answer"]} for run in (base, grpo)]
     unread = [r for r in grpo if r["prediction"] is None]
     assert unread and right[0] != right[1]
@@ -415,9 +465,9 @@ def test_every_filter_leaves_exactly_the_records_that_it_names(cycle, view):
         ({"modality": "MRI"}, sum(r["modality"] == "MRI" for r in base + scored)),
         ({"task": TASKS[1]}, 60),
         ({"source": "generated"}, 60),
-        ({"set": "cycle1/scored"}, 60),
+        ({"set": CANDIDATES}, 60),
         ({"result": "right"}, len(right[1])),
-        ({"run": "eval_base", "result": "right"}, len(right[0])),
+        ({"run": BASE, "result": "right"}, len(right[0])),
         ({"result": "wrong"}, 60 - len(right[1])),
         ({"result": "unread"}, len(unread)),
         ({"result": "mixed"}, len(right[0] ^ right[1])),
@@ -431,12 +481,12 @@ def test_every_filter_leaves_exactly_the_records_that_it_names(cycle, view):
         assert (view.count() if n else view.page.inner_text("#count")) == (
             n or "No item passes the filters."
         ), choices
-    view.choose(result="unread", run="eval_base")
+    view.choose(result="unread", run=BASE)
     assert view.ids() == [r["id"] for r in base if r["prediction"] is None][:24] and view.complaints == []
 
 
 def test_items_can_be_ordered_by_reward(cycle, view):
-    ordered = [r["id"] for r in sorted(cycle[1]["cycle1/scored"], key=lambda r: r["reward"]["overall"])]
+    ordered = [r["id"] for r in sorted(cycle[1][CANDIDATES], key=lambda r: r["reward"]["overall"])]
     view.choose(order="up")
     assert view.ids() == ordered[:24]
     view.choose(order="down")
@@ -444,7 +494,7 @@ def test_items_can_be_ordered_by_reward(cycle, view):
 
 
 def test_pages_follow_one_another_by_mouse_keyboard_and_number(cycle, view):
-    ids = [r["id"] for r in cycle[1]["eval_base"] + cycle[1]["cycle1/scored"]]
+    ids = [r["id"] for r in cycle[1][BASE] + cycle[1][CANDIDATES]]
     assert view.ids() == ids[:24] and view.page.is_disabled("#previous")
     view.page.click("#next")
     assert view.ids() == ids[24:48]
@@ -481,7 +531,7 @@ def test_a_search_finds_every_word_in_any_text_of_an_item(view, text, field):
 
 
 def test_a_response_is_found_by_the_search_and_shown_with_its_verdict(cycle, view):
-    wrong = next(r for r in cycle[1]["cycle1/eval_grpo"] if r["prediction"] == "number")
+    wrong = next(r for r in cycle[1][GRPO] if r["prediction"] == "number")
     view.search(f"{wrong['question']} <answer>number</answer>")
     card = view.page.locator(f"article[data-id={wrong['id']}]")
     assert (
@@ -489,6 +539,58 @@ def test_a_response_is_found_by_the_search_and_shown_with_its_verdict(cycle, vie
         and card.locator(".response .badge").first.inner_text() == "wrong"
     )
     assert card.locator(".options .right").inner_text() == f"{wrong['answer']} (answer)"
+
+
+def test_the_headline_shows_all_questions_and_on_demand_one_task(cycle, view):
+    figure = view.page.locator("#headline")
+
+    def shown():
+        return figure.locator("svg.chart").get_attribute("aria-label"), figure.locator(".legend").inner_text()
+
+    def accuracy(run, task=None):
+        rows = [r for r in cycle[1][run] if task in (None, r["task"])]
+        return f"{sum(r['correct'] for r in rows) / len(rows):.3f}"
+
+    for task, said in ((None, "all questions"), (TASKS[1], TASKS[1]), (TASKS[0], TASKS[0])):
+        figure.locator("select").select_option(task or "")
+        label, legend = shown()
+        base, grpo = accuracy(BASE, task), accuracy(GRPO, task)
+        assert label == f"Accuracy, {said}: base {base}; + GRPO cycle 1 {grpo}"
+        assert legend.strip() == f"+ GRPO: {grpo}"
+    # One point, its interval's bar and the line through the points; the level of the base.
+    assert figure.locator(".chart circle").count() == 1 and figure.locator("line.level").count() == 1
+    low, high = figure.locator(".whisker").get_attribute("points").split(" ")
+    middle = float(figure.locator(".chart circle").get_attribute("cy"))
+    assert float(high.split(",")[1]) < middle < float(low.split(",")[1]) and view.complaints == []
+
+
+def test_a_name_in_a_table_leads_to_its_items(cycle, view):
+    rows = cycle[1]
+
+    def follow(title, name):
+        view.page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        view.page.evaluate("scrollTo(0, 0)")
+        view.choose(accepted="accepted", order="down")
+        view.page.get_by_role("region", name=title, exact=True).get_by_role(
+            "link", name=name, exact=True
+        ).click()
+        # The items are in sight, and filters that were set before are not.
+        assert 0 <= view.page.locator("#items").bounding_box()["y"] < 100
+        assert {view.page.input_value(f"select[name={n}]") for n in ("accepted", "order")} == {""}
+
+    for run in (BASE, GRPO):
+        follow("eval.py", run)
+        assert view.page.input_value("select[name=run]") == run and view.count() == len(rows[run])
+        assert view.ids() == [r["id"] for r in rows[run]][:24]
+        assert view.page.locator("article .response .name").first.inner_text() == f"by {run}"
+    follow("eval.py: task accuracy", TASKS[0])
+    of_task = [r["id"] for r in rows[BASE] + rows[CANDIDATES] if r["task"] == TASKS[0]]
+    assert view.count() == len(of_task) and view.ids() == of_task[:24]
+    follow("eval.py: modality accuracy", GRPO)
+    assert view.page.input_value("select[name=run]") == GRPO and view.count() == 60
+    # What has no items is no link.
+    links = view.page.get_by_role("region", name="eval.py: scorers", exact=True).get_by_role("link")
+    assert set(links.all_inner_texts()) <= {BASE, GRPO} and view.complaints == []
 
 
 def test_text_that_is_html_shows_as_text_and_nothing_in_it_runs(view):
