@@ -366,6 +366,7 @@ def main(args):
             respond, score = open_model(args.model, args.max_new_tokens)
         options = (score if args.scores else None, args.blind, args.samples, args.temperature, args.seed)
         answered = predict(respond, batches, *options)
+        run.announce(f"{len(questions)} questions to answer", args.endpoint)
         for step, done in zip(run.progress(range(first, last), "eval"), answered):
             run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in done])
             run.commit(step=step + 1)

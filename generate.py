@@ -291,6 +291,8 @@ def main(args):
         readable, not_asked = split_unreadable(drafts, unreadable)
         return readable, ask(readable) if readable else [], not_asked, time.time() - started
 
+    number = len(images) * len(args.paradigms) * args.per_image
+    run.announce(f"{number} candidates about {len(images)} images", args.endpoint)
     steps = range(run.state.get("step", 0), len(images), args.batch)
     # Ask the generator, a batch of images at a time. Processes take turns.
     asked = parallel.take_turns(steps, ask_batch, accelerator)
@@ -311,8 +313,7 @@ def main(args):
 
     counts = count_outcomes(run, args.paradigms)
     total = sum(counts.values(), Counter())
-    asked = len(images) * len(args.paradigms) * args.per_image
-    assert total.total() == asked, "a draft is neither kept nor rejected"
+    assert total.total() == number, "a draft is neither kept nor rejected"
     print(format_counts(counts, total))
     by_paradigm = {paradigm: count_entry(counter) for paradigm, counter in counts.items()}
     if not total["kept"]:
@@ -322,7 +323,7 @@ def main(args):
             "take another generator, or other flags, with another --out"
         )
     metrics = {"images": len(images), **count_entry(total), "by_paradigm": by_paradigm}
-    run.finish(metrics, f"kept {total['kept']} of {asked} candidates about {len(images)} images")
+    run.finish(metrics, f"kept {total['kept']} of {number} candidates about {len(images)} images")
 
 
 if __name__ == "__main__":

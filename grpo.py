@@ -409,6 +409,8 @@ def main(args):
     sizes = args.prompts, args.rollout_batch
     batches = rollouts.prefetch_batches(policy, examples, cursor, *sizes, args.seed, accelerator)
 
+    work = f"{args.steps} steps of {args.prompts} questions x {args.group} responses"
+    run.announce(f"{work} out of {len(examples)} questions")
     for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
         # Compare the reward with the truth on expert questions.
         watched = watch.check(step)

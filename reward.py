@@ -27,6 +27,7 @@ Departs from the paper:
         --image-root runs/toy --out runs/mine_scored
 """
 
+import functools
 import itertools
 import json
 import os
@@ -318,7 +319,7 @@ def fit(model, groups, args, run):
     """
     with torch.no_grad():
         features, rows = collect_features(
-            model, groups, args.batch, lambda batches: run.progress(batches, "features")
+            model, groups, args.batch, functools.partial(run.progress, description="features")
         )
     targets = targets_of([level for _, level in rows], features.device)
     model.heads.standardise(features)
@@ -353,9 +354,9 @@ def fit(model, groups, args, run):
 
 
 @torch.no_grad()
-def evaluate_heads(model, groups, batch, seed):
+def evaluate_heads(model, groups, batch, seed, progress=iter):
     """{metric: value} of R on held-out groups."""
-    features, rows = collect_features(model, groups, batch)
+    features, rows = collect_features(model, groups, batch, progress)
     scores = denormalise_reward(model.heads(features)[:, 0]).cpu().numpy()  # (n,)
     levels = np.array([level for _, level in rows])
     targets = np.array([LEVELS[level][0] for level in levels])
@@ -365,7 +366,7 @@ def evaluate_heads(model, groups, batch, seed):
         "ordered": evaluate_pairs(scores, levels),
         "spearman": spearman(scores, targets),
         "auroc": auroc(scores[answered], np.isin(levels, RIGHT)[answered]),
-        "image_swap_drop": image_swap_drop(model, groups, batch, seed),
+        "image_swap_drop": image_swap_drop(model, groups, batch, seed, progress),
     }
 
 
@@ -390,13 +391,13 @@ def evaluate_pairs(scores, levels):
     return found
 
 
-def image_swap_drop(model, groups, batch, seed):
+def image_swap_drop(model, groups, batch, seed, progress=iter):
     """Mean fall of R of the originals if each gets another's image; None if there is no other image."""
     originals = [record for record, labelled in groups if "original" in dict(labelled)]
     others = random.Random(seed).sample(originals, len(originals))
     pairs = [(own, other) for own, other in zip(originals, others) if own["image"] != other["image"]]
     drops = []
-    for i in range(0, len(pairs), batch):
+    for i in progress(range(0, len(pairs), batch)):
         rows, swapped = zip(*pairs[i : i + batch])
         before = score_references(model, rows, [row["image"] for row in rows])["overall"]
         after = score_references(model, rows, [row["image"] for row in swapped])["overall"]
@@ -426,8 +427,11 @@ def train(args):
         loading.freeze(backbone, "nothing")
     heads = Heads(feature_width(backbone, args.likelihood), args.hidden).to(backbone.device)
     model = RewardModel(backbone, heads, args.likelihood)
+    work = f"{args.steps} steps on the responses to {len(groups)} questions and reports"
+    run.announce(f"{work}, then {len(held_out)} held out")
     skipped = fit(model, groups, args, run)
-    metrics = evaluate_heads(model, held_out, args.batch, args.seed)
+    progress = functools.partial(run.progress, description="held out")
+    metrics = evaluate_heads(model, held_out, args.batch, args.seed, progress)
     print_evaluation(metrics)
     model.save(run.part)
     known = [k for k in ("auroc", "spearman", "image_swap_drop") if metrics[k] is not None]
@@ -547,6 +551,7 @@ def score(args):
         rewards = [{head: round(scores[head][k], 4) for head in HEADS} for k in range(len(part))]
         return [row | {"reward": reward} for row, reward in zip(part, rewards)]
 
+    run.announce(f"{len(rows)} candidates to score")
     steps = range(run.state.get("step", 0), len(rows), args.batch)
     # Score the candidates, a batch at a time. Processes take turns.
     scored = parallel.take_turns(steps, score_batch, accelerator)

@@ -17,6 +17,7 @@ Departs from the paper:
         --out runs/mine
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -108,11 +109,11 @@ def make_example(record, role, file):
 # The loss and its gradient. `policy` is the VLM that learns, in the role of a generator too.
 
 
-def micro_batch_losses(policy, examples, size):
+def micro_batch_losses(policy, examples, size, progress=iter):
     """Yield (sum of -log π over the response tokens, their number) for each micro-batch."""
     # Similar lengths together: less padding.
     examples = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
-    for i in range(0, len(examples), size):
+    for i in progress(range(0, len(examples), size)):
         images, prompts, responses = zip(*examples[i : i + size])
         ids, mask = vlm.encode_continuations(policy, responses)  # (B, C)
         inputs = vlm.encode_prompts(policy, [open_image(path) for path in images], prompts)  # (B, P)
@@ -139,9 +140,10 @@ def compute_gradient(policy, parameters, examples, micro_batch, accelerator):
 
 
 @torch.no_grad()
-def mean_loss(policy, examples, micro_batch):
+def mean_loss(policy, examples, micro_batch, progress=iter):
     """Mean -log π per response token over all examples."""
-    found = [(loss.item(), tokens) for loss, tokens in micro_batch_losses(policy, examples, micro_batch)]
+    losses = micro_batch_losses(policy, examples, micro_batch, progress)
+    found = [(loss.item(), tokens) for loss, tokens in losses]
     return sum(loss for loss, _ in found) / sum(tokens for _, tokens in found)
 
 
@@ -170,6 +172,7 @@ def main(args):
 
     steps = args.steps or math.ceil(args.epochs * len(examples) / args.batch)
     loss, skipped = run.state.get("loss"), training.Skipped(run.state.get("skipped", 0))
+    run.announce(f"{steps} steps of {args.batch} examples out of {len(examples)}")
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
         # Collect the batch. Each epoch is another permutation of the examples.
         batch = [examples[i] for i in training.batch_indices(step, args.batch, len(examples), args.seed)]
@@ -192,7 +195,8 @@ def main(args):
     if args.val:
         held_out = load_examples([args.val], [1.0], args.role, args.image_root)
         with accelerator.autocast():
-            result["val_loss"] = mean_loss(policy, held_out, args.micro_batch)
+            progress = functools.partial(run.progress, description="validation")
+            result["val_loss"] = mean_loss(policy, held_out, args.micro_batch, progress)
     if run.main:
         adapters.save_trained(policy, run.part)
     run.finish(

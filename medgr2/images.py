@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from medgr2.errors import RecordError, require
+from medgr2.progress import progress
 
 # The largest image that is opened: bytes of its file, width * height, longer / shorter side.
 MAX_BYTES = 256 << 20
@@ -312,7 +313,7 @@ def find_unreadable(rows, limit):
     """
     reasons = {}
     # A dict keeps the order of the file.
-    for path in dict.fromkeys(row["image"] for row in rows):
+    for path in progress(dict.fromkeys(row["image"] for row in rows), "images"):
         try:
             open_image(path)
         except RecordError as error:

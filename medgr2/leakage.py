@@ -35,6 +35,7 @@ import numpy as np
 from medgr2 import cli, records, runs
 from medgr2.errors import RunError
 from medgr2.images import hash_image, open_image
+from medgr2.progress import progress
 from medgr2.prompts import normalise
 
 SAME_FILE, SAME_PIXELS, SAME_BOTH = "same file", "same pixels", "same question, same image"
@@ -72,7 +73,7 @@ def fingerprint_images(*sides):
     paths = sorted({record["image"] for side in sides for _, record in side})
     # Threads help: hashing and decoding release Python's lock.
     with ThreadPoolExecutor() as pool:
-        return dict(zip(paths, pool.map(fingerprint, paths)))
+        return dict(zip(progress(paths, "images"), pool.map(fingerprint, paths)))
 
 
 def difference_hash(image):

@@ -18,6 +18,7 @@ from collections import Counter
 from medgr2 import cli
 from medgr2.errors import RecordError, require
 from medgr2.images import find_file, hash_image, is_under, open_image, require_file
+from medgr2.progress import progress
 from medgr2.prompts import MAX_OPTIONS, TAG, normalise
 
 FIELDS = {
@@ -312,7 +313,7 @@ def check(path, root=None, limit=0):
     # The first record of each image.
     id_of_image = {row["image"]: row["id"] for row in reversed(rows)}
     problems = []
-    for image, name in id_of_image.items():
+    for image, name in progress(id_of_image.items(), "images"):
         try:
             open_image(image)
         except RecordError as error:

@@ -10,6 +10,7 @@ exists. The same command again finds the run complete, or resumes it from the la
                     optimiser, how long the files were)
 
     run = runs.start(args, inputs=[args.data])
+    run.announce(f"{steps} steps of {args.batch} examples")
     for step in run.progress(range(run.state.get("step", 0), steps), "training"):
         run.append("rollouts.jsonl", rows)
         run.log(step=step, loss=loss)
@@ -36,6 +37,7 @@ import sys
 
 from medgr2 import cli
 from medgr2.errors import RunError
+from medgr2.progress import progress
 from medgr2.trackers import Trackers, require_installed
 
 MIB = 1 << 20
@@ -77,6 +79,16 @@ def environment():
         "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))},
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus},
     }
+
+
+def describe_device():
+    """What torch computes on: `NVIDIA L40`, `8 x NVIDIA L40` (a process each) or `CPU (2 threads)`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"CPU ({torch.get_num_threads()} threads)"
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return (f"{processes} x " if processes > 1 else "") + torch.cuda.get_device_name()
 
 
 def versions():
@@ -270,11 +282,14 @@ class Run:
             print(f"{self.part}: stopped by {name} at step {step}; the same command resumes it", flush=True)
             sys.exit(128 + self.stopping)
 
-    def progress(self, items, description):
-        """Yield the items, with a progress bar if stderr is a terminal."""
-        from tqdm import tqdm
+    def announce(self, work, server=None):
+        """Print in one line what the run will do and where: on this machine, or on a server (its URL)."""
+        if self.main:
+            print(f"{self.folder}: {work}, on {server or describe_device()}", flush=True)
 
-        for item in tqdm(items, desc=description, disable=None if self.main else True, leave=False):
+    def progress(self, items, description):
+        """Yield the items of a sequence and show how far the run is (progress.py)."""
+        for item in progress(items, description):
             yield item
             # For a loop that commits nothing.
             self.exit_if_stopping()

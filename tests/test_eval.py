@@ -556,7 +556,10 @@ def test_a_server_of_the_same_model_gives_the_same_predictions_and_table(home, c
     assert status == 0 and {path for path, _, _ in server.seen} == {"/v1/chat/completions"}
     for name in ("predictions.jsonl", "metrics.json"):
         assert (home / "served" / name).read_bytes() == (home / "a" / name).read_bytes()
-    assert printed.replace(f"{home}/served", f"{home}/a") == (home / "stdout.txt").read_text()
+    # The first line says where it was asked.
+    first, *table = printed.replace(f"{home}/served", f"{home}/a").splitlines()
+    assert first == f"{home}/a: 25 questions to answer, on {server.url}"
+    assert table == (home / "stdout.txt").read_text().splitlines()[1:]
     assert all((b["model"], b["temperature"], b["max_tokens"]) == ("m", 0, 64) for _, _, b in server.seen)
 
 
