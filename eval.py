@@ -121,27 +121,26 @@ def ask_server(ask, max_new_tokens, images, texts, seeds=None, temperature=0, gr
     return ask(requests, temperature=temperature, max_tokens=max_new_tokens)
 
 
-def predict(respond, batches, score=None, blind=False, samples=0, temperature=1.0, seed=0):
-    """Yield the rows of predictions.jsonl for each batch of records.
+def predict(respond, batch, score=None, blind=False, samples=0, temperature=1.0, seed=0):
+    """The rows of predictions.jsonl for a batch of records.
 
     A row has the fields in ADDED; `score` (with_option_scores of a model), `blind` and `samples` add those in
     OPTIONAL.
     """
-    for batch in batches:
-        images = [open_image(record["image"]) for record in batch]
-        texts = [policy_prompt(record) for record in batch]
-        replies = respond(images, texts)
-        rows = [with_prediction(record, *reply) for record, reply in zip(batch, replies)]
-        if blind:
-            replies = respond([blank_like(image) for image in images], texts)
-            rows = [row | {"blind": parse_prediction(row, text)} for row, (text, _) in zip(rows, replies)]
-        if samples:
-            ids = [(record["id"], k) for record in batch for k in range(samples)]
-            seeds = [runs.seed_of(seed, "sample", *own) for own in ids]
-            replies = respond(images, texts, seeds, temperature, group=samples)
-            drawn = [replies[i : i + samples] for i in range(0, len(replies), samples)]
-            rows = [row | {"samples": parse_predictions(row, own)} for row, own in zip(rows, drawn)]
-        yield score(images, rows) if score else rows
+    images = [open_image(record["image"]) for record in batch]
+    texts = [policy_prompt(record) for record in batch]
+    replies = respond(images, texts)
+    rows = [with_prediction(record, *reply) for record, reply in zip(batch, replies)]
+    if blind:
+        replies = respond([blank_like(image) for image in images], texts)
+        rows = [row | {"blind": parse_prediction(row, text)} for row, (text, _) in zip(rows, replies)]
+    if samples:
+        ids = [(record["id"], k) for record in batch for k in range(samples)]
+        seeds = [runs.seed_of(seed, "sample", *own) for own in ids]
+        replies = respond(images, texts, seeds, temperature, group=samples)
+        drawn = [replies[i : i + samples] for i in range(0, len(replies), samples)]
+        rows = [row | {"samples": parse_predictions(row, own)} for row, own in zip(rows, drawn)]
+    return score(images, rows) if score else rows
 
 
 def blank_like(image):
@@ -344,6 +343,33 @@ def score_run(run, rows, seed, markdown):
     run.finish(result, f"accuracy {result['accuracy']:.3f} on {counts}")
 
 
+def answer(args):
+    """Answer --data into predictions.jsonl → the run. Several processes take turns at the batches."""
+    from accelerate import Accelerator
+
+    from medgr2 import parallel
+
+    questions, accelerator = read_questions(args.data, args.image_root), Accelerator()
+    run = runs.start(args, [args.model, args.data], accelerator.is_main_process, free=FREE)
+    if args.endpoint:
+        respond, score = functools.partial(ask_server, endpoint.connect(args), args.max_new_tokens), None
+    else:
+        respond, score = open_model(args.model, args.max_new_tokens)
+    options = {"blind": args.blind, "samples": args.samples, "temperature": args.temperature}
+    options |= {"score": score if args.scores else None, "seed": args.seed}
+    run.announce(f"{len(questions)} questions to answer", args.endpoint)
+    # A resumed run starts at the next batch of the same division, so that it writes the same bytes.
+    steps = range(run.state.get("step", 0), -(-len(questions) // args.batch))
+    batches = [questions[i * args.batch : (i + 1) * args.batch] for i in steps]
+    answered = parallel.take_turns(batches, functools.partial(predict, respond, **options), accelerator)
+    for step, done in zip(run.progress(steps, "eval"), answered):
+        run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in done])
+        run.commit(step=step + 1)
+        if step == steps[0] and run.main:
+            cli.tell_cut(len(done), sum(row["reason"] == CUT for row in done), args.max_new_tokens)
+    return run
+
+
 def main(args):
     if args.predictions:
         fields = cli.parse_pairs("--fields", args.fields)
@@ -355,23 +381,9 @@ def main(args):
         for line in lines:
             print(line)
     else:
-        questions = read_questions(args.data, args.image_root)
-        run = runs.start(args, [args.model, args.data], free=FREE)
-        # A resumed run starts at the next batch of the same division, so that it writes the same bytes.
-        first, last = run.state.get("step", 0), -(-len(questions) // args.batch)
-        batches = (questions[i * args.batch : (i + 1) * args.batch] for i in range(first, last))
-        if args.endpoint:
-            respond, score = functools.partial(ask_server, endpoint.connect(args), args.max_new_tokens), None
-        else:
-            respond, score = open_model(args.model, args.max_new_tokens)
-        options = (score if args.scores else None, args.blind, args.samples, args.temperature, args.seed)
-        answered = predict(respond, batches, *options)
-        run.announce(f"{len(questions)} questions to answer", args.endpoint)
-        for step, done in zip(run.progress(range(first, last), "eval"), answered):
-            run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in done])
-            run.commit(step=step + 1)
-            if step == first:
-                cli.tell_cut(len(done), sum(row["reason"] == CUT for row in done), args.max_new_tokens)
+        run = answer(args)
+        if not run.main:
+            return
         rows = list(records.read_records(run.path("predictions.jsonl"), root=records.ANYWHERE))
     score_run(run, rows, args.seed, args.markdown)
 

@@ -319,7 +319,7 @@ def main(args):
     if not total["kept"]:
         reasons = ", ".join(f"{reason} {n}" for reason, n in total.most_common())
         raise RunError(
-            f"none of {asked} candidates is kept ({reasons}): see {run.path('rejected.jsonl')}; "
+            f"none of {number} candidates is kept ({reasons}): see {run.path('rejected.jsonl')}; "
             "take another generator, or other flags, with another --out"
         )
     metrics = {"images": len(images), **count_entry(total), "by_paradigm": by_paradigm}

@@ -18,7 +18,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from medgr2 import training, vlm
 from medgr2.errors import ModelError, is_out_of_memory
-from medgr2.prompts import TAG, format_candidate
+from medgr2.prompts import TAG
 from medgr2.vlm import VLM, encode_continuations, encode_prompts
 
 # How far two computations of the same states may differ, relative to their norm: in fp32, in half precision.
@@ -103,8 +103,9 @@ def find_folder_fault(folder):
         return "not a model (no config.json in it); give a folder saved by save_pretrained or a hub name"
     kind = str(config.get("model_type"))
     mappings = transformers.models.auto.modeling_auto
-    if kind in mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
-        kind in mappings.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if (
+        kind in mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and kind not in mappings.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     ):
         return f"a model of text only ({kind}), which sees no image; give a vision-language model"
     return None

@@ -22,7 +22,9 @@ TASKS = (
 TAG = re.compile(r"</?(?:question|options|think|answer)>")
 
 # Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 
 # Options have letters, so there are no more of them than letters.
 MAX_OPTIONS = 26
@@ -101,7 +103,10 @@ NOUNS = (
     "answer option choice letter antwort lösung réponse choix respuesta opción resposta opção alternativa "
     "risposta opzione ответ вариант cevap yanıt seçenek الإجابة الجواب उत्तर विकल्प"
 )
-AFTER = "is would be the ist lautet die est la le correcte correcta es correta é corretta giusta è это الصحيحة هي هو"
+AFTER = (
+    "is would be the ist lautet die est la le correcte correcta es correta é corretta giusta è это "
+    "الصحيحة هي هو"
+)
 # The same in scripts that write words together.
 BEFORE_TOGETHER = "因此 所以 正确 正確 最终 最終 最佳"
 NOUNS_TOGETHER = "答案 选项 選項 选择 選擇 应选 选 選 正解 正答 答え 回答 解答 選択肢 정답 선택지 답"

@@ -46,3 +46,11 @@ def test_scores_do_not_depend_on_the_number_of_processes(folder, generated):
     data = f"--data {generated}/one/candidates.jsonl --image-root {folder}"
     run_in_one_and_two(out, f"reward.py score --model {folder}/rm {data} --keep 0.5 --batch 4")
     assert_same(out, ("scored.jsonl", "accepted.jsonl", "random.jsonl", "metrics.json"))
+
+
+def test_answers_do_not_depend_on_the_number_of_processes(folder):
+    out = folder / "answered"
+    out.mkdir()
+    data = f"--data {folder}/data/expert.jsonl --image-root {folder}"
+    run_in_one_and_two(out, f"eval.py --model toy/policy {data} --batch 2 --scores --samples 2")
+    assert_same(out, ("predictions.jsonl", "metrics.json"))

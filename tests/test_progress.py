@@ -1,4 +1,4 @@
-"""The progress of a long loop: a bar on a terminal, one line a minute elsewhere, nothing from other processes."""
+"""Progress of a long loop: a bar on a terminal, a line a minute elsewhere, nothing from other processes."""
 
 import os
 import pty

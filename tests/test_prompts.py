@@ -212,7 +212,8 @@ SCAN = ["肺炎", "正常", "胸腔积液"]
     ],
 )
 def test_an_answer_as_models_write_it_is_read(answer):
-    for options, normal in ((["Pneumonia", "Normal", "Effusion"], "Normal"), (["e. coli", "NORMAL"], "NORMAL")):
+    cases = (["Pneumonia", "Normal", "Effusion"], "Normal"), (["e. coli", "NORMAL"], "NORMAL")
+    for options, normal in cases:
         assert match_option(answer, options) == (normal, None)
 
 
