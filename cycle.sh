@@ -62,7 +62,7 @@ stage() {
   [ -e "$folder" ] || run "$PYTHON" "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 
-# launch FOLDER SCRIPT FLAGS...: the same for a stage that trains, on all GPUs if LAUNCH says so.
+# launch FOLDER SCRIPT FLAGS...: the same on all GPUs if LAUNCH says so. The reward model trains on one.
 launch() {
   local folder=$1; shift
   [ -e "$folder" ] || run ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
@@ -78,7 +78,7 @@ sft() {
 
 # evaluate MODEL [FOLDER]: by default into the folder beside the model with eval_ before its name.
 evaluate() {
-  stage "${2:-$(dirname "$1")/eval_$(basename "$1")}" "$EVAL" --model "$1" --data "$TEST" $EVAL_FLAGS
+  launch "${2:-$(dirname "$1")/eval_$(basename "$1")}" "$EVAL" --model "$1" --data "$TEST" $EVAL_FLAGS
 }
 
 case $FILTER in
@@ -138,9 +138,9 @@ for c in $(seq "$CYCLES"); do
   d=$OUT/cycle$c
   stage "$d/reward" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" ${REPORTS:+"$REPORTS"} \
     --rollouts ${rollouts[@]+"${rollouts[@]}"} $REWARD_FLAGS
-  stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
+  launch "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
     $GENERATE_FLAGS
-  stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
+  launch "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
   # SFT, then GRPO, on all that was accepted so far and the expert questions. The next cycle starts from this
   # policy.
   accepted+=("$d/scored/$FILTER.jsonl") random+=("$d/scored/random.jsonl")
@@ -174,7 +174,7 @@ for c in $(seq "$CYCLES"); do
     frozen=$d/scored
     [ "$c" -eq 1 ] || {
       frozen=$d/frozen_scored
-      stage "$frozen" "$REWARD" score --model "$d/reward" --data "$OUT/cycle1/candidates/candidates.jsonl" \
+      launch "$frozen" "$REWARD" score --model "$d/reward" --data "$OUT/cycle1/candidates/candidates.jsonl" \
         $SCORE_FLAGS
     }
     [ -z "$TRUTH" ] || [ -e "$d/frozen.json" ] ||
