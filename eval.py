@@ -325,7 +325,8 @@ def read_questions(path, root=None):
         where = f"{path}: record {row['id']}"
         require(os.path.isfile(row["image"]), f"{where}: no such image {row['image']}: correct `image`")
         for field in ADDED + OPTIONAL:
-            require(field not in row, f"{where} has a `{field}` already: give the file without predictions")
+            is_new = row.get(field) is None
+            require(is_new, f"{where} has a `{field}` already: give the file without predictions")
     return rows
 
 

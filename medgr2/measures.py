@@ -155,8 +155,9 @@ def by_group(rows, measure):
     """
     result = measure(np.arange(len(rows)))
     for field in GROUPS:
-        names = np.array([row.get(field, "(none)") for row in rows])
-        is_known = any(field in row for row in rows)
+        # A field that is null is lacking, too.
+        names = np.array([row.get(field) or "(none)" for row in rows])
+        is_known = any(row.get(field) for row in rows)
         if is_known and (field in ALWAYS_GROUPED or len(set(names)) > 1):
             result[field] = {str(name): measure(np.flatnonzero(names == name)) for name in np.unique(names)}
     return result

@@ -208,3 +208,11 @@ def test_data_set_and_source_are_groups_only_if_there_are_several():
     ]
     assert set(measures.by_group(rows, lambda i: {"n": len(i)})) == {"n", "modality", "dataset"}
     assert measures.by_group(rows, lambda i: {"n": len(i)})["dataset"] == {"a": {"n": 1}, "b": {"n": 1}}
+
+
+def test_a_row_whose_group_is_null_is_in_the_group_of_none():
+    rows = [{"dataset": "a"}, {"dataset": None}, {}, {"dataset": "a", "task": None}]
+    assert measures.by_group(rows, lambda index: {"n": len(index)}) == {
+        "n": 4,
+        "dataset": {"(none)": {"n": 2}, "a": {"n": 2}},
+    }
