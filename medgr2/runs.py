@@ -34,6 +34,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 from medgr2 import cli
 from medgr2.errors import RunError
@@ -170,8 +171,8 @@ class Run:
         self.trackers = trackers
         self.files = {}
         self.commits = state.get("commits", 0)
-        # The signal after which this run is to stop.
-        self.stopping = None
+        # The signal after which this run is to stop, and when it came.
+        self.stopping, self.stopped = None, -math.inf
         self.old_handlers = self.handle_signals()
 
     def handle_signals(self):
@@ -184,7 +185,9 @@ class Run:
 
     def stop(self, number, frame):
         """Stop after the next commit; at a second Ctrl-C at once, like after SIGKILL."""
-        if self.stopping and number == signal.SIGINT:
+        # A launcher may pass on the Ctrl-C that the terminal has sent already.
+        is_another, self.stopped = time.monotonic() > self.stopped + 0.2, time.monotonic()
+        if self.stopping and number == signal.SIGINT and is_another:
             cli.leave_at_once(f"{self.part}: stopped at once; the same command resumes from the last commit")
         self.stopping = signal.Signals(number)
 

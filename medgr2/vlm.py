@@ -439,7 +439,7 @@ def require_numbers(vlm, holds):
     if not holds:
         raise ModelError(
             f"{type(vlm.model).__name__}: its logits are not finite; if it is being trained, lower --lr, "
-            "with another --out; if not, take another model"
+            "with another --out (metrics.jsonl has the last steps); if not, take another model"
         )
 
 

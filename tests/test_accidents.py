@@ -78,16 +78,25 @@ while True:
 def test_a_second_ctrl_c_leaves_at_once_and_a_second_sigterm_does_not(tmp_path):
     running = start(RUN, tmp_path)
     assert running.stdout.readline() == "running\n"
-    for number in (signal.SIGTERM, signal.SIGTERM):
-        running.send_signal(number)
-        time.sleep(0.1)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        time.sleep(0.3)
         assert running.poll() is None
-    running.send_signal(signal.SIGINT)
+        running.send_signal(number)
     out, err = running.communicate(timeout=20)
     assert running.returncode == 130 and out == "" and len(err.splitlines()) == 1
     assert "out.part: stopped at once; the same command resumes from the last commit" in err
     # The commit before is kept.
     assert len(list((tmp_path / "out.part" / "state").glob("*.pt"))) == 1
+
+
+def test_one_ctrl_c_that_arrives_twice_is_one(tmp_path, monkeypatch):
+    """From the terminal, and passed on by a launcher."""
+    monkeypatch.setattr(cli, "leave_at_once", pytest.fail)
+    run = runs.start(args_of(tmp_path))
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit):
+        run.commit(step=1)
 
 
 def test_ctrl_c_before_a_run_starts_is_one_line_too(tmp_path):

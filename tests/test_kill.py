@@ -301,7 +301,8 @@ def main(args):
         import readme
 
         for block, path in files.items():
-            readme.write_block(block, kills_table(path))
+            if path.exists():
+                readme.write_block(block, kills_table(path))
     sys.exit(bool(differences))
 
 

@@ -150,7 +150,8 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(monkeypatch, data, tmp
         run_sft(monkeypatch, data, tmp_path / "cut")
     monkeypatch.setattr(sft, "compute_gradient", compute_gradient)
     assert not (tmp_path / "cut").exists()
-    run_sft(monkeypatch, data, tmp_path / "cut")
+    # As after the memory ran out; fewer at a time than there are would change the rounding.
+    run_sft(monkeypatch, data, tmp_path / "cut", "--micro-batch 16")
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
