@@ -1739,6 +1739,23 @@ def test_capped_and_scaled_logits_and_a_bias_reach_the_log_probabilities(llava):
             assert largest(entropy[n, : len(row)] + (log_p.exp() * log_p).sum(-1)) < 1e-5
 
 
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_logits_that_are_not_finite_are_one_line_in_sampling_and_in_scoring(value, llava, tmp_path):
+    """Also if the weights are finite: 3e38 overflows as soon as it is multiplied."""
+    prompts = vlm.encode_prompts(llava, IMAGES[:2], TEXTS[:2])
+    ids, mask = vlm.encode_continuations(llava, ["left", "right"])
+    list(llava.model.get_decoder().parameters())[-1].data.fill_(value)
+    for temperature in (0, 1.0):
+        with pytest.raises(ModelError, match="its logits are not finite; if it is being trained, lower --lr"):
+            vlm.sample(llava, prompts, range(2), 3, temperature)
+    with torch.no_grad(), pytest.raises(ModelError, match="its logits are not finite"):
+        vlm.token_logps(llava, prompts, ids, mask)
+    if value != value:
+        with pytest.raises(ModelError, match="not saved, because .*norm.weight is not finite; lower --lr"):
+            loading.save(llava, str(tmp_path / "model"))
+        assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("rule", [(1.0, None), (0.5, 3.0), (16.0, None)])
 @pytest.mark.parametrize("name", ["the toy", "llava", "gemma3"])
