@@ -60,6 +60,8 @@ def explain_system_error(error, args):
     if is_out_of_memory(error):
         flags = [f"--{name.replace('_', '-')}" for name in SIZES if args.get(name)]
         return f"{short or 'out of memory'}; lower {' or '.join(flags) or 'the size of the input'}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object.strip()[:160]!r}: not UTF-8; rename the file or folder"
     # safetensors makes an error of its own of an OSError.
     found = re.search(r"\(os error (\d+)\)", text)
     code = int(found[1]) if found else getattr(error, "errno", None)

@@ -131,7 +131,8 @@ def with_relative_image(record, folder):
     image = record["image"]
     is_absolute = os.path.isabs(image)
     require(is_absolute, f"image {image} is a relative path: in memory a record holds an absolute one")
-    return record | {"image": os.path.relpath(image, os.path.abspath(folder)).replace(os.sep, "/")}
+    name = os.fsencode(os.path.relpath(image, os.path.abspath(folder))).decode(errors="surrogateescape")
+    return record | {"image": name.replace(os.sep, "/")}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -195,7 +196,8 @@ def read_record(line, fields, folder, roots):
     record = without_nulls(parse_line(line))
     validate(record, fields)
     if "image" in record:
-        record["image"] = find_file(record["image"], folder)
+        # In a file a name is UTF-8, whatever the locale's encoding of names is.
+        record["image"] = find_file(os.fsdecode(record["image"].encode()), folder)
         require_under(record["image"], roots)
     return record
 
@@ -269,7 +271,7 @@ def write_records(path, rows):
         with file:
             for count, record in enumerate(rows, 1):
                 line = json.dumps(with_relative_image(record, folder), ensure_ascii=False, allow_nan=False)
-                file.write(line.encode(errors="backslashreplace") + b"\n")
+                file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -42,8 +42,6 @@ from medgr2.progress import progress
 from medgr2.trackers import Trackers, require_installed
 
 MIB = 1 << 20
-# A file's name need not be text. What UTF-8 cannot hold is written as JSON's escape and read as it was.
-ESCAPED = {"errors": "backslashreplace"}
 
 
 def seed_of(*parts):
@@ -129,7 +127,8 @@ def dump_json(value, path, **layout):
 def write_json(path, value):
     """Write a JSON file: first beside it, then renamed, so that it is never half written."""
     text = dump_json(value, path, indent=1)
-    with open(path + ".tmp", "w", encoding="utf-8", **ESCAPED) as f:
+    # What UTF-8 cannot hold, as the name of a folder may be, becomes JSON's escape and is read as it was.
+    with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(text + "\n")
     os.replace(path + ".tmp", path)
 
@@ -200,7 +199,7 @@ class Run:
         if not self.main:
             return
         if name not in self.files:
-            self.files[name] = open(self.path(name), "a", encoding="utf-8", newline="\n", **ESCAPED)
+            self.files[name] = open(self.path(name), "a", encoding="utf-8", newline="\n")
         for row in rows:
             self.files[name].write(dump_json(row, self.path(name)) + "\n")
 

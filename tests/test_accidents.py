@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ import time
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 from safetensors.torch import save_file
 
 from medgr2 import cli, loading, records, runs
@@ -64,29 +66,30 @@ def test_a_signal_ends_a_run_after_its_next_commit_in_one_line(number, name, tmp
     assert runs.start(args_of(tmp_path)).state["step"] == 1
 
 
-RUN = """
-import argparse, os, signal, time
-from medgr2 import runs
-run = runs.start(argparse.Namespace(out="out", seed=0, resume=True))
-run.commit(step=7)
-print("running", flush=True)
-while True:
-    time.sleep(0.01)
-"""
+def commit_and_go_on(folder, stderr, started):
+    """In a forked process: a run that is busy after its first commit. stderr goes into a file."""
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    runs.start(args_of(folder)).commit(step=7)
+    started.set()
+    while True:
+        time.sleep(0.01)
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_a_second_sigterm_does_not(tmp_path):
-    running = start(RUN, tmp_path)
-    assert running.stdout.readline() == "running\n"
+    context, stderr = multiprocessing.get_context("fork"), tmp_path / "stderr"
+    started = context.Event()
+    running = context.Process(target=commit_and_go_on, args=(tmp_path, stderr, started))
+    running.start()
+    assert started.wait(60)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         time.sleep(0.3)
-        assert running.poll() is None
-        running.send_signal(number)
-    out, err = running.communicate(timeout=20)
-    assert running.returncode == 130 and out == "" and len(err.splitlines()) == 1
-    assert "out.part: stopped at once; the same command resumes from the last commit" in err
-    # The commit before is kept.
-    assert len(list((tmp_path / "out.part" / "state").glob("*.pt"))) == 1
+        assert running.is_alive()
+        os.kill(running.pid, number)
+    running.join(20)
+    (line,) = stderr.read_text().splitlines()
+    assert running.exitcode == 130
+    assert line.endswith("out.part: stopped at once; the same command resumes from the last commit")
+    assert runs.start(args_of(tmp_path)).state["step"] == 7
 
 
 def test_one_ctrl_c_that_arrives_twice_is_one(tmp_path, monkeypatch):
@@ -253,16 +256,37 @@ def test_a_run_whose_paths_are_not_utf_8_is_written_and_resumed(tmp_path):
     assert rb"Universit\udce9/out" in open(os.path.join(folder, b"out.part", b"args.json"), "rb").read()
 
 
-def test_a_stage_in_the_c_locale_takes_paths_with_accents(tmp_path):
+def test_a_record_whose_image_has_a_name_that_is_no_text_is_one_line(tmp_path, capsys):
+    row = {"id": "1", "image": os.path.join(tmp_path, os.fsdecode(b"\xe9.png"))}
+
+    def append(args):
+        run = runs.start(args)
+        run.append("rows.jsonl", [records.with_relative_image(row, run.folder)])
+        run.commit(step=1)
+
+    for write in (append, lambda args: records.write_records(tmp_path / "r.jsonl", [row])):
+        line = leave(write, args_of(tmp_path), capsys)
+        assert "udce9.png" in line and line.endswith(": not UTF-8; rename the file or folder")
+
+
+def test_in_the_c_locale_paths_and_texts_may_have_accents(tmp_path):
     folder = tmp_path / "Unité"
     folder.mkdir()
-    row = {"question": "Q?", "options": ["CT", "MRI"], "answer": "CT", "prediction": "CT", "modality": "é"}
-    (folder / "p.jsonl").write_text(json.dumps(row) + "\n")
-    command = [sys.executable, "eval.py", "--predictions", folder / "p.jsonl", "--out", folder / "out"]
+    Image.new("RGB", (8, 8)).save(folder / "é.png")
+    (folder / "r.jsonl").write_text(json.dumps({"id": "1", "image": "é.png", "modality": "échographie"}))
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | plain, capture_output=True)
-    assert done.returncode == 0 and done.stderr == b"", done.stderr
-    assert [r["modality"] for r in records.read_records(folder / "out" / "predictions.jsonl")] == ["é"]
+    for command in ("check", "split --train 1 --val 0 --test 0 --out out"):
+        flags = [*command.split()[:1], folder / "r.jsonl", *command.split()[1:], "--image-root", tmp_path]
+        done = subprocess.run(
+            [sys.executable, "-m", "medgr2.records", *flags],
+            cwd=folder,
+            env=os.environ | plain | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and done.stderr == ""
+        assert command != "check" or r"\xe9chographie" in done.stdout
+    assert '"image": "../é.png"' in (folder / "out" / "train.jsonl").read_text(encoding="utf-8")
 
 
 def test_help_is_printed_where_greek_letters_are_not():
