@@ -5,6 +5,7 @@ fields is in docs/formats.md. There are three kinds of record: an *image* (`id` 
 (`report` too) and a *question* (`question` and `answer` too, perhaps `options` and `rationale`).
 
     python -m medgr2.records check FILE
+    python -m medgr2.records show FILE [--number 3]
     python -m medgr2.records import SRC --out FILE [--images FOLDER] [--map question=COLUMN answer=COLUMN]
     python -m medgr2.records split FILE --out FOLDER --train 0.8 --val 0.1 --test 0.1 --seed 0
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import random
 from collections import Counter
 
 from medgr2 import cli
@@ -44,6 +46,8 @@ QUESTION = ("id", "image", "question", "answer")
 # The lowest and highest overall reward.
 MIN_REWARD, MAX_REWARD = -6, 10
 MAX_LINE_BYTES = 16 << 20
+# Characters of a field that `show` prints.
+SHOWN = 600
 # The root for a reader that opens no image: read_records(path, root=ANYWHERE).
 ANYWHERE = os.sep
 
@@ -343,6 +347,36 @@ def print_cells(rows):
     print(cli.format_table(lines, ["", *tasks]))
 
 
+def show(path, number, seed=None, root=None):
+    """Print `number` records, with their images' paths: the first or, with a seed, some drawn at random."""
+    rows = list(read_records(path, root=root))
+    chosen = range(min(number, len(rows)))
+    if seed is not None:
+        chosen = sorted(random.Random(seed).sample(range(len(rows)), len(chosen)))
+    for i in chosen:
+        fields = rows[i] | ({"image": describe_image(rows[i]["image"])} if "image" in rows[i] else {})
+        for name, value in fields.items():
+            print(f"{show_value(name):10}  {show_value(value)}")
+        print()
+    print(f"{len(chosen)} of {len(rows)} records")
+
+
+def describe_image(path):
+    """The path, and the image's size in pixels or why it cannot be opened."""
+    try:
+        return f"{path} ({' x '.join(map(str, open_image(path).size))})"
+    except RecordError as error:
+        # It begins with the path.
+        return str(error)
+
+
+def show_value(value):
+    """A field's value on one line. What a terminal would obey, such as an escape sequence, is spelled out."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
+
+
 def import_file(args):
     """Import a public data set's file or folder into --out and print what was kept and skipped."""
     from medgr2 import formats
@@ -387,6 +421,10 @@ def parse_args():
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("check", help="validate a file, open its images, count")
     c.add_argument("file", help="records (JSONL)")
+    c = commands.add_parser("show", help="print a few records, with their images' paths")
+    c.add_argument("file", help="records (JSONL)")
+    c.add_argument("--number", type=cli.number(int, 1), default=3, help="records to print")
+    c.add_argument("--seed", type=int, help="draw them at random, not the first")
     c = commands.add_parser("import", help="make records of a public data set's file")
     c.add_argument(
         "src", help="file (JSON, JSONL, CSV, TSV, Parquet, Arrow, pickle) or a folder of such files"
@@ -419,6 +457,8 @@ def main(args):
     limit = float(args.on_error == "skip")
     if args.command == "check":
         check(args.file, args.image_root, limit)
+    elif args.command == "show":
+        show(args.file, args.number, args.seed, args.image_root)
     elif args.command == "import":
         import_file(args)
     else:

@@ -293,6 +293,42 @@ def test_import_check_and_split_work_together(tmp_path):
     assert (tmp_path / "parts" / "train.jsonl").read_text() == first
 
 
+def test_show_prints_the_fields_of_the_first_records_with_the_paths_and_sizes_of_their_images(tmp_path):
+    put_image(tmp_path / "images" / "a.png", size=(40, 30))
+    (tmp_path / "images" / "b.png").write_text("no image")
+    rows = [question(f"images/{name}.png", id=f"q{name}", rationale=None) for name in "abcd"]
+    rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
+    put_json(tmp_path / "r.jsonl", rows, lines=True)
+    done = command("show", tmp_path / "r.jsonl")
+    assert done.returncode == 0, done.stderr
+    *shown, total, end = done.stdout.split("\n\n") + [""]
+    assert len(shown) == 3 and total == "3 of 4 records\n" and end == ""
+    found = [dict(line.split(None, 1) for line in lines.splitlines()) for lines in shown]
+    for row, name, image in zip(found, "abc", ("(40 x 30)", "not a readable image", "no such image")):
+        assert row["image"].startswith(str(tmp_path / "images" / f"{name}.png")) and image in row["image"]
+        options = '["X-ray", "MRI", "CT"]'
+        expected = {"id": f"q{name}", "question": "Which modality?", "answer": "CT", "options": options}
+        assert expected.items() <= row.items() and set(row) == {*rows[0]}
+
+
+def test_show_obeys_number_and_seed_and_never_the_record(tmp_path, capsys):
+    harm = "\x1b[2J\x1b]0;title\x07 two\nlines \u202e ü 骨"
+    rows = [{"id": f"r{i:02}", harm: harm, "report": "x" * 5000} for i in range(50)]
+    put_json(tmp_path / "r.jsonl", rows, lines=True)
+
+    def ids(*options):
+        records.show(tmp_path / "r.jsonl", *options)
+        out = capsys.readouterr().out
+        assert not set(out) & set("\x1b\x07\u202e") and "\\x1b[2J" in out and "ü 骨" in out
+        assert out.count("two\\nlines") == 2 * out.count("\nreport")
+        assert f"{'x' * 600} ... (5000 characters)\n" in out and "x" * 601 not in out
+        return [line.split()[1] for line in out.splitlines() if line.startswith("id ")]
+
+    assert ids(2) == ["r00", "r01"] and len(ids(99)) == 50
+    assert ids(5, 1) == ids(5, 1) == sorted(ids(5, 1)) and len({*ids(5, 1)}) == 5
+    assert ids(5, 1) != ids(5, 2) and ids(5, 1) != ids(5)
+
+
 def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(tmp_path):
     image = put_image(tmp_path / "a.png")
     (tmp_path / "text.png").write_text("no image")
