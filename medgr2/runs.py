@@ -6,6 +6,7 @@ exists. The same command again finds the run complete, or resumes it from the la
     args.json       arguments, seeds, versions, git commit, hardware, SHA-256 of inputs, start and end
     metrics.jsonl   one line per step
     metrics.json    the result
+    README.md       the model card, of a stage that trains
     lock, state/    only while unfinished: which process is writing; the last two commits (the step, the
                     optimiser, how long the files were)
 
@@ -38,6 +39,7 @@ import time
 
 from medgr2 import cli
 from medgr2.errors import RunError
+from medgr2.model_card import write_card
 from medgr2.progress import progress
 from medgr2.trackers import Trackers, require_installed
 
@@ -305,6 +307,9 @@ class Run:
         if self.trackers:
             self.trackers.log({f"result/{name}": value for name, value in metrics.items()})
             self.trackers.finish()
+        # The stages that train.
+        if "report_to" in self.metadata["args"]:
+            write_card(self.part, self.folder, self.metadata, metrics)
         self.metadata["ended"] = now()
         write_json(self.path("metrics.json"), metrics)
         write_json(self.path("args.json"), self.metadata)

@@ -1,0 +1,95 @@
+"""README.md of a trained model's folder: its header and tables, and that its own lines load the model."""
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import sys
+
+import clinic
+import pytest
+import yaml
+from helpers import ROOT
+
+import reward
+import sft
+from medgr2 import cli, model_card
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clinic")
+    clinic.write_clinic(str(folder), (6, 4, 2, 1, 1), seed=7)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def call(stage, words):
+        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *words.split()])
+        cli.run_main(stage.main, stage.parse_args())
+
+    return call
+
+
+def read(folder):
+    """(header, text) of a folder's card, by another YAML reader."""
+    _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(header), text
+
+
+def test_the_card_says_what_a_model_was_made_from_on_which_data_how_and_how_well(data, run, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(ROOT / "toy" / "policy", base)
+    header = "license: other\nlicense_name: toy-research\nbase_model: maker/toy-vl\nlanguage: en\n"
+    (base / "README.md").write_text(f"---\n{header}---\n# The base's own card\n")
+    words = f"--model {base} --data {data}/expert.jsonl {data}/reports.jsonl --val {data}/val.jsonl"
+    words += f" --steps 2 --batch 2 --out {out}"
+    run(sft, words)
+    header, text = read(out)
+    assert header == {
+        "license": "other",
+        "license_name": "toy-research",
+        "base_model": "maker/toy-vl",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+    }
+    assert f"# out\n\nVision-language model trained by `sft.py` from `{base}`" in text
+    assert "Licence of the base: other toy-research." in text and "own card" not in text
+    assert shlex.split(re.search("```\n(python .*)\n```", text)[1]) == ["python", "sft.py", *words.split()]
+    for name in ("expert", "reports", "val"):
+        path = data / f"{name}.jsonl"
+        assert f"| {path} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" in text
+    result = json.loads((out / "metrics.json").read_text())
+    assert set(result) == {"steps", "examples", "train_loss", "val_loss"}
+    for name, value in result.items():
+        assert f"| {name} | {value if isinstance(value, int) else f'{value:.3f}'} |" in text
+    # A model trained from this one: the licence and the Hub's name of the first base go on.
+    run(sft, f"--model {out} --data {data}/expert.jsonl --steps 1 --batch 1 --out {tmp_path}/next")
+    assert read(tmp_path / "next")[0] == header and f"from `{out}`" in read(tmp_path / "next")[1]
+
+
+def test_the_lines_of_the_card_load_the_model_with_transformers_alone(data, run, tmp_path, monkeypatch):
+    run(sft, f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --batch 1 --out {tmp_path}/m")
+    monkeypatch.chdir(tmp_path)
+    # As nobody could install torchvision here, the processor is asked for without it.
+    lines = re.search("```python\n(.*?)```", read(tmp_path / "m")[1], re.DOTALL)[1]
+    found = {}
+    exec(compile(lines, "README.md", "exec"), found)
+    assert found["model"].num_parameters() > 1e6 and found["processor"].tokenizer.eos_token
+
+
+def test_a_base_without_a_card_has_no_licence_and_no_name_on_the_hub(data, run, tmp_path):
+    run(reward, f"train --model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --out {tmp_path}/rm")
+    header, text = read(tmp_path / "rm")
+    assert not header and "The base's card names no licence." in text
+    assert "Reward model trained by `reward.py`" in text and "from_pretrained" not in text
+    auroc = json.loads((tmp_path / "rm" / "metrics.json").read_text())["auroc"]
+    assert f"| auroc | {auroc:.3f} |" in text
+
+
+@pytest.mark.parametrize("text", ["", "# No header\n", "---\n- a\n- list\n---\n", "---\nlicense: [\n---\n"])
+def test_a_card_without_a_header_that_can_be_read_says_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert model_card.read_header(str(tmp_path)) == {}
