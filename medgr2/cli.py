@@ -122,6 +122,8 @@ def add_training_arguments(parser):
     """Add the flags that every stage has that trains a model."""
     add_run_arguments(parser)
     report = "also log the metrics there, offline by default (medgr2/trackers.py)"
+    push = "also upload the finished model to the Hugging Face Hub, as a private repository if it is new"
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help=push)
     parser.add_argument("--report-to", nargs="+", choices=trackers.NAMES, default=[], help=report)
 
 

@@ -84,3 +84,8 @@ def is_out_of_memory(error):
 def is_lost(path, out):
     """Is the path in a folder of the output that is no longer there?"""
     return bool(out) and path.startswith(out) and not os.path.exists(os.path.dirname(path))
+
+
+def in_one_line(error):
+    """The message of a library's exception, for one of ours."""
+    return " ".join(str(error).split())[:250] or type(error).__name__

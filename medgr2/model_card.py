@@ -1,11 +1,17 @@
-"""README.md of a trained model's folder: what it was made from, on which data, how, and with what result."""
+"""README.md of a trained model's folder: what it was made from, on which data, how, and with what result.
+
+With --push-to-hub the finished folder goes to the Hugging Face Hub, its records aside.
+"""
 
 import os
 import shlex
 import sys
 
 from medgr2 import cli
+from medgr2.errors import RunError, in_one_line
 
+# What is not pushed: records and responses, which may tell of patients, and what only this machine needs.
+KEPT_HERE = ["*.jsonl", "args.json", "tensorboard/*", "wandb/*"]
 # What is said of the licence of the base is copied from its card.
 LICENCE = ("license", "license_name", "license_link")
 CARD = """---
@@ -92,3 +98,30 @@ def read_header(model):
     except Exception:
         # No network, no card, no YAML: each has its own exception, and the model is trained already.
         return {}
+
+
+def make_repository(name):
+    """Make the repository, private if it is new, so that a mistake shows before the training.
+
+    Raises RunError.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(name, private=True, exist_ok=True)
+    except Exception as error:
+        # No network, no token, no such name: each has its own exception.
+        advice = "give OWNER/NAME after `hf auth login`, or leave it out"
+        raise RunError(f"--push-to-hub {name}: {in_one_line(error)}; {advice}") from None
+
+
+def push(folder, name):
+    """Upload a finished folder to its repository on the Hub. Raises RunError; the folder stays complete."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[*KEPT_HERE])
+    except Exception as error:
+        # As above.
+        again = f"hf upload {name} {folder} --exclude {' '.join(map(repr, KEPT_HERE))}"
+        raise RunError(f"{folder}: complete, but not pushed: {in_one_line(error)}; try `{again}`") from None

@@ -39,7 +39,7 @@ import time
 
 from medgr2 import cli
 from medgr2.errors import RunError
-from medgr2.model_card import write_card
+from medgr2.model_card import make_repository, push, write_card
 from medgr2.progress import progress
 from medgr2.trackers import Trackers, require_installed
 
@@ -320,6 +320,8 @@ class Run:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         print(f"{self.folder}: {line or 'done'}", flush=True)
+        if self.metadata["args"].get("push_to_hub"):
+            push(self.folder, self.metadata["args"]["push_to_hub"])
 
 
 def start(args, inputs=(), main=True, free=()):
@@ -338,6 +340,8 @@ def start(args, inputs=(), main=True, free=()):
     folder = args.out.rstrip("/")
     part = folder + ".part"
     metadata = run_metadata(args, inputs)
+    if main and getattr(args, "push_to_hub", None) and not os.path.exists(folder):
+        make_repository(args.push_to_hub)
     lock = take_lock(part) if main and not os.path.exists(folder) else None
     if os.path.exists(folder):
         # Another process finished the run between the two lines above.
@@ -424,8 +428,8 @@ def require_same_run(folder, metadata, free=()):
     advice = "choose another --out or remove it"
     if old["script"] != metadata["script"]:
         raise RunError(f"{folder}: holds another run (of {old['script']}); {advice}")
-    # --image-root says which images may be read and --report-to who is told: no output depends on them.
-    names = sorted({*old["args"], *metadata["args"]} - {*free, "image_root", "report_to"})
+    # No output depends on which images may be read, who is told and where a copy goes.
+    names = sorted({*old["args"], *metadata["args"]} - {*free, "image_root", "report_to", "push_to_hub"})
     differences = []
     for name in names:
         there, here = old["args"].get(name), metadata["args"].get(name)

@@ -8,7 +8,7 @@ trackio and mlflow write where they always do (TRACKIO_DIR; MLFLOW_TRACKING_URI)
 import importlib
 import os
 
-from medgr2.errors import RunError
+from medgr2.errors import RunError, in_one_line
 
 # All are on PyPI under these names.
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -72,7 +72,3 @@ class Trackers:
                 # As above.
                 self.trackers.remove(tracker)
                 print(f"--report-to {tracker.name}: {in_one_line(error)}; goes on without it", flush=True)
-
-
-def in_one_line(error):
-    return " ".join(str(error).split())[:250] or type(error).__name__

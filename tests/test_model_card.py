@@ -1,11 +1,14 @@
 """README.md of a trained model's folder: its header and tables, and that its own lines load the model."""
 
+import base64
 import hashlib
 import json
 import re
 import shlex
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import clinic
 import pytest
@@ -93,3 +96,94 @@ def test_a_base_without_a_card_has_no_licence_and_no_name_on_the_hub(data, run, 
 def test_a_card_without_a_header_that_can_be_read_says_nothing(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
     assert model_card.read_header(str(tmp_path)) == {}
+
+
+# --push-to-hub -------------------------------------------------------------------------------------------
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload needs; server.repositories, server.files: what it was told and sent."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        url = f"http://127.0.0.1:{self.server.server_port}/me/mine"
+        status, reply = 200, {"url": url, "commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40}
+        if self.path == "/api/repos/create":
+            self.server.repositories.append(json.loads(body))
+            status = self.server.status
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+            reply = {"files": modes}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            status = self.server.commit_status
+        self.answer(status, reply)
+
+    def do_GET(self):
+        known = {"id": "me/mine", "sha": "0" * 40, "siblings": [], "private": True}
+        self.answer(200 if self.server.status == 200 else 404, known)
+
+    def answer(self, status, reply):
+        payload = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server in place of the Hub."""
+    import huggingface_hub.constants as constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    server.repositories, server.files, server.status, server.commit_status = [], {}, 200, 200
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_pushed_model_is_complete_and_private_and_no_record_goes_with_it(data, run, tmp_path, hub):
+    out = tmp_path / "out"
+    words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --batch 1 --out {out}"
+    run(sft, words + " --push-to-hub me/mine")
+    (told,) = hub.repositories
+    assert (told["name"], told["organization"], told["visibility"]) == ("mine", "me", "private")
+    kept_here = {"metrics.jsonl", "args.json"}
+    assert hub.files == {p.name: p.read_bytes() for p in out.iterdir() if p.name not in kept_here}
+    assert {"README.md", "config.json", "model.safetensors", "chat_template.jinja"} <= set(hub.files)
+
+
+def test_a_repository_that_cannot_be_made_is_one_line_before_training(data, run, tmp_path, hub, capsys):
+    hub.status = 403
+    words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --out {tmp_path}/out"
+    with pytest.raises(SystemExit) as left:
+        run(sft, words + " --push-to-hub me/mine")
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and err.count("\n") == 1 and "--push-to-hub me/mine: " in err
+    assert "403" in err and out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_if_the_upload_fails_the_run_is_complete_and_one_line_says_how_to_push_it(
+    data, run, tmp_path, hub, capsys
+):
+    hub.commit_status = 400
+    out = tmp_path / "out"
+    words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --batch 1 --out {out}"
+    with pytest.raises(SystemExit) as left:
+        run(sft, words + " --push-to-hub me/mine")
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code == 2 and f"{out}: complete, but not pushed: " in err
+    assert f"hf upload me/mine {out} --exclude '*.jsonl'" in err and (out / "model.safetensors").is_file()
