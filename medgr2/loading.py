@@ -102,11 +102,9 @@ def find_folder_fault(folder):
     if not has(folder, "config.json"):
         return "not a model (no config.json in it); give a folder saved by save_pretrained or a hub name"
     kind = str(config.get("model_type"))
-    mappings = transformers.models.auto.modeling_auto
-    if (
-        kind in mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and kind not in mappings.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    ):
+    known = transformers.models.auto.modeling_auto
+    sees = kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not sees:
         return f"a model of text only ({kind}), which sees no image; give a vision-language model"
     return None
 

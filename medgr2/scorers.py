@@ -297,9 +297,7 @@ def find_options(row, question, *known):
     The options are in `options` (a list, or {letter: text}), in `option_A`, `option_B`, ..., or in the
     question.
     """
-    options = row.get("options") or [row.get(f"option_{letter}") for letter in formats.LETTERS]
-    values = options.values() if isinstance(options, dict) else options
-    options = [text for text in map(formats.clean, values) if text]
+    options = list_options(row)
     return (question, options, True) if options else split_choices(question, *known)
 
 
@@ -322,6 +320,40 @@ def find_field(row, ours, fields):
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
     return value
+
+
+def list_options(row):
+    """The options in fields of a row of rename_fields, in the order of their letters; [] if it has none.
+
+    Raises RecordError(reason) for options of another form, and for one that is missing between others: the
+    letters of those behind it would be others than in the answers.
+    """
+    given = row.get("options") or []
+    if isinstance(given, dict):
+        letters = [letter for letter in formats.LETTERS if {letter, letter.lower()} & given.keys()]
+        is_lettered = len(letters) == len(given)
+        by_letter = {str(name).upper(): text for name, text in given.items()}
+        # A map may be in any order.
+        given = [by_letter.get(letter) for letter in formats.LETTERS] if is_lettered else [*given.values()]
+    require(isinstance(given, list), "`options` is neither a list nor {letter: text}: give one of these")
+    texts = [formats.clean(text) for text in given]
+    while texts and not texts[-1]:
+        texts.pop()
+    missing = [letter for letter, text in zip(formats.LETTERS, texts) if not text]
+    require(not missing, f"option {''.join(missing[:1])} is empty, but not those behind it: fill it")
+    return texts
+
+
+def only_text(row, field):
+    """A third-party field as one line of text; a list of one text is that text.
+
+    Raises RecordError(reason) for a list of several.
+    """
+    value = row.get(field)
+    if isinstance(value, list):
+        require(len(value) < 2, f"`{field}` holds {len(value)} texts: give one")
+        value = value[0] if value else None
+    return formats.clean(value)
 
 
 def rename_fields(row, fields):
@@ -366,12 +398,13 @@ def convert_row(row, number, fields):
     RecordError(reason).
     """
     row = rename_fields(row, fields)
-    answer, text = formats.clean(row["answer"]), formats.clean(row.get("response") or row["prediction"])
-    question, options, sure = find_options(row, formats.clean(row.get("question")), answer, text)
+    answer, text = only_text(row, "answer"), only_text(row, "response") or only_text(row, "prediction")
+    require(answer, "the right answer is empty: fill `answer`, or leave the row out")
+    question, options, sure = find_options(row, only_text(row, "question"), answer, text)
     if options:
         # Of two equal options, the first.
         right = strict(answer, options) or letter_or_text(answer, options)
-        problem = f"the right answer `{answer}` is not one of the options"
+        problem = f"the right answer `{answer}` is not one of the options ({', '.join(options)[:200]})"
         require(right, f"{problem}: correct `answer` or `options`")
         answer = right
     name, image = formats.clean(row.get("id")) or f"row{number}", formats.clean(row.get("image"))

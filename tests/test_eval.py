@@ -473,6 +473,16 @@ def test_metrics_json_and_the_printed_table_say_what_predictions_jsonl_holds(hom
     )
 
 
+def test_if_most_replies_are_cut_the_first_batch_says_so(home):
+    done = command(*answer(home, "cut"), "--max-new-tokens", 3)
+    said = [line for line in done.stdout.splitlines() if "replies were cut" in line]
+    assert (
+        said == [line for line in said if line.startswith(f"{BATCH} of {BATCH} replies")] and len(said) == 1
+    )
+    assert "--max-new-tokens 3: raise it" in said[0] and "stop tokens" in said[0]
+    assert "replies were cut" not in (home / "stdout.txt").read_text()
+
+
 def test_killed_and_called_again_it_gives_the_same_bytes_and_then_is_complete(home):
     process = subprocess.Popen(
         [sys.executable, ROOT / "eval.py", *map(str, answer(home, "b"))], stdout=subprocess.DEVNULL

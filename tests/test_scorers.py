@@ -267,10 +267,45 @@ def test_a_response_with_tags_number_options_and_a_letter_as_the_right_answer_ar
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"C": "PET", "B": "MRI", "A": "CT"},
+        {"b": "MRI", "a": "CT", "c": "PET", "d": None, "e": ""},
+        ["CT", "MRI", "PET", None],
+        {"first": "CT", "second": "MRI", "third": "PET"},
+    ],
+)
+def test_a_letter_names_the_same_option_in_every_form_of_the_options(options):
+    row = {"prediction": ["B"], "answer": ["MRI"], "question": ["Which?"], "options": options}
+    got, sure = scorers.convert_row(row, 1, {})
+    assert (got["options"], sure, got["question"]) == (["CT", "MRI", "PET"], True, "Which?")
+    assert (got["prediction"], got["response"], got["correct"]) == ("MRI", "B", True)
+
+
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_a_prediction_that_is_empty_is_wrong_and_not_refused(empty):
+    got, _ = scorers.convert_row({"prediction": empty, "answer": "CT", "options": ["CT", "MRI"]}, 1, {})
+    assert (got["prediction"], got["correct"]) == (None, False)
+
+
+@pytest.mark.parametrize(
     "line, words",
     [
+        (
+            {"prediction": "B", "answer": "C", "options": {"A": "CT", "B": None, "C": "MRI"}},
+            "row 2: option B is",
+        ),
+        (
+            {"prediction": "B", "answer": "B", "options": "A) CT, B) MRI"},
+            "row 2: `options` is neither a list",
+        ),
+        ({"prediction": ["CT", "MRI"], "answer": "CT"}, "row 2: `prediction` holds 2 texts"),
+        ({"prediction": "CT", "answer": None}, "row 2: the right answer is empty"),
         ({"answer": "CT"}, "row 2: no field `prediction`"),
-        ({"prediction": "CT", "answer": "PET", "options": ["CT", "MRI"]}, "row 2: the right answer `PET`"),
+        (
+            {"prediction": "CT", "answer": "PET", "options": ["CT", "MRI"]},
+            "row 2: the right answer `PET` is not one of the options .CT, MRI.",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_refused_by_its_number(tmp_path, line, words):
