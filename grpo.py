@@ -50,11 +50,12 @@ Departs from the paper:
 
 import time
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 from medgr2 import cli, leakage, records, runs, training
 from medgr2.errors import RunError
-from medgr2.prompts import is_match, parse_response
+from medgr2.prompts import is_match, parse_response, policy_prompt
 
 
 def parse_args():
@@ -99,6 +100,8 @@ def parse_args():
     p.add_argument("--patience", type=cli.number(int, 0), default=20, help=f"{patience}; 0 never")
     p.add_argument("--watch-every", type=count, default=10, help="steps between accuracy checks on --val")
     p.add_argument("--watch-items", type=count, default=200, help="records of --val to check")
+    skip = "at a record that is longer than the model's context: skip leaves it out"
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "train on it anyway")
     p.add_argument("--save-every", type=count, default=25, help="steps between checkpoints")
@@ -114,7 +117,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from medgr2 import adapters, loading, rollouts, vlm
+from medgr2 import adapters, context, loading, rollouts, vlm
 from medgr2.watch import Watch
 from reward import R_MIN, RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
@@ -399,6 +402,14 @@ def main(args):
     run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch",))
     examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]
     policy, reference, reward_model = load_models(args, accelerator)
+    examples = context.leave_out_too_long(
+        policy,
+        examples,
+        itemgetter("image"),
+        policy_prompt,
+        lambda _: args.max_new_tokens,
+        args.on_error == "skip",
+    )
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
     training.restore_state(run.state, policy.model, optimizer)

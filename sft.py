@@ -19,6 +19,7 @@ Departs from the paper:
 
 import functools
 import math
+from operator import attrgetter
 from typing import NamedTuple
 
 from medgr2 import cli, leakage, records, runs, training
@@ -55,6 +56,8 @@ def parse_args():
     lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
     p.add_argument("--lora", type=count, metavar="R", help=lora)
     cli.add_switch(p, "--gradient-checkpointing", "recompute activations: less memory, more time")
+    skip = "at a record that is longer than the model's context: skip leaves it out"
+    p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "train on it anyway")
     p.add_argument("--save-every", type=count, default=200, help="steps between checkpoints")
@@ -69,7 +72,7 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 
-from medgr2 import adapters, loading, vlm
+from medgr2 import adapters, context, loading, vlm
 from triton_ops import linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------
@@ -103,6 +106,16 @@ def make_example(record, role, file):
         return Example(record["image"], policy_prompt(record), reference_response(record))
     prompt = generator_prompt(record.get("paradigm", "stepwise"), record.get("task"))
     return Example(record["image"], prompt, format_candidate(record))
+
+
+def leave_out_too_long(policy, examples, on_error):
+    """The examples that fit into the policy's context."""
+
+    def count(example):
+        return vlm.encode_continuations(policy, [example.response])[0].shape[1]
+
+    parts = attrgetter("image"), attrgetter("prompt"), count
+    return context.leave_out_too_long(policy, examples, *parts, on_error == "skip")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -163,6 +176,7 @@ def main(args):
         raise RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")
     examples = load_examples(args.data, weights, args.role, args.image_root)
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
+    examples = leave_out_too_long(policy, examples, args.on_error)
     if args.gradient_checkpointing:
         # It needs train(). Without it the model stays in eval(), so that it computes as when it samples.
         policy.model.train().gradient_checkpointing_enable()

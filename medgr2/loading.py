@@ -181,7 +181,17 @@ def wrap(model, processor, folder=None):
     rows = set(range(model.get_output_embeddings().weight.shape[0]))
     banned = (rows & special_ids(model, tokenizer) | rows - tokens) - stops
     rule = find_logit_rule(model)
-    return VLM(model, processor, end_id, sorted(stops), sorted(banned), names, rule, source=folder)
+    context = find_context(model.config.get_text_config())
+    token_ids = end_id, sorted(stops), sorted(banned)
+    return VLM(model, processor, *token_ids, names, rule, context=context, source=folder)
+
+
+def find_context(config):
+    """The most tokens that a text config has positions for; None if it does not say."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Scaled positions (YaRN): not every config gives their number as its own.
+    scaled = (rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0)
+    return int(max(getattr(config, "max_position_embeddings", None) or 0, scaled)) or None
 
 
 def keep_tags_whole(tokenizer):

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
-from medgr2.errors import ModelError
+from medgr2.errors import ModelError, RecordError
 from triton_ops import linear_logprob
 
 # How the template of a thinking model ends a prompt.
@@ -51,6 +51,8 @@ class VLM:
     reuses_features: bool = False
     # peft's LoraModel around the model (adapters.add_lora), or None.
     lora: object = None
+    # The most tokens that the model has positions for, prompt and reply together; None if it does not say.
+    context: int | None = None
     # The folder that the model was loaded from; None if it was made in memory.
     source: str | None = None
 
@@ -226,6 +228,25 @@ def decode(vlm, ids, mask):
     return [vlm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
+def require_context(vlm, inputs, new):
+    """Raise RecordError if the longest of the prompts, with `new` tokens behind it, is beyond the context.
+
+    Most models would answer, and learn, from positions that they were never trained on.
+    """
+    # Prompts are padded to the longest.
+    mask = inputs["attention_mask"]
+    if vlm.context is not None and mask.shape[1] + new > vlm.context:
+        prompt = inputs.prompts[int(mask.sum(1).argmax())].text if hasattr(inputs, "prompts") else ""
+        raise RecordError(describe_too_long(vlm, mask.shape[1], new, prompt))
+
+
+def describe_too_long(vlm, tokens, new, prompt):
+    return (
+        f"{tokens} tokens of prompt and image and {new} of the reply are more than the model's context of "
+        f"{vlm.context} ({prompt[:60]!r}): shorten the question, shrink the image or lower --max-new-tokens"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Prefill once, continue many.
 
@@ -347,6 +368,7 @@ def hidden_states(vlm, inputs, ids, mask):
     Returns (N, C+1, D): position c predicts token c, and position C follows the last one. It is garbage where
     `mask` is 0; the state after a shorter continuation is at position mask.sum().
     """
+    require_context(vlm, inputs, ids.shape[1])
     group = ids.shape[0] // inputs["attention_mask"].shape[0]
     if group > 1 and vlm.can_share_prefix:
         prefix, last = prefill(vlm, inputs, group)
@@ -456,6 +478,7 @@ def sample(vlm, inputs, seeds, max_new_tokens, temperature=1.0, group=1):
     token_logps. `temperature=0` is greedy. Each row draws from a generator of its own, seeded by `seeds`
     (N ints), so a row does not depend on its batch.
     """
+    require_context(vlm, inputs, max_new_tokens)
     N = inputs["attention_mask"].shape[0] * group
     uniform = uniform_numbers(seeds, max_new_tokens) if temperature else torch.zeros(N, max_new_tokens)
     uniform = uniform.to(vlm.device)  # (N, C)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from medgr2 import loading, vlm
-from medgr2.errors import ModelError
+from medgr2 import context, loading, vlm
+from medgr2.errors import ModelError, RecordError
 from medgr2.prompts import parse_response
 
 TOY = Path(__file__).parent.parent / "toy" / "policy"
@@ -653,6 +653,54 @@ def test_a_group_in_parts_has_the_gradient_of_the_whole_and_encodes_each_prompt_
     largest_norm = max(g.norm() for g in whole.values())
     for name, g in whole.items():
         assert (g - parts[name]).norm() <= 1e-5 * (g.norm() + largest_norm), name
+
+
+def test_what_does_not_fit_into_the_context_is_neither_answered_nor_scored(vlm_):
+    prompts, ids, mask = encoded(vlm_, 2)
+    width, new = prompts["input_ids"].shape[1], ids.shape[1]
+    assert vlm_.context == vlm_.model.config.get_text_config().max_position_embeddings > width + new
+    fits, short = replace(vlm_, context=width + new), replace(vlm_, context=width + new - 1)
+    assert vlm.sample(fits, prompts, range(6), new, group=2)[0].shape[0] == 6
+    with torch.no_grad():
+        vlm.token_logps(fits, prompts, ids, mask)
+    said = f"{width} tokens of prompt and image and {new} of the reply .* context of {width + new - 1}"
+    for call in (
+        lambda: vlm.sample(short, prompts, range(6), new, group=2),
+        lambda: vlm.token_logps(short, prompts, ids, mask),
+    ):
+        with pytest.raises(RecordError, match=said):
+            call()
+
+
+def test_the_context_of_scaled_positions_is_the_scaled_one():
+    from transformers import Qwen2Config
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    for known, rope, most in ((1024, yarn, 2048), (4096, yarn, 4096), (1024, None, 1024)):
+        config = Qwen2Config(**SIZES, max_position_embeddings=known, rope_parameters=rope)
+        assert loading.find_context(config) == most
+    assert loading.find_context(SimpleNamespace()) is None
+
+
+def test_records_that_are_too_long_are_refused_or_left_out_and_counted(vlm_, tmp_path, capsys):
+    rows = []
+    for i, words in enumerate((1, 400, 1, 90)):
+        image(i, 16 + 8 * i, 16).save(tmp_path / f"{i}.png")
+        rows.append({"image": str(tmp_path / f"{i}.png"), "text": "a cyst " * words})
+    tokens = [plain_prompt(vlm_, Image.open(r["image"]), r["text"])["input_ids"].shape[1] for r in rows]
+    parts = (lambda r: r["image"]), (lambda r: r["text"]), (lambda r: 5)
+
+    def kept(limit, skip):
+        return context.leave_out_too_long(replace(vlm_, context=limit), rows, *parts, skip)
+
+    assert kept(tokens[1] + 5, False) == rows and kept(None, False) == rows
+    assert kept(tokens[1] + 4, True) == [rows[0], rows[2], rows[3]]
+    assert kept(tokens[3] + 4, True) == [rows[0], rows[2]]
+    assert "2 of 4 records are too long" in capsys.readouterr().out
+    with pytest.raises(RecordError, match=f"1 of 4 records .* {tokens[1]} tokens .* --on-error skip"):
+        kept(tokens[1] + 4, False)
+    with pytest.raises(RecordError, match="4 of 4 records"):
+        kept(3, True)
 
 
 @pytest.mark.parametrize("group", [1, 2])
