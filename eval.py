@@ -2,9 +2,9 @@
 
     accuracy = Σ_i 1[prediction_i = answer_i] / number of questions
 
-Every question is in the denominator: an answer that cannot be parsed is wrong. Answers are greedy. A second
-table scores the same answers with every scorer in use (medgr2/scorers.py), over the same denominator and over
-the scorer's own.
+Every question is in the denominator: an answer that cannot be parsed is wrong, and so is a question that is
+longer than the model's context, which is not asked. Answers are greedy. A second table scores the same
+answers with every scorer in use (medgr2/scorers.py), over the same denominator and over the scorer's own.
 
 Reads   question records (JSONL) and a model, on this machine or behind an OpenAI-compatible server
         (--endpoint); or a third-party file of predictions
@@ -37,6 +37,7 @@ Departs from the paper: the authors leave answers outside the options out of the
 import functools
 import os
 from collections import Counter
+from operator import itemgetter
 
 import numpy as np
 
@@ -55,6 +56,8 @@ BLANK_COLOUR = (128, 128, 128)
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # The reason of a response without a prediction that was cut.
 CUT = "cut at --max-new-tokens"
+# The reason of a question that is not asked.
+TOO_LONG = "longer than the model's context"
 # Flags that change no file.
 FREE = ("markdown", *endpoint.FREE)
 
@@ -96,12 +99,16 @@ def parse_args():
 
 
 def open_model(name, max_new_tokens):
-    """A model on this machine → (respond, with_option_scores of it)."""
-    from medgr2 import loading
+    """A model on this machine → (respond, with_option_scores of it, which records it is too short for)."""
+    from medgr2 import context, loading
 
     vlm_ = loading.load(name, dtype=loading.best_dtype())
-    respond = functools.partial(ask_model, vlm_, max_new_tokens)
-    return respond, functools.partial(with_option_scores, vlm_)
+    parts = {"image_of": itemgetter("image"), "text_of": policy_prompt, "new_of": lambda _: max_new_tokens}
+    return (
+        functools.partial(ask_model, vlm_, max_new_tokens),
+        functools.partial(with_option_scores, vlm_),
+        functools.partial(context.find_too_long, vlm_, **parts),
+    )
 
 
 def ask_model(vlm_, max_new_tokens, images, texts, seeds=None, temperature=0, group=1):
@@ -121,7 +128,27 @@ def ask_server(ask, max_new_tokens, images, texts, seeds=None, temperature=0, gr
     return ask(requests, temperature=temperature, max_tokens=max_new_tokens)
 
 
-def predict(respond, batch, score=None, blind=False, samples=0, temperature=1.0, seed=0):
+def predict(respond, batch, score=None, find_too_long=None, **options):
+    """The rows of predictions.jsonl for a batch of records, by answer_batch.
+
+    find_too_long (of a model) → {index of a record that does not fit into its context: why}. Such a record
+    is not asked.
+    """
+    too_long = find_too_long(batch) if find_too_long else {}
+    asked = [record for i, record in enumerate(batch) if i not in too_long]
+    answered = iter(answer_batch(respond, asked, score, **options) if asked else ())
+    # What the options add to a row, empty.
+    empty = {"blind": None} if options.get("blind") else {}
+    empty |= {"option_logps": None, "option_tokens": None} if score else {}
+    empty |= {"samples": [None] * options["samples"]} if options.get("samples") else {}
+    not_asked = {"reason": TOO_LONG} | empty
+    return [
+        with_prediction(record, "") | not_asked if i in too_long else next(answered)
+        for i, record in enumerate(batch)
+    ]
+
+
+def answer_batch(respond, batch, score=None, blind=False, samples=0, temperature=1.0, seed=0):
     """The rows of predictions.jsonl for a batch of records.
 
     A row has the fields in ADDED; `score` (with_option_scores of a model), `blind` and `samples` add those in
@@ -353,11 +380,12 @@ def answer(args):
     questions, accelerator = read_questions(args.data, args.image_root), Accelerator()
     run = runs.start(args, [args.model, args.data], accelerator.is_main_process, free=FREE)
     if args.endpoint:
-        respond, score = functools.partial(ask_server, endpoint.connect(args), args.max_new_tokens), None
+        respond = functools.partial(ask_server, endpoint.connect(args), args.max_new_tokens)
+        score = find_too_long = None
     else:
-        respond, score = open_model(args.model, args.max_new_tokens)
+        respond, score, find_too_long = open_model(args.model, args.max_new_tokens)
     options = {"blind": args.blind, "samples": args.samples, "temperature": args.temperature}
-    options |= {"score": score if args.scores else None, "seed": args.seed}
+    options |= {"score": score if args.scores else None, "find_too_long": find_too_long, "seed": args.seed}
     run.announce(f"{len(questions)} questions to answer", args.endpoint)
     # A resumed run starts at the next batch of the same division, so that it writes the same bytes.
     steps = range(run.state.get("step", 0), -(-len(questions) // args.batch))

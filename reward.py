@@ -33,6 +33,7 @@ import json
 import os
 import random
 import textwrap
+from operator import itemgetter
 
 from medgr2 import cli, records, runs, training
 from medgr2.errors import ModelError, require
@@ -111,7 +112,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss, pad
 
-from medgr2 import loading, parallel, vlm
+from medgr2 import context, loading, parallel, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # The features.
@@ -537,6 +538,10 @@ def score(args):
     if args.answered:
         rows = with_pass_rates(rows, args.answered)
     model = RewardModel.load(args.model)
+    too_long = find_too_long(model.backbone, rows, args.on_error)
+    for i, why in too_long.items():
+        rejected.append(rows[i] | {"reason": "longer than the model's context", "text": why})
+    rows = [row for i, row in enumerate(rows) if i not in too_long]
 
     def append(name, rows):
         run.append(name, [records.with_relative_image(row, run.folder) for row in rows])
@@ -576,7 +581,7 @@ def score(args):
     metrics = {"scored": len(rows), "accepted": len(accepted), "rejected": len(rejected)}
     metrics |= {"saturated": saturated, "tied": tied}
     metrics |= {"mean": mean_reward(rows), "mean_accepted": mean_reward([rows[i] for i in accepted])}
-    aside = f", {len(rejected)} with an unreadable image set aside" if rejected else ""
+    aside = f", {len(rejected)} set aside" if rejected else ""
     run.finish(metrics, f"accepted {len(accepted)} of {len(rows)}{aside}")
 
 
@@ -588,6 +593,22 @@ def explain_rejection(R, args):
     return (
         f"R is from {least} to {greatest}, below --threshold {args.threshold:g}; lower it, with another --out"
     )
+
+
+def find_too_long(backbone, rows, on_error):
+    """{index: why} of the candidates that do not fit into the backbone's context.
+
+    Raises RecordError unless they may be skipped, and if no candidate fits.
+    """
+
+    def count_reply(row):
+        return vlm.encode_continuations(backbone, [reference_response(row)])[0].shape[1]
+
+    too_long = context.find_too_long(backbone, rows, itemgetter("image"), prompt_of, count_reply)
+    advice = f"{len(too_long)} of {len(rows)} candidates; or set them aside with --on-error skip"
+    is_allowed = on_error == "skip" and len(too_long) < len(rows)
+    require(is_allowed or not too_long, f"{next(iter(too_long.values()), '')} ({advice})")
+    return too_long
 
 
 def mean_reward(rows):

@@ -11,33 +11,44 @@ SIZES = 8
 
 
 def leave_out_too_long(loaded, rows, image_of, text_of, new_of, skip):
-    """The rows that fit into the context, each with the tokens that come behind its prompt.
+    """The rows that fit into the context (see find_too_long). Prints how many do not.
 
-    image_of, text_of, new_of: row → path of its image, text of its prompt, number of new tokens. Raises
-    RecordError, with their number, unless `skip`; then it prints the number. All of them are an error too.
+    Raises RecordError if one does not, unless `skip`, and if none does.
     """
-    if loaded.context is None:
-        return rows
-    sizes = {path: read_size(path) for path in {image_of(row) for row in rows}}
-    largest = sorted(set(sizes.values()), key=lambda size: (size[0] * size[1], size))[-SIZES:]
-    most = max(count_tokens(loaded, Image.new("RGB", size), "?") for size in largest)
-    kept, faults = [], []
-    for row in rows:
-        text, new = text_of(row), new_of(row)
-        words = len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-        # Only a prompt that may be too long is counted with its own image.
-        tokens = most + words
-        if tokens + new > loaded.context:
-            tokens = count_tokens(loaded, open_image(image_of(row)), text)
-        if tokens + new > loaded.context:
-            faults.append(vlm.describe_too_long(loaded, tokens, new, text))
-        else:
-            kept.append(row)
-    if faults:
-        counted = f"{len(faults)} of {len(rows)} records are too long, the first: {faults[0]}"
+    too_long = find_too_long(loaded, rows, image_of, text_of, new_of)
+    kept = [row for i, row in enumerate(rows) if i not in too_long]
+    if too_long:
+        counted = (
+            f"{len(too_long)} of {len(rows)} records are too long, the first: {min(too_long.items())[1]}"
+        )
         require(skip and kept, f"{counted}; or leave them out with --on-error skip")
         print(f"left out: {counted}", flush=True)
     return kept
+
+
+def find_too_long(loaded, rows, image_of, text_of, new_of):
+    """{index of a row that does not fit into the context: why}.
+
+    image_of, text_of, new_of: row → path of its image, text of its prompt, number of the reply's tokens.
+    """
+    if loaded.context is None or not rows:
+        return {}
+    sizes = sorted({read_size(path) for path in {image_of(row) for row in rows}}, key=area)
+    most = max(count_tokens(loaded, Image.new("RGB", size), "?") for size in sizes[-SIZES:])
+    found = {}
+    for i, row in enumerate(rows):
+        text, new = text_of(row), new_of(row)
+        tokens = most + len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # Only a prompt that may be too long is counted with its own image.
+        if tokens + new > loaded.context:
+            tokens = count_tokens(loaded, open_image(image_of(row)), text)
+        if tokens + new > loaded.context:
+            found[i] = vlm.describe_too_long(loaded, tokens, new, text)
+    return found
+
+
+def area(size):
+    return size[0] * size[1], size
 
 
 def read_size(path):

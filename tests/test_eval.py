@@ -134,7 +134,7 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
         monkeypatch.setattr(medgr2, name, fake)
     monkeypatch.setattr(evaluation, "open_image", lambda path: opened.append(path))
     asked = [question | {"id": name} for name in "abc"]
-    respond, _ = evaluation.open_model("model", 3)
+    respond, *_ = evaluation.open_model("model", 3)
     got = [evaluation.predict(respond, batch) for batch in (asked[:3], asked[:1])]
     assert [[(r["id"], r["response"]) for r in batch] for batch in got] == [
         [("a", "1"), ("b", "2"), ("c", "3")],
@@ -471,6 +471,23 @@ def test_metrics_json_and_the_printed_table_say_what_predictions_jsonl_holds(hom
     assert printed.splitlines()[-1].startswith(
         f"{home / 'a'}: accuracy {result['accuracy']:.3f} on 25 questions, 12 images"
     )
+
+
+def test_a_question_longer_than_the_context_is_not_asked_and_counts_as_wrong(home):
+    rows = lines(home / "test.jsonl")[:3]
+    rows[1] |= {"question": "Which side is it, " * 300 + "left?"}
+    (home / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--model", POLICY, "--data", home / "long.jsonl", "--scores", "--blind", "--samples", 2
+    done = command(*flags, "--max-new-tokens", 64, "--out", home / "long")
+    got = lines(home / "long" / "predictions.jsonl")
+    assert [row["reason"] == "longer than the model's context" for row in got] == [False, True, False]
+    assert [row["response"] == "" for row in got] == [False, True, False]
+    asked = [{field: row[field] for field in ("prediction", "response")} for row in (got[0], got[2])]
+    before = lines(home / "a" / "predictions.jsonl")
+    assert asked == [{field: before[i][field] for field in asked[0]} for i in (0, 2)]
+    result = json.loads((home / "long" / "metrics.json").read_text())
+    assert result["questions"] == 3 and result["reasons"]["longer than the model's context"] == 1
+    assert "longer than the model's context (1)" in done.stdout
 
 
 def test_if_most_replies_are_cut_the_first_batch_says_so(home):

@@ -540,3 +540,13 @@ def test_a_cap_without_a_threshold_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         reward.parse_args()
     assert "--cap goes with --threshold" in capsys.readouterr().err
+
+
+def test_a_candidate_longer_than_the_context_is_refused_or_set_aside(backbone, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    row = {"image": str(tmp_path / "a.png"), "question": "Which?", "answer": "CT"}
+    rows = [row, row | {"rationale": "a cyst " * 600}, row | {"question": "Which? " * 600}]
+    assert list(reward.find_too_long(backbone, rows, "skip")) == [1, 2]
+    for some, on_error, said in ((rows, "stop", "2 of 3"), (rows[1:], "skip", "2 of 2")):
+        with pytest.raises(RecordError, match=f"context of 1024 .*{said} candidates.*--on-error skip"):
+            reward.find_too_long(backbone, some, on_error)

@@ -256,3 +256,14 @@ def test_no_examples_at_all_are_refused(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"id": "7", "image": "a.png", "question": "q", "answer": "a"}\n')
     with pytest.raises(RecordError, match="nothing to learn"):
         sft.load_examples([str(tmp_path / "r.jsonl")], [0.0], "policy")
+
+
+def test_an_example_longer_than_the_context_is_refused_or_left_out(policy, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    # The toy's context is 1,024 tokens: too long with its reply, too long by itself, and neither.
+    texts = ("Which?", "a cyst " * 600), ("Which? " * 600, "CT"), ("Which?", "CT")
+    examples = [sft.Example(str(tmp_path / "a.png"), *text) for text in texts]
+    assert sft.leave_out_too_long(policy, examples, "skip") == examples[2:]
+    assert "2 of 3 records are too long" in capsys.readouterr().out
+    with pytest.raises(RecordError, match="2 of 3 .*--on-error skip"):
+        sft.leave_out_too_long(policy, examples, "stop")
