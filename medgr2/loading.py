@@ -316,7 +316,7 @@ def find_loading_fault(loaded, report):
         return f"{weight} is not finite; train it again with a lower --lr, or download it again"
     if not loaded.processor.chat_template:
         return (
-            "no chat template (chat_template.jinja, or in tokenizer_config.json), so it cannot be asked; "
+            "no chat template (chat_template.jinja), so it cannot be asked anything; "
             "take the -Instruct or -it model"
         )
     if getattr(loaded.processor, "patch_size", 0) is None:
