@@ -489,7 +489,7 @@ def test_the_tasks_can_be_those_of_a_record_file(toy_stage, tmp_path):
     asked = [{"id": str(i), "image": "images/0.png", "task": task} for i, task in enumerate(tasks)]
     of = tmp_path / "expert.jsonl"
     of.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    flags = "--images", write_images(tmp_path, 2), "--max-new-tokens", 30
+    flags = "--images", write_images(tmp_path, 2), "--max-new-tokens", 100
     assert toy_stage(*flags, "--tasks-of", of, "--out", tmp_path / "x")[0] == 0
     rows = [r for name in ("candidates", "rejected") for r in lines(tmp_path / "x" / f"{name}.jsonl")]
     assert {row["task"] for row in rows} == set(tasks)
