@@ -20,7 +20,8 @@ CARD = """---
 # {name}
 
 {what} trained by `{script}` from `{base}` with a reference implementation of MedGR2
-([paper](https://doi.org/10.1609/aaai.v40i34.40125)). {licence} For research, not for clinical use.
+([paper](https://doi.org/10.1609/aaai.v40i34.40125)). {licence}
+For research, not for clinical use.
 
 ## Use
 
@@ -56,7 +57,8 @@ def write_card(part, folder, metadata, result):
     """
     from huggingface_hub import ModelCardData
 
-    base, name = metadata["args"]["model"], os.path.basename(folder)
+    # As one loads it: on the Hub by the Hub's name.
+    base, name = metadata["args"]["model"], metadata["args"]["push_to_hub"] or folder
     known = read_header(base)
     header = {field: known[field] for field in LICENCE if field in known}
     # The Hub takes only its own names here, so a local base passes on what its own card says.
@@ -64,7 +66,7 @@ def write_card(part, folder, metadata, result):
     is_model = os.path.isfile(os.path.join(part, "config.json"))
     if is_model:
         header |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    licence = " ".join(str(header[field]) for field in LICENCE if field in header)
+    licence = " ".join(" ".join(str(header[field]).split()) for field in LICENCE if field in header)
     # A folder's hash would depend on the clock in its args.json.
     files = [(path, digest) for path, digest in metadata["inputs"].items() if os.path.isfile(path)]
     numbers = [(key, value) for key, value in result.items() if type(value) in (int, float, str)]
@@ -74,10 +76,10 @@ def write_card(part, folder, metadata, result):
         what="Vision-language model" if is_model else "Reward model",
         script=metadata["script"],
         base=base,
-        licence=f"Licence of the base: {licence}." if licence else "The base's card names no licence.",
+        licence=f"Licence of the base: {licence}." if licence else "The base names no licence.",
         use=(USE_MODEL if is_model else USE_REWARD_MODEL).format(name=name),
         command=shlex.join(["python", metadata["script"], *sys.argv[1:]]),
-        commit=metadata["git"]["commit"],
+        commit=metadata["git"]["commit"] or "unknown",
         versions=", ".join(f"{package} {version}" for package, version in metadata["versions"].items()),
         data=cli.format_table(files, ["data", "SHA-256"], markdown=True),
         result=cli.format_table(numbers, ["metric", "value"], markdown=True),

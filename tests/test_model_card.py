@@ -58,7 +58,7 @@ def test_the_card_says_what_a_model_was_made_from_on_which_data_how_and_how_well
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
     }
-    assert f"# out\n\nVision-language model trained by `sft.py` from `{base}`" in text
+    assert f"# {out}\n\nVision-language model trained by `sft.py` from `{base}`" in text
     assert "Licence of the base: other toy-research." in text and "own card" not in text
     assert shlex.split(re.search("```\n(python .*)\n```", text)[1]) == ["python", "sft.py", *words.split()]
     for name in ("expert", "reports", "val"):
@@ -73,10 +73,8 @@ def test_the_card_says_what_a_model_was_made_from_on_which_data_how_and_how_well
     assert read(tmp_path / "next")[0] == header and f"from `{out}`" in read(tmp_path / "next")[1]
 
 
-def test_the_lines_of_the_card_load_the_model_with_transformers_alone(data, run, tmp_path, monkeypatch):
+def test_the_lines_of_the_card_load_the_model_with_transformers_alone(data, run, tmp_path):
     run(sft, f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --batch 1 --out {tmp_path}/m")
-    monkeypatch.chdir(tmp_path)
-    # As nobody could install torchvision here, the processor is asked for without it.
     lines = re.search("```python\n(.*?)```", read(tmp_path / "m")[1], re.DOTALL)[1]
     found = {}
     exec(compile(lines, "README.md", "exec"), found)
@@ -86,7 +84,7 @@ def test_the_lines_of_the_card_load_the_model_with_transformers_alone(data, run,
 def test_a_base_without_a_card_has_no_licence_and_no_name_on_the_hub(data, run, tmp_path):
     run(reward, f"train --model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --out {tmp_path}/rm")
     header, text = read(tmp_path / "rm")
-    assert not header and "The base's card names no licence." in text
+    assert not header and "The base names no licence." in text
     assert "Reward model trained by `reward.py`" in text and "from_pretrained" not in text
     auroc = json.loads((tmp_path / "rm" / "metrics.json").read_text())["auroc"]
     assert f"| auroc | {auroc:.3f} |" in text
@@ -163,6 +161,7 @@ def test_a_pushed_model_is_complete_and_private_and_no_record_goes_with_it(data,
     assert (told["name"], told["organization"], told["visibility"]) == ("mine", "me", "private")
     kept_here = {"metrics.jsonl", "args.json"}
     assert hub.files == {p.name: p.read_bytes() for p in out.iterdir() if p.name not in kept_here}
+    assert b'from_pretrained("me/mine")' in hub.files["README.md"]
     assert {"README.md", "config.json", "model.safetensors", "chat_template.jinja"} <= set(hub.files)
 
 
