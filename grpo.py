@@ -416,7 +416,7 @@ def main(args):
     watch = Watch(policy, reward_model, args, accelerator, run.state)
     cursor, skipped = run.state.get("cursor", 0), training.Skipped(run.state.get("skipped", 0))
     lowest = args.alpha * (R_MIN if args.reward_scale == "raw" else 0)
-    patience = rollouts.Patience(min(args.patience, args.steps), lowest, run.main)
+    patience = rollouts.Patience(args.patience, lowest, run.main)
     sizes = args.prompts, args.rollout_batch
     batches = rollouts.prefetch_batches(policy, examples, cursor, *sizes, args.seed, accelerator)
 

@@ -149,7 +149,9 @@ os.makedirs(out)
 json.dump(sys.argv[1:], open(os.path.join(out, "argv.json"), "w"))
 question = {"id": "q", "question": "q?", "options": ["a", "b"], "answer": "a", "image": "a.png"}
 question |= {"reward": {"overall": 1.0}, "prediction": "a", "correct": True}
-for name in ("candidates", "scored", "accepted", "random", "rollouts", "predictions", "metrics"):
+answers = ["predictions"] if os.path.basename(out).startswith("eval_") else []
+scores = ["scored", "accepted", "random"] if os.path.basename(out).endswith("scored") else []
+for name in ("candidates", "rollouts", "metrics", *answers, *scores):
     with open(os.path.join(out, name + ".jsonl"), "w") as f:
         f.write(json.dumps(question) + "\\n")
 json.dump({"accuracy": 1.0}, open(os.path.join(out, "metrics.json"), "w"))

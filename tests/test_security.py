@@ -94,8 +94,7 @@ def test_texts_that_look_like_tokens_templates_html_paths_or_commands_stay_texts
     run(READERS["reward.py train"], hostile, "rm_trained")
     score = READERS["reward.py score"].replace("--keep 0.5", "--keep 1")
     scored = read(run(score, hostile, "scored"), "accepted.jsonl")
-    # The toy answers none of these questions, so no response earns anything.
-    train = READERS["grpo.py"].replace("--steps 1", "--steps 8 --min-spread -1 --patience 0")
+    train = READERS["grpo.py"].replace("--steps 1", "--steps 8 --min-spread -1")
     rollouts = read(run(train, hostile, "grpo"), "rollouts.jsonl")
     predictions = read(run(READERS["eval.py"], hostile, "eval"), "predictions.jsonl")
     assert texts(scored) == texts(predictions) == texts(given)
