@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import types
 
 import pytest
@@ -59,8 +60,10 @@ def run(**settings):
 
 def test_a_terminal_gets_a_bar_with_rate_and_time_left_and_stdout_none_of_it():
     master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
     done = run(stderr=slave, stdout=subprocess.PIPE, text=True)
-    # Before the other end is closed, which would drop it.
+    # Before the other end is closed, which would drop it. If there is nothing, it raises and does not wait.
+    os.set_blocking(master, False)
     shown = os.read(master, 1 << 16).decode()
     os.close(slave)
     os.close(master)
