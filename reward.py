@@ -563,10 +563,12 @@ def score(args):
     for i, batch in zip(run.progress(steps, "score"), scored):
         append("scored.jsonl", batch)
         run.commit(step=i + args.batch)
-    if not run.main:
-        return
+    if run.main:
+        accept(run, len(rejected), args)
 
-    # Keep the best, and as many at random to compare with.
+
+def accept(run, rejected, args):
+    """Keep the best of the scored candidates, and as many at random to compare with; finish the run."""
     rows = list(records.read_records(run.path("scored.jsonl"), root=records.ANYWHERE))
     how = args.per, args.threshold, args.top_k, args.keep, args.cap
     accepted, drawn, tied = select_candidates(rows, args.seed, *how)
@@ -578,10 +580,10 @@ def score(args):
     saturated = R.count(R_MIN) + R.count(R_MAX)
     print(f"{saturated} of {len(rows)} have the least or greatest R that there is, {R_MIN} or {R_MAX}")
     print(f"{tied} are equal at the limit of what is accepted: a draw decided")
-    metrics = {"scored": len(rows), "accepted": len(accepted), "rejected": len(rejected)}
+    metrics = {"scored": len(rows), "accepted": len(accepted), "rejected": rejected}
     metrics |= {"saturated": saturated, "tied": tied}
     metrics |= {"mean": mean_reward(rows), "mean_accepted": mean_reward([rows[i] for i in accepted])}
-    aside = f", {len(rejected)} set aside" if rejected else ""
+    aside = f", {rejected} set aside" if rejected else ""
     run.finish(metrics, f"accepted {len(accepted)} of {len(rows)}{aside}")
 
 

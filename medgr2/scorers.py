@@ -363,7 +363,8 @@ def rename_fields(row, fields):
     found = {ours: find_field(row, ours, fields) for ours in NAMES | fields}
     for field, more in (("prediction", ""), ("answer", ", or give --answers FILE")):
         advice = f"say which one it is, --fields {field}=THEIRS{more}"
-        require(found[field] is not None, f"no field `{field}` among {', '.join(row)}: {advice}")
+        is_there = found[field] is not None or field in row
+        require(is_there, f"no field `{field}` among {', '.join(row)}: {advice}")
     return row | {ours: value for ours, value in found.items() if value is not None}
 
 

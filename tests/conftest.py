@@ -18,13 +18,11 @@ if not torch.cuda.is_available():
 # The settings of a very small cycle.
 SMALL = {
     "CYCLES": "1",
-    "CONTROLS": "1",
-    "CLINIC_FLAGS": "--sizes 12 6 8 8 8 --plenty 4",
+    "CLINIC_FLAGS": "--sizes 12 6 8 8 8",
     "REWARD_FLAGS": "--resamples 1 --steps 50",
     "SCORE_FLAGS": "--keep 0.5",
     "SFT_FLAGS": "--epochs 1",
     "GRPO_FLAGS": "--steps 1 --prompts 2 --group 4 --watch-items 8 --min-spread -1",
-    "CEILING_FLAGS": "--steps 2",
     "PYTHON": sys.executable,
 }
 

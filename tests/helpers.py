@@ -18,22 +18,28 @@ OPTIONS = ["X-ray", "MRI", "CT"]
 KEY = "sk-very-secret-123"
 
 
-# Runs a script and leaves a file per process.
+# Runs one script after another and leaves a file per process. Scripts are apart by "then".
 RANKS = """import os, runpy, sys
 open(os.path.join(sys.argv[1], "rank" + os.environ.get("RANK", "-")), "w").close()
-sys.argv = sys.argv[2:]
 sys.path.insert(0, os.getcwd())
-runpy.run_path(sys.argv[0], run_name="__main__")
+for command in " ".join(sys.argv[2:]).split(" then "):
+    sys.argv = command.split()
+    runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_in_one_and_two(folder, stage):
-    """Run a stage's command line in one process into folder/one, and in two over gloo into folder/two."""
+def run_in_one_and_two(folder, *stages):
+    """Run stages' command lines in one process into folder/one, and in two over gloo into folder/two.
+
+    Of several stages each names its folder: `--out OUT/scored`; OUT is one or two.
+    """
     (folder / "ranks.py").write_text(RANKS)
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for start, out in (([sys.executable], "one"), (launch, "two")):
-        flags = [*start, f"{folder}/ranks.py", str(folder), *stage.split(), "--out", f"{folder}/{out}"]
+        words = " then ".join(stages).replace("OUT", f"{folder}/{out}").split()
+        more = [] if "--out" in words else ["--out", f"{folder}/{out}"]
+        flags = [*start, f"{folder}/ranks.py", str(folder), *words, *more]
         done = subprocess.run(flags, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in folder.glob("rank?")) == ["rank-", "rank0", "rank1"]

@@ -65,7 +65,7 @@ def test_the_card_says_what_a_model_was_made_from_on_which_data_how_and_how_well
         path = data / f"{name}.jsonl"
         assert f"| {path} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" in text
     result = json.loads((out / "metrics.json").read_text())
-    assert set(result) == {"steps", "examples", "train_loss", "val_loss"}
+    assert set(result) == {"steps", "examples", "train_loss", "val_loss", "skipped"}
     for name, value in result.items():
         assert f"| {name} | {value if isinstance(value, int) else f'{value:.3f}'} |" in text
     # A model trained from this one: the licence and the Hub's name of the first base go on.

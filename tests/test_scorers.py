@@ -300,7 +300,9 @@ def test_a_prediction_that_is_empty_is_wrong_and_not_refused(empty):
             "row 2: `options` is neither a list",
         ),
         ({"prediction": ["CT", "MRI"], "answer": "CT"}, "row 2: `prediction` holds 2 texts"),
-        ({"prediction": "CT", "answer": None}, "row 2: the right answer is empty"),
+        ({"prediction": "CT", "answer": ""}, "row 2: the right answer is empty"),
+        # null is absent.
+        ({"prediction": "CT", "answer": None}, "row 2: no field `answer`"),
         ({"answer": "CT"}, "row 2: no field `prediction`"),
         (
             {"prediction": "CT", "answer": "PET", "options": ["CT", "MRI"]},

@@ -86,11 +86,11 @@ def test_steps_that_a_resumed_run_does_again_are_reported_once(data, run, tmp_pa
     words += f" --report-to tensorboard --out {out}"
     rates = []
 
-    def crash(optimizer, lr):
+    def crash(optimizer, lr, norm):
         rates.append(lr)
         if len(rates) == 4:
             raise RuntimeError("crash")
-        step(optimizer, lr)
+        step(optimizer, lr, norm)
 
     with monkeypatch.context() as patch:
         patch.setattr(sft.training, "step", crash)
