@@ -36,10 +36,10 @@ def test_every_stage_begins_with_a_line_that_says_what_it_will_do_and_where(fini
         if found := re.fullmatch(rf"{re.escape(str(out))}/(\S+): (.*), on \S.*", line):
             said.setdefault(found[1], found[2])
     stages = {os.path.relpath(path.parent, out) for path in out.rglob("args.json")}
-    assert set(said) == stages and len(stages) > 10
+    assert set(said) == stages and len(stages) > 8
     asked = len((out / "data" / "test.jsonl").read_text().splitlines())
     assert said["eval_base"] == f"{asked} questions to answer"
-    assert said["cycle1/sft"].endswith(" examples out of " + said["cycle1/sft"].split()[-1])
+    assert re.fullmatch(r"\d+ steps of 8 examples out of \d+", said["cycle1/sft"])
     assert said["cycle1/grpo"].startswith("1 steps of 2 questions x 4 responses out of ")
     assert said["cycle1/reward"].startswith("50 steps on the responses to ")
     candidates = len((out / "cycle1" / "scored" / "scored.jsonl").read_text().splitlines())
@@ -80,7 +80,7 @@ def test_the_report_holds_every_evaluated_question_every_candidate_and_the_curve
     assert data["tables"][0]["rows"][0][1][0] == f"{accuracy:.3f}"
     # Its rows have the names and the order of the table that the terminal shows.
     names = [re.split("  +", line)[0] for line in (out / "table.txt").read_text().splitlines()[2:-2]]
-    assert len(names) == 7 and data["runs"] == names
+    assert len(names) == 4 and data["runs"] == names
     assert [row[0][0] for row in data["tables"][0]["rows"]] == names
 
 
