@@ -1,6 +1,7 @@
 """Fixtures of several test files, and a whole cycle. Imported before every test file."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,8 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
+# A job in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Set before anything imports Triton (transformers does): without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
