@@ -35,12 +35,18 @@ import random
 import textwrap
 from operator import itemgetter
 
-from medgr2 import cli, records, runs, training
+from medgr2 import cli, measures, records, runs, selection, training
 from medgr2.errors import ModelError, require
 from medgr2.images import find_unreadable, open_image
-from medgr2.levels import LEVELS, build_levels, label_rollouts
-from medgr2.measures import auroc, ranks
-from medgr2.prompts import is_match, policy_prompt, reference_response, report_prompt
+from medgr2.levels import (
+    LEVELS,
+    build_levels,
+    evaluate_levels,
+    evaluate_pairs,
+    label_rollouts,
+    print_evaluation,
+)
+from medgr2.prompts import policy_prompt, reference_response, report_prompt
 
 # The range of R.
 R_MIN, R_MAX = -6, 10
@@ -365,31 +371,10 @@ def evaluate_heads(model, groups, batch, seed, progress=iter):
     return {
         "levels": evaluate_levels(scores, targets, levels),
         "ordered": evaluate_pairs(scores, levels),
-        "spearman": spearman(scores, targets),
-        "auroc": auroc(scores[answered], np.isin(levels, RIGHT)[answered]),
+        "spearman": measures.spearman(scores, targets),
+        "auroc": measures.auroc(scores[answered], np.isin(levels, RIGHT)[answered]),
         "image_swap_drop": image_swap_drop(model, groups, batch, seed, progress),
     }
-
-
-def evaluate_levels(scores, targets, levels):
-    """{level: {n, mean, mae}}: the number of responses, their mean R and its mean absolute error."""
-    found, errors = {}, np.abs(scores - targets)
-    for level in LEVELS:
-        own = levels == level
-        if own.any():
-            mean, mae = float(scores[own].mean()), float(errors[own].mean())
-            found[level] = {"n": int(own.sum()), "mean": mean, "mae": mae}
-    return found
-
-
-def evaluate_pairs(scores, levels):
-    """{"high > low": probability that a response of the high level scores above one of the low level}."""
-    found = {}
-    for high, low in itertools.combinations([level for level in LEVELS if level in levels], 2):
-        if LEVELS[high][0] > LEVELS[low][0]:
-            pair = np.isin(levels, (high, low))
-            found[f"{high} > {low}"] = auroc(scores[pair], levels[pair] == high)
-    return found
 
 
 def image_swap_drop(model, groups, batch, seed, progress=iter):
@@ -404,18 +389,6 @@ def image_swap_drop(model, groups, batch, seed, progress=iter):
         after = score_references(model, rows, [row["image"] for row in swapped])["overall"]
         drops += [a - b for a, b in zip(before, after)]
     return float(np.mean(drops)) if drops else None
-
-
-def spearman(x, y):
-    """Correlation of the ranks; None if either is constant."""
-    x, y = ranks(x), ranks(y)
-    return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else None
-
-
-def print_evaluation(metrics):
-    rows = [(name, m["n"], LEVELS[name][0], m["mean"], m["mae"]) for name, m in metrics["levels"].items()]
-    print(cli.format_table(rows, ("level", "n", "target", "mean", "MAE")))
-    print(cli.format_table(list(metrics["ordered"].items()), ("pair", "in order")))
 
 
 def train(args):
@@ -451,16 +424,6 @@ def score_references(model, rows, image_paths):
     return model(images, prompts, [reference_response(row) for row in rows])
 
 
-def allocate(sizes, total):
-    """Divide `total` places over cells in proportion to their sizes; the largest remainders round up."""
-    exact = [total * size / max(1, sum(sizes)) for size in sizes]
-    places = [int(x) for x in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: places[i] - exact[i])
-    for i in by_remainder[: total - sum(places)]:
-        places[i] += 1
-    return places
-
-
 def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None, cap=None):
     """(accepted, random, tied): indices of the best of each cell, and of as many of the same cell at random.
 
@@ -483,65 +446,36 @@ def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None,
         cells, places = good, [cap if cap else len(cell) for cell in good]
     else:
         total = round(keep * len(rows)) if top_k is None else top_k
-        places = allocate([len(cell) for cell in cells], min(len(rows), total))
+        places = selection.allocate([len(cell) for cell in cells], min(len(rows), total))
     ranked = [sorted(cell, key=lambda i: order[i]) for cell in cells]
     best = [cell[:n] for cell, n in zip(ranked, places)]
-    tied = sum(count_tied([order[i] for i in cell], n) for cell, n in zip(ranked, places))
+    tied = sum(selection.count_tied([order[i] for i in cell], n) for cell, n in zip(ranked, places))
     rng = random.Random(runs.seed_of(seed, "random"))
     drawn = [i for cell, chosen in zip(index.values(), best) for i in rng.sample(cell, len(chosen))]
     return sorted(itertools.chain(*best)), sorted(drawn), tied
 
 
-def count_tied(ranked, n):
-    """How many of the ranked values equal both the n-th and the one after it, so that a draw parts them."""
-    is_parted = 0 < n < len(ranked) and ranked[n - 1] == ranked[n]
-    return ranked.count(ranked[n]) if is_parted else 0
-
-
-def print_selection(rows, accepted):
-    """How many were accepted by task and modality, and a histogram of R."""
-    for field in ("task", "modality"):
-        scored = [row.get(field, "") for row in rows]
-        kept = [scored[i] for i in accepted]
-        table = [(name, scored.count(name), kept.count(name)) for name in sorted(set(scored))]
-        print(cli.format_table(table, (field, "scored", "accepted")))
-    counts, edges = np.histogram([row["reward"]["overall"] for row in rows], bins=8, range=(R_MIN, R_MAX))
-    for low, high, count in zip(edges, edges[1:], counts):
-        print(f"{low:5.0f} to {high:3.0f} {'█' * round(50 * count / max(counts))} {count}")
-
-
-def with_pass_rates(rows, path):
-    """The candidates with `pass_rate`: the share of the policy's samples that give the candidate's answer."""
-    answered = {r["id"]: r for r in records.read_records(path, ("answer", "samples"), records.ANYWHERE)}
-    found = []
-    for row in rows:
-        require(row["id"] in answered, f"{path}: no answers to {row['id']}: run eval.py on the candidates")
-        samples = answered[row["id"]]["samples"]
-        right = sum(is_match(sample, row["answer"]) for sample in samples)
-        found.append(row | {"pass_rate": right / len(samples)})
-    return found
+def read_candidates(args):
+    """(candidates, those with an unreadable image, set aside with their reason)."""
+    skip = args.on_error == "skip"
+    rows = records.read_kept(args.data, records.QUESTION, args.image_root, skip and args.max_rejected)
+    unreadable = find_unreadable(rows, args.max_rejected) if skip else {}
+    readable = [row for row in rows if row["image"] not in unreadable]
+    require(readable, f"{args.data}: no image is readable; correct `image`, see --image-root")
+    rejected = [row for row in rows if row["image"] in unreadable]
+    reason = {"reason": "unreadable image"}
+    return readable, [row | reason | {"text": unreadable[row["image"]]} for row in rejected]
 
 
 def score(args):
     accelerator = Accelerator()
     run = runs.start(args, [args.model, args.data], accelerator.is_main_process)
-    skip = args.on_error == "skip"
-    rows = records.read_kept(args.data, records.QUESTION, args.image_root, skip and args.max_rejected)
-    unreadable = find_unreadable(rows, args.max_rejected) if skip else {}
-    rejected = [
-        row | {"reason": "unreadable image", "text": unreadable[row["image"]]}
-        for row in rows
-        if row["image"] in unreadable
-    ]
-    rows = [row for row in rows if row["image"] not in unreadable]
-    require(rows, f"{args.data}: no image is readable; correct `image`, see --image-root")
+    rows, rejected = read_candidates(args)
     if args.answered:
-        rows = with_pass_rates(rows, args.answered)
+        rows = selection.with_pass_rates(rows, args.answered)
     model = RewardModel.load(args.model)
-    too_long = find_too_long(model.backbone, rows, args.on_error)
-    for i, why in too_long.items():
-        rejected.append(rows[i] | {"reason": "longer than the model's context", "text": why})
-    rows = [row for i, row in enumerate(rows) if i not in too_long]
+    rows, too_long = split_too_long(model.backbone, rows, args.on_error)
+    rejected += too_long
 
     def append(name, rows):
         run.append(name, [records.with_relative_image(row, run.folder) for row in rows])
@@ -573,34 +507,25 @@ def accept(run, rejected, args):
     how = args.per, args.threshold, args.top_k, args.keep, args.cap
     accepted, drawn, tied = select_candidates(rows, args.seed, *how)
     R = [row["reward"]["overall"] for row in rows]
-    require(accepted, f"{args.data}: none of {len(rows)} is accepted: {explain_rejection(R, args)}")
+    why = selection.explain_rejection(R, args.threshold)
+    require(accepted, f"{args.data}: none of {len(rows)} is accepted: {why}")
     records.write_records(run.path("accepted.jsonl"), (rows[i] for i in accepted))
     records.write_records(run.path("random.jsonl"), (rows[i] for i in drawn))
-    print_selection(rows, accepted)
+    selection.print_selection(rows, accepted, R_MIN, R_MAX)
     saturated = R.count(R_MIN) + R.count(R_MAX)
     print(f"{saturated} of {len(rows)} have the least or greatest R that there is, {R_MIN} or {R_MAX}")
     print(f"{tied} are equal at the limit of what is accepted: a draw decided")
     metrics = {"scored": len(rows), "accepted": len(accepted), "rejected": rejected}
     metrics |= {"saturated": saturated, "tied": tied}
-    metrics |= {"mean": mean_reward(rows), "mean_accepted": mean_reward([rows[i] for i in accepted])}
+    metrics |= {"mean": float(np.mean(R)), "mean_accepted": float(np.mean([R[i] for i in accepted]))}
     aside = f", {rejected} set aside" if rejected else ""
     run.finish(metrics, f"accepted {len(accepted)} of {len(rows)}{aside}")
 
 
-def explain_rejection(R, args):
-    """Why the filter accepts none of the candidates with these R, and what to do."""
-    if args.threshold is None:
-        return "--keep rounds to 0; raise it, with another --out"
-    least, greatest = min(R), max(R)
-    return (
-        f"R is from {least} to {greatest}, below --threshold {args.threshold:g}; lower it, with another --out"
-    )
+def split_too_long(backbone, rows, on_error):
+    """(candidates that fit into the backbone's context, others with their reason).
 
-
-def find_too_long(backbone, rows, on_error):
-    """{index: why} of the candidates that do not fit into the backbone's context.
-
-    Raises RecordError unless they may be skipped, and if no candidate fits.
+    Raises RecordError unless those may be skipped, and if no candidate fits.
     """
 
     def count_reply(row):
@@ -610,11 +535,9 @@ def find_too_long(backbone, rows, on_error):
     advice = f"{len(too_long)} of {len(rows)} candidates; or set them aside with --on-error skip"
     is_allowed = on_error == "skip" and len(too_long) < len(rows)
     require(is_allowed or not too_long, f"{next(iter(too_long.values()), '')} ({advice})")
-    return too_long
-
-
-def mean_reward(rows):
-    return float(np.mean([row["reward"]["overall"] for row in rows]))
+    reason = {"reason": "longer than the model's context"}
+    rejected = [rows[i] | reason | {"text": why} for i, why in too_long.items()]
+    return [row for i, row in enumerate(rows) if i not in too_long], rejected
 
 
 def main(args):

@@ -13,10 +13,14 @@ The policy's own responses to expert questions (rollouts) are a second source. T
 expert's answer: right and well-formed 10, wrong 0, malformed -6.
 """
 
+import itertools
 import random
 import re
 
-from medgr2 import records, runs
+import numpy as np
+
+from medgr2 import cli, records, runs
+from medgr2.measures import auroc
 from medgr2.prompts import (
     UNSPACED,
     format_response,
@@ -239,3 +243,34 @@ def outcome(rollout):
     if not parsed.well_formed:
         return "malformed"
     return "right" if is_match(parsed.prediction, rollout["answer"]) else "wrong"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# How far R tells the levels apart.
+
+
+def evaluate_levels(scores, targets, levels):
+    """{level: {n, mean, mae}}: the number of responses, their mean R and its mean absolute error."""
+    found, errors = {}, np.abs(scores - targets)
+    for level in LEVELS:
+        own = levels == level
+        if own.any():
+            mean, mae = float(scores[own].mean()), float(errors[own].mean())
+            found[level] = {"n": int(own.sum()), "mean": mean, "mae": mae}
+    return found
+
+
+def evaluate_pairs(scores, levels):
+    """{"high > low": probability that a response of the high level scores above one of the low level}."""
+    found = {}
+    for high, low in itertools.combinations([level for level in LEVELS if level in levels], 2):
+        if LEVELS[high][0] > LEVELS[low][0]:
+            pair = np.isin(levels, (high, low))
+            found[f"{high} > {low}"] = auroc(scores[pair], levels[pair] == high)
+    return found
+
+
+def print_evaluation(metrics):
+    rows = [(name, m["n"], LEVELS[name][0], m["mean"], m["mae"]) for name, m in metrics["levels"].items()]
+    print(cli.format_table(rows, ("level", "n", "target", "mean", "MAE")))
+    print(cli.format_table(list(metrics["ordered"].items()), ("pair", "in order")))

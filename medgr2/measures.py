@@ -98,6 +98,12 @@ def ranks(x):
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
+def spearman(x, y):
+    """Correlation of the ranks; None if either is constant."""
+    x, y = ranks(x), ranks(y)
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else None
+
+
 def auroc(scores, right):
     """P(a right item scores above a wrong one), ties count half; None if one of the kinds is missing."""
     right = np.asarray(right, bool)

@@ -1,5 +1,6 @@
 """Fixtures of several test files, and a whole cycle. Imported before every test file."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -58,21 +59,42 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def stage(monkeypatch, capsys):
-    """stage(*flags) calls generate.py as the command line does. Returns (exit status, stdout, stderr)."""
-    import generate
+def call(monkeypatch, capsys):
+    """call(script, *flags): run this module as its command line does → (exit status, stdout, stderr).
+
+    A single text is split at its spaces.
+    """
     from medgr2 import cli
 
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+    def run(script, *flags):
+        words = flags[0].split() if len(flags) == 1 else map(str, flags)
+        monkeypatch.setattr(sys, "argv", [os.path.basename(script.__file__), *words])
         status = 0
         try:
-            cli.run_main(generate.main, generate.parse_args())
+            cli.run_main(script.main, script.parse_args())
         except SystemExit as leaving:
             status = leaving.code
         return status, *capsys.readouterr()
 
-    return call
+    return run
+
+
+@pytest.fixture
+def stage(call):
+    """stage(*flags) calls generate.py."""
+    import generate
+
+    return functools.partial(call, generate)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with a few records of each kind. Tests only read it."""
+    import clinic
+
+    folder = tmp_path_factory.mktemp("clinic")
+    clinic.write_clinic(str(folder), (6, 4, 2, 1, 1), seed=7)
+    return folder
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from PIL import Image
 import eval as evaluation
 import medgr2.loading
 import medgr2.vlm
-from medgr2 import cli, measures, records
+from medgr2 import measures, records
 from medgr2.images import open_image
 from medgr2.prompts import policy_prompt
 
@@ -560,20 +560,11 @@ def text_of(body):
 
 
 @pytest.fixture
-def ask(monkeypatch, capsys):
-    """ask(server, words) calls eval.py as the command line does → (exit status, stdout, stderr)."""
-
-    def call(server, words):
-        words = f"--endpoint {server.url} --endpoint-model m {words}"
-        monkeypatch.setattr(sys, "argv", ["eval.py", *words.split()])
-        status = 0
-        try:
-            cli.run_main(evaluation.main, evaluation.parse_args())
-        except SystemExit as leaving:
-            status = leaving.code
-        return status, *capsys.readouterr()
-
-    return call
+def ask(call):
+    """ask(server, words) calls eval.py → (exit status, stdout, stderr)."""
+    return lambda server, words: call(
+        evaluation, "--endpoint", server.url, "--endpoint-model", "m", *words.split()
+    )
 
 
 def test_a_server_of_the_same_model_gives_the_same_predictions_and_table(home, chat, serve, ask):

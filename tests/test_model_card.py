@@ -6,34 +6,16 @@ import json
 import re
 import shlex
 import shutil
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import clinic
 import pytest
 import yaml
 from helpers import ROOT
 
 import reward
 import sft
-from medgr2 import cli, model_card
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clinic")
-    clinic.write_clinic(str(folder), (6, 4, 2, 1, 1), seed=7)
-    return folder
-
-
-@pytest.fixture
-def run(monkeypatch):
-    def call(stage, words):
-        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *words.split()])
-        cli.run_main(stage.main, stage.parse_args())
-
-    return call
+from medgr2 import model_card
 
 
 def read(folder):
@@ -42,14 +24,14 @@ def read(folder):
     return yaml.safe_load(header), text
 
 
-def test_the_card_says_what_a_model_was_made_from_on_which_data_how_and_how_well(data, run, tmp_path):
+def test_the_card_says_what_a_model_was_made_from_on_which_data_how_and_how_well(data, call, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(ROOT / "toy" / "policy", base)
     header = "license: other\nlicense_name: toy-research\nbase_model: maker/toy-vl\nlanguage: en\n"
     (base / "README.md").write_text(f"---\n{header}---\n# The base's own card\n")
     words = f"--model {base} --data {data}/expert.jsonl {data}/reports.jsonl --val {data}/val.jsonl"
     words += f" --steps 2 --batch 2 --out {out}"
-    run(sft, words)
+    assert call(sft, words)[0] == 0
     header, text = read(out)
     assert header == {
         "license": "other",
@@ -69,20 +51,23 @@ def test_the_card_says_what_a_model_was_made_from_on_which_data_how_and_how_well
     for name, value in result.items():
         assert f"| {name} | {value if isinstance(value, int) else f'{value:.3f}'} |" in text
     # A model trained from this one: the licence and the Hub's name of the first base go on.
-    run(sft, f"--model {out} --data {data}/expert.jsonl --steps 1 --batch 1 --out {tmp_path}/next")
+    words = f"--model {out} --data {data}/expert.jsonl --steps 1 --batch 1 --out {tmp_path}/next"
+    assert call(sft, words)[0] == 0
     assert read(tmp_path / "next")[0] == header and f"from `{out}`" in read(tmp_path / "next")[1]
 
 
-def test_the_lines_of_the_card_load_the_model_with_transformers_alone(data, run, tmp_path):
-    run(sft, f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --batch 1 --out {tmp_path}/m")
+def test_the_lines_of_the_card_load_the_model_with_transformers_alone(data, call, tmp_path):
+    words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --batch 1 --out {tmp_path}/m"
+    assert call(sft, words)[0] == 0
     lines = re.search("```python\n(.*?)```", read(tmp_path / "m")[1], re.DOTALL)[1]
     found = {}
     exec(compile(lines, "README.md", "exec"), found)
     assert found["model"].num_parameters() > 1e6 and found["processor"].tokenizer.eos_token
 
 
-def test_a_base_without_a_card_has_no_licence_and_no_name_on_the_hub(data, run, tmp_path):
-    run(reward, f"train --model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --out {tmp_path}/rm")
+def test_a_base_without_a_card_has_no_licence_and_no_name_on_the_hub(data, call, tmp_path):
+    words = f"train --model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --out {tmp_path}/rm"
+    assert call(reward, words)[0] == 0
     header, text = read(tmp_path / "rm")
     assert not header and "The base names no licence." in text
     assert "Reward model trained by `reward.py`" in text and "from_pretrained" not in text
@@ -153,10 +138,10 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_a_pushed_model_is_complete_and_private_and_no_record_goes_with_it(data, run, tmp_path, hub):
+def test_a_pushed_model_is_complete_and_private_and_no_record_goes_with_it(data, call, tmp_path, hub):
     out = tmp_path / "out"
     words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --batch 1 --out {out}"
-    run(sft, words + " --push-to-hub me/mine")
+    assert call(sft, words + " --push-to-hub me/mine")[0] == 0
     (told,) = hub.repositories
     assert (told["name"], told["organization"], told["visibility"]) == ("mine", "me", "private")
     kept_here = {"metrics.jsonl", "args.json"}
@@ -165,24 +150,19 @@ def test_a_pushed_model_is_complete_and_private_and_no_record_goes_with_it(data,
     assert {"README.md", "config.json", "model.safetensors", "chat_template.jinja"} <= set(hub.files)
 
 
-def test_a_repository_that_cannot_be_made_is_one_line_before_training(data, run, tmp_path, hub, capsys):
+def test_a_repository_that_cannot_be_made_is_one_line_before_training(data, call, tmp_path, hub):
     hub.status = 403
     words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --out {tmp_path}/out"
-    with pytest.raises(SystemExit) as left:
-        run(sft, words + " --push-to-hub me/mine")
-    out, err = capsys.readouterr()
-    assert left.value.code == 2 and err.count("\n") == 1 and "--push-to-hub me/mine: " in err
+    status, out, err = call(sft, *words.split(), "--push-to-hub", "me/mine")
+    assert status == 2 and err.count("\n") == 1 and "--push-to-hub me/mine: " in err
     assert "403" in err and out == "" and list(tmp_path.iterdir()) == []
 
 
-def test_if_the_upload_fails_the_run_is_complete_and_one_line_says_how_to_push_it(
-    data, run, tmp_path, hub, capsys
-):
+def test_if_the_upload_fails_the_run_is_complete_and_one_line_says_how_to_push_it(data, call, tmp_path, hub):
     hub.commit_status = 400
     out = tmp_path / "out"
     words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 1 --batch 1 --out {out}"
-    with pytest.raises(SystemExit) as left:
-        run(sft, words + " --push-to-hub me/mine")
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert left.value.code == 2 and f"{out}: complete, but not pushed: " in err
+    status, _, err = call(sft, *words.split(), "--push-to-hub", "me/mine")
+    err = err.splitlines()[-1]
+    assert status == 2 and f"{out}: complete, but not pushed: " in err
     assert f"hf upload me/mine {out} --exclude '*.jsonl'" in err and (out / "model.safetensors").is_file()

@@ -16,7 +16,7 @@ from helpers import ROOT
 from PIL import Image
 
 import reward
-from medgr2 import levels, loading, records, vlm
+from medgr2 import levels, loading, measures, records, selection, vlm
 from medgr2.errors import ModelError, RecordError, RunError
 from medgr2.images import open_image
 from medgr2.prompts import format_response, policy_prompt, reference_response
@@ -356,17 +356,17 @@ def test_auroc_is_the_share_of_ordered_pairs(seed):
     # With many ties.
     scores, right = rng.integers(0, 6, 30), rng.random(30) < 0.4
     pairs = [(a > b) + 0.5 * (a == b) for a, b in itertools.product(scores[right], scores[~right])]
-    assert reward.auroc(scores, right) == pytest.approx(np.mean(pairs))
+    assert measures.auroc(scores, right) == pytest.approx(np.mean(pairs))
 
 
 def test_auroc_and_spearman_are_none_where_they_mean_nothing():
-    assert reward.auroc([1, 2], [True, True]) is None and reward.spearman([1, 1, 1], [1, 2, 3]) is None
+    assert measures.auroc([1, 2], [True, True]) is None and measures.spearman([1, 1, 1], [1, 2, 3]) is None
 
 
 def test_spearman_by_hand_with_a_tie():
     # The ranks are 1 2.5 2.5 4 and 1 3 2 4.
     x, y = [1, 2, 2, 4], [10, 30, 20, 40]
-    assert reward.spearman(x, y) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert measures.spearman(x, y) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
 # Filtering ------------------------------------------------------------------------------------------------
@@ -408,9 +408,9 @@ def test_only_those_are_counted_as_tied_that_a_draw_parted():
 
 
 def test_places_are_allocated_in_proportion_and_the_total_is_exact():
-    assert reward.allocate([1, 1, 1, 1], 2).count(1) == 2 and reward.allocate([3, 3, 3], 5) == [2, 2, 1]
+    assert selection.allocate([1, 1, 1, 1], 2).count(1) == 2 and selection.allocate([3, 3, 3], 5) == [2, 2, 1]
     for total in range(12):
-        places = reward.allocate([5, 1, 6], total)
+        places = selection.allocate([5, 1, 6], total)
         assert sum(places) == total and all(p <= n for p, n in zip(places, [5, 1, 6]))
 
 
@@ -528,10 +528,10 @@ def test_the_pass_rate_is_the_share_of_samples_with_the_candidates_answer(tmp_pa
     candidate = {"id": "x", "image": image, "question": "q", "answer": "cyst", "options": ["cyst", "mass"]}
     answered = candidate | {"samples": ["cyst", "mass", None, "Cyst."]}
     records.write_records(tmp_path / "predictions.jsonl", [answered])
-    (row,) = reward.with_pass_rates([candidate], tmp_path / "predictions.jsonl")
+    (row,) = selection.with_pass_rates([candidate], tmp_path / "predictions.jsonl")
     assert row == candidate | {"pass_rate": 0.5}
     with pytest.raises(RecordError, match="no answers to y: run eval.py on the candidates"):
-        reward.with_pass_rates([candidate | {"id": "y"}], tmp_path / "predictions.jsonl")
+        selection.with_pass_rates([candidate | {"id": "y"}], tmp_path / "predictions.jsonl")
 
 
 def test_a_cap_without_a_threshold_is_refused(monkeypatch, capsys):
@@ -546,7 +546,9 @@ def test_a_candidate_longer_than_the_context_is_refused_or_set_aside(backbone, t
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     row = {"image": str(tmp_path / "a.png"), "question": "Which?", "answer": "CT"}
     rows = [row, row | {"rationale": "a cyst " * 600}, row | {"question": "Which? " * 600}]
-    assert list(reward.find_too_long(backbone, rows, "skip")) == [1, 2]
+    fitting, rejected = reward.split_too_long(backbone, rows, "skip")
+    assert fitting == rows[:1] and [r | rejected[i] for i, r in enumerate(rows[1:])] == rejected
+    assert {r["reason"] for r in rejected} == {"longer than the model's context"}
     for some, on_error, said in ((rows, "stop", "2 of 3"), (rows[1:], "skip", "2 of 2")):
         with pytest.raises(RecordError, match=f"context of 1024 .*{said} candidates.*--on-error skip"):
-            reward.find_too_long(backbone, some, on_error)
+            reward.split_too_long(backbone, some, on_error)

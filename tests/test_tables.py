@@ -39,17 +39,6 @@ def put_parquet(path, rows):
     return str(path)
 
 
-def run(monkeypatch, capsys, *flags):
-    """Run `python -m medgr2.records` with these flags. Returns (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["records.py", *map(str, flags)])
-    status = 0
-    try:
-        cli.run_main(records.main, records.parse_args())
-    except SystemExit as leaving:
-        status = leaving.code
-    return status, *capsys.readouterr()
-
-
 def hub_row(content, **fields):
     return {"image": {"bytes": content, "path": "x.jpg"}, "question": "Which?", "answer": "CT"} | fields
 
@@ -57,9 +46,7 @@ def hub_row(content, **fields):
 # Parquet -------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_shards_is_one_data_set_and_each_image_is_written_once_under_its_hash(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_folder_of_shards_is_one_data_set_and_each_image_is_written_once_under_its_hash(tmp_path, call):
     data = tmp_path / "hub" / "data"
     put_parquet(data / "train-00000-of-00002.parquet", [hub_row(RED), hub_row(BLUE, answer="Yes")])
     put_parquet(data / "train-00001-of-00002.parquet", [hub_row(RED, question="Where?", answer="left")])
@@ -67,7 +54,7 @@ def test_a_folder_of_shards_is_one_data_set_and_each_image_is_written_once_under
     # A folder of Parquet also holds descriptions, which are no rows.
     (tmp_path / "hub" / "dataset_infos.json").write_text('{"default": {}}')
     out = tmp_path / "out" / "r.jsonl"
-    assert run(monkeypatch, capsys, "import", tmp_path / "hub", "--out", out)[0] == 0
+    assert call(records, "import", tmp_path / "hub", "--out", out)[0] == 0
     got = list(records.read_records(out, records.QUESTION))
     assert [r["id"] for r in got] == ["vqa-0", "vqa-1", "vqa-2", "vqa-3"]
     assert [r["split"] for r in got] == ["train", "train", "train", "validation"]
@@ -81,7 +68,7 @@ def test_a_folder_of_shards_is_one_data_set_and_each_image_is_written_once_under
         names[BLUE],
     ]
     assert open_image(got[0]["image"]).getpixel((0, 0)) == (255, 0, 0)
-    status, _, _ = run(monkeypatch, capsys, "import", tmp_path / "hub", "--out", out, "--split", "validation")
+    status, _, _ = call(records, "import", tmp_path / "hub", "--out", out, "--split", "validation")
     assert status == 0 and [r["id"] for r in records.read_records(out)] == ["vqa-3"]
 
 
@@ -126,10 +113,10 @@ def test_a_row_of_several_images_is_counted_and_its_images_are_not_written(tmp_p
     assert len(os.listdir(tmp_path / "images")) == 1
 
 
-def test_an_import_that_fails_leaves_no_images(tmp_path, monkeypatch, capsys):
+def test_an_import_that_fails_leaves_no_images(tmp_path, call):
     put_parquet(tmp_path / "a.parquet", [hub_row(RED)] * 2)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 cut")
-    status, _, error = run(monkeypatch, capsys, "import", tmp_path, "--out", tmp_path / "out" / "r.jsonl")
+    status, _, error = call(records, "import", tmp_path, "--out", tmp_path / "out" / "r.jsonl")
     assert status == 2 and "b.parquet: not readable as Parquet" in error and error.count("\n") == 1
     assert not list((tmp_path / "out").glob("*"))
 
@@ -220,7 +207,7 @@ def test_pmcvqa_choices_are_columns_that_repeat_their_letter(tmp_path, name, del
     assert notes["skipped"] == {"answer not among the options": 1, "row not of the format": 1}
 
 
-def test_slake_is_read_in_the_language_that_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_slake_is_read_in_the_language_that_is_asked_for(tmp_path, call):
     put_image(tmp_path / "imgs" / "xmlab0" / "source.jpg")
     row = {"img_name": "xmlab0/source.jpg", "answer_type": "OPEN", "modality": "MRI", "qid": 7}
     rows = [
@@ -240,7 +227,7 @@ def test_slake_is_read_in_the_language_that_is_asked_for(tmp_path, monkeypatch, 
         ["Ill?", "Yes", None, "Other Biological Attributes", "en", "train"],
         ["Well?", "no", ["yes", "no"], "Disease Diagnosis", "en", "train"],
     ]
-    status, said, _ = run(monkeypatch, capsys, "import", path, "--out", out, "--language", "zh")
+    status, said, _ = call(records, "import", path, "--out", out, "--language", "zh")
     assert status == 0 and [r["answer"] for r in records.read_records(out)] == ["肝"]
     assert "another language than zh" in said and "3" in said
 
@@ -300,14 +287,12 @@ def test_a_pickle_of_plain_values_is_read_and_one_that_names_code_is_refused_unr
     assert not (tmp_path / "ran").exists()
 
 
-def test_any_columns_can_be_mapped_and_an_error_lists_those_that_are_there_and_wanted(
-    tmp_path, monkeypatch, capsys
-):
+def test_any_columns_can_be_mapped_and_an_error_lists_those_that_are_there_and_wanted(tmp_path, call):
     put_image(tmp_path / "a.png")
     (tmp_path / "x.csv").write_text("Bild,Frage,Antwort,w_1,w_2,Art\na.png,Was?,2,MRI,CT,X-Ray\n")
     out = tmp_path / "r.jsonl"
     mapped = ["image=Bild", "question=Frage", "answer=Antwort", "options=w_*", "modality=Art"]
-    status, _, error = run(monkeypatch, capsys, "import", tmp_path / "x.csv", "--out", out, "--map", *mapped)
+    status, _, error = call(records, "import", tmp_path / "x.csv", "--out", out, "--map", *mapped)
     assert status == 0, error
     [got] = records.read_records(out)
     assert (got["question"], got["options"], got["answer"], got["modality"]) == (
@@ -324,7 +309,7 @@ def test_any_columns_can_be_mapped_and_an_error_lists_those_that_are_there_and_w
         (["--map", "foto"], ["--map foto: give OURS=THEIRS"]),
         (["--format", "slake", "--map", "image=Bild"], ["leave --format out"]),
     ]:
-        status, _, error = run(monkeypatch, capsys, "import", tmp_path / "x.csv", "--out", out, *flags)
+        status, _, error = call(records, "import", tmp_path / "x.csv", "--out", out, *flags)
         assert status == 2 and error.count("\n") == 1 and all(word in error for word in words), error
 
 
@@ -401,29 +386,27 @@ def test_an_image_is_found_by_a_path_with_backslashes_and_not_outside_of_its_fol
         list(records.read_records(tmp_path / "own" / "r.jsonl"))
 
 
-def test_a_repeated_option_names_its_row_and_the_rest_is_kept_unless_told_to_stop(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_repeated_option_names_its_row_and_the_rest_is_kept_unless_told_to_stop(tmp_path, call):
     put_image(tmp_path / "Images" / "a.png")
     rows = [omni(), omni(option_C="MRI"), omni(), omni(option_C="mri.")]
     path, out = put_json(tmp_path / "x.json", rows), tmp_path / "r.jsonl"
-    status, said, _ = run(monkeypatch, capsys, "import", path, "--out", out)
+    status, said, _ = call(records, "import", path, "--out", out)
     assert status == 0 and len(list(records.read_records(out))) == 2
     assert "two options are the same" in said and "x.json row 2, x.json row 4" in said
-    status, _, error = run(monkeypatch, capsys, "import", path, "--out", tmp_path / "s", "--on-error", "stop")
+    status, _, error = call(records, "import", path, "--out", tmp_path / "s", "--on-error", "stop")
     assert status == 2 and "x.json row 2: two options are the same" in error and not (tmp_path / "s").exists()
 
 
-def test_check_and_split_name_a_bad_line_or_leave_it_out_aloud(tmp_path, monkeypatch, capsys):
+def test_check_and_split_name_a_bad_line_or_leave_it_out_aloud(tmp_path, call):
     put_image(tmp_path / "a.png")
     bad = question("a.png", id="q2", options=["CT", "MRI", "ct"])
     rows = [question("a.png"), bad, question("a.png", id="q3"), question("a.png")]
     path = put_json(tmp_path / "r.jsonl", rows, lines=True)
     split = ("split", path, "--out", tmp_path / "parts", "--train", 1, "--val", 0, "--test", 0)
     for command in (("check", path), split):
-        status, _, error = run(monkeypatch, capsys, *command)
+        status, _, error = call(records, *command)
         assert status == 2 and "r.jsonl:2: two options are the same" in error
-        status, said, error = run(monkeypatch, capsys, *command, "--on-error", "skip")
+        status, said, error = call(records, *command, "--on-error", "skip")
         assert status == 0, error
         assert "left out: " in said and "r.jsonl:2: two options" in said and "r.jsonl:4: `id`" in said
     kept = records.read_records(tmp_path / "parts" / "train.jsonl", root=tmp_path)

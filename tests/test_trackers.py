@@ -4,41 +4,18 @@ import json
 import math
 import sys
 
-import clinic
 import pytest
 from helpers import ROOT
 
 import grpo
 import reward
 import sft
-from medgr2 import cli, trackers
+from medgr2 import trackers
 
 accumulators = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator",
     reason="no tensorboard: pip install -r tests/requirements.txt",
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clinic")
-    clinic.write_clinic(str(folder), (6, 4, 2, 1, 1), seed=7)
-    return folder
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """run(stage, words) calls a stage's script as the command line does → its exit status."""
-
-    def call(stage, words):
-        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *words.split()])
-        try:
-            cli.run_main(stage.main, stage.parse_args())
-        except SystemExit as leaving:
-            return leaving.code
-        return 0
-
-    return call
 
 
 def read_lines(out):
@@ -66,21 +43,21 @@ def assert_same(out):
         assert all(math.isclose(a, b, rel_tol=1e-6) for (_, a), (_, b) in zip(found[name], expected)), name
 
 
-def test_every_training_stage_reports_what_metrics_jsonl_says(data, run, tmp_path):
-    policy, common = ROOT / "toy" / "policy", f"--data {data}/expert.jsonl --report-to tensorboard --out"
+def test_every_training_stage_reports_what_metrics_jsonl_says(data, call, tmp_path):
+    policy, common = (ROOT / "toy" / "policy", f"--data {data}/expert.jsonl --report-to tensorboard --out")
     flags = "--steps 3 --batch 2"
-    assert run(sft, f"--model {policy} {flags} --val {data}/val.jsonl {common} {tmp_path}/sft") == 0
+    assert call(sft, f"--model {policy} {flags} --val {data}/val.jsonl {common} {tmp_path}/sft")[0] == 0
     flags = "--resamples 1 --steps 60"
-    assert run(reward, f"train --model {policy} {flags} {common} {tmp_path}/reward") == 0
+    assert call(reward, f"train --model {policy} {flags} {common} {tmp_path}/reward")[0] == 0
     flags = "--steps 2 --prompts 2 --group 2 --min-spread -1 --max-new-tokens 8"
-    assert run(grpo, f"--model {policy} --reward {tmp_path}/reward {flags} {common} {tmp_path}/grpo") == 0
+    assert call(grpo, f"--model {policy} --reward {tmp_path}/reward {flags} {common} {tmp_path}/grpo")[0] == 0
     for name, lines in (("sft", 3), ("reward", 2), ("grpo", 2)):
         assert len(read_lines(tmp_path / name)) == lines
         assert_same(tmp_path / name)
     assert "result/val_loss" in read_scalars(tmp_path / "sft")
 
 
-def test_steps_that_a_resumed_run_does_again_are_reported_once(data, run, tmp_path, monkeypatch):
+def test_steps_that_a_resumed_run_does_again_are_reported_once(data, call, tmp_path, monkeypatch):
     out, step = tmp_path / "out", sft.training.step
     words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --steps 5 --batch 2 --save-every 2"
     words += f" --report-to tensorboard --out {out}"
@@ -95,20 +72,22 @@ def test_steps_that_a_resumed_run_does_again_are_reported_once(data, run, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(sft.training, "step", crash)
         with pytest.raises(RuntimeError, match="crash"):
-            run(sft, words)
+            call(sft, words)
     # Steps 0 to 2 are there, and the last commit is after step 1.
     part = tmp_path / "out.part"
     assert [s for s, _ in read_scalars(part)["loss"]] == [0, 1, 2]
-    assert run(sft, words) == 0
+    assert call(sft, words)[0] == 0
     assert_same(out)
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, run, capsys):
+def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
     # What Python does with a package that is not there.
     monkeypatch.setitem(sys.modules, "wandb", None)
     out = tmp_path / "out"
-    assert run(sft, f"--model {ROOT}/toy/policy --data none --report-to wandb --out {out}") == 2
-    assert capsys.readouterr().err == "sft.py: --report-to wandb: not installed; pip install wandb\n"
+    words = f"--model {ROOT}/toy/policy --data none --report-to wandb --out {out}"
+    status, _, err = call(sft, words)
+    assert status == 2
+    assert err == "sft.py: --report-to wandb: not installed; pip install wandb\n"
     assert list(tmp_path.iterdir()) == []
 
 
