@@ -50,12 +50,11 @@ Departs from the paper:
 
 import time
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import NamedTuple
 
 from medgr2 import cli, leakage, records, runs, training
 from medgr2.errors import RunError
-from medgr2.prompts import is_match, parse_response, policy_prompt
+from medgr2.prompts import is_match, parse_response
 
 
 def parse_args():
@@ -117,7 +116,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from medgr2 import adapters, context, loading, rollouts, vlm
+from medgr2 import adapters, loading, rollouts, vlm
 from medgr2.watch import Watch
 from reward import R_MIN, RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
@@ -402,14 +401,7 @@ def main(args):
     run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch",))
     examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]
     policy, reference, reward_model = load_models(args, accelerator)
-    examples = context.leave_out_too_long(
-        policy,
-        examples,
-        itemgetter("image"),
-        policy_prompt,
-        lambda _: args.max_new_tokens,
-        args.on_error == "skip",
-    )
+    examples = rollouts.leave_out_too_long(policy, examples, args.max_new_tokens, args.on_error)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
     training.restore_state(run.state, policy.model, optimizer)

@@ -2,16 +2,23 @@
 
 import copy
 from dataclasses import replace
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch.nn.functional import pad
 
-from medgr2 import records, training, vlm
+from medgr2 import context, records, training, vlm
 from medgr2.errors import RunError
 from medgr2.images import open_image
 from medgr2.prompts import policy_prompt
+
+
+def leave_out_too_long(policy, examples, max_new_tokens, on_error):
+    """The question records that fit into the policy's context with the longest response."""
+    parts = itemgetter("image"), policy_prompt, lambda record: max_new_tokens
+    return context.leave_out_too_long(policy, examples, *parts, on_error == "skip")
 
 
 class Batch(NamedTuple):
