@@ -417,7 +417,7 @@ def test_the_first_update_keeps_the_log_probs_of_the_policy_that_sampled(policy,
         with torch.no_grad():
             logps, _ = vlm.token_logps(policy, inputs, g.ids, g.mask)
         width = min(logps.shape[1], g.old_logps.shape[1])
-        assert torch.allclose(g.old_logps[:, :width], logps[:, :width], atol=1e-5)
+        assert torch.allclose(g.old_logps[:, :width], logps[:, :width], atol=1e-4)
 
 
 def forwards(policy, groups, **over):
