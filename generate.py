@@ -24,6 +24,7 @@ import functools
 import os
 import time
 from collections import Counter
+from operator import itemgetter
 
 from medgr2 import cli, endpoint, records, runs
 from medgr2.errors import RunError, require
@@ -58,7 +59,8 @@ def parse_args():
     p.add_argument("--temperature", type=cli.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=count, default=160, help="longer replies are rejected")
     p.add_argument("--batch", type=count, default=16, help="images at a time, and between commits")
-    skip = "at an unreadable image (skip puts it into rejected.jsonl) or line (skip leaves it out)"
+    skip = "at an unreadable image (skip puts it into rejected.jsonl), a line, or an image too large for the "
+    skip += "model's context (skip leaves it out)"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
     cycle = "number of the cycle, for provenance; another one gives other samples"
@@ -77,7 +79,7 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from medgr2 import loading, parallel, vlm
+from medgr2 import context, loading, parallel, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # What to ask.
@@ -150,16 +152,22 @@ def build_drafts(record, turn, paradigms, tasks, per_image, cycle, seed, generat
 # Asking.
 
 
-def open_generator(args, tasks):
-    """ask(drafts) → replies [(text, truncated)] in their order, each sampled with its own draft's seed."""
+def open_generator(args, tasks, images):
+    """(ask, the images that fit into the generator's context).
+
+    ask(drafts) → replies [(text, truncated)] in their order, each sampled with its own draft's seed.
+    """
     if args.endpoint:
         sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
-        return functools.partial(ask_server, ask=endpoint.connect(args), **sampling)
+        return functools.partial(ask_server, ask=endpoint.connect(args), **sampling), images
     generator = loading.load(args.model, dtype=loading.best_dtype())
+    prompts = [generator_prompt(paradigm, task) for paradigm in args.paradigms for task in tasks]
+    parts = itemgetter("image"), lambda image: max(prompts, key=len), lambda image: args.max_new_tokens
+    images = context.leave_out_too_long(generator, images, *parts, args.on_error == "skip")
     # With a single task, all drafts about an image in one paradigm have the same prompt.
     group = args.per_image if len(tasks) == 1 else 1
     sampling = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-    return functools.partial(ask_model, generator=generator, group=group, **sampling)
+    return functools.partial(ask_model, generator=generator, group=group, **sampling), images
 
 
 def open_images(drafts):
@@ -275,7 +283,7 @@ def main(args):
     tasks = find_tasks(args.tasks_of, args.image_root) if args.tasks_of else args.tasks
     inputs, accelerator = [args.images, args.model, args.tasks_of], Accelerator()
     run = runs.start(args, inputs, accelerator.is_main_process, free=endpoint.FREE)
-    ask = open_generator(args, tasks)
+    ask, images = open_generator(args, tasks, images)
     generator = args.model or args.endpoint_model
     # The same for all drafts.
     settings = args.paradigms, tasks, args.per_image, args.cycle, args.seed, generator

@@ -91,6 +91,8 @@ def parse_args():
     s.add_argument("--cap", type=count, help="with --threshold: at most this many per cell of --per")
     answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`, which --cap reads"
     s.add_argument("--answered", help=answered)
+    skip = "at a record that is longer than the backbone's context: skip leaves it out"
+    t.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     skip = "at an unreadable image (skip: its candidates go to rejected.jsonl) or line (it is left out)"
     s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     s.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
@@ -287,6 +289,22 @@ def load_groups(args):
     return learned, held_out
 
 
+def leave_out_too_long(backbone, groups, on_error):
+    """The groups that fit into the backbone's context with each of their responses."""
+
+    def count_longest(group):
+        responses = [response for _, response in group[1]]
+        return vlm.encode_continuations(backbone, responses)[0].shape[1]
+
+    def prompt(group):
+        return prompt_of(group[0])
+
+    def image(group):
+        return group[0]["image"]
+
+    return context.leave_out_too_long(backbone, groups, image, prompt, count_longest, on_error == "skip")
+
+
 def collect_features(model, groups, batch, progress=iter):
     """Features of all responses, (n, F), and the (record, level) of each. Each prompt is encoded once."""
     features, rows = [], []
@@ -399,6 +417,7 @@ def train(args):
     backbone = loading.load(args.model, dtype=dtype)
     if args.freeze == "nothing":
         loading.freeze(backbone, "nothing")
+    groups, held_out = (leave_out_too_long(backbone, part, args.on_error) for part in (groups, held_out))
     heads = Heads(feature_width(backbone, args.likelihood), args.hidden).to(backbone.device)
     model = RewardModel(backbone, heads, args.likelihood)
     work = f"{args.steps} steps on the responses to {len(groups)} questions and reports"

@@ -28,7 +28,7 @@ TEXTS = ["?", "Which side?"]
 # Files of weights: in formats that are not loaded, or written anew by `save`.
 WEIGHTS = "*.safetensors *.index.json *.bin *.pt *.pth *.ckpt *.gguf *.h5 *.msgpack *.onnx *.tar".split()
 # What a run of ours writes beside its model.
-RUN_FILES = ("args.json", "metrics.json", "*.jsonl", "*.damaged", "lock")
+RUN_FILES = ("args.json", "metrics.json", "marks.json", "*.jsonl", "*.damaged", "lock")
 
 
 def load(name, device=None, dtype=torch.float32):

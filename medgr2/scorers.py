@@ -111,15 +111,20 @@ def count_left_out(unread, questions, share=0.0):
 # Open questions: (text, answer) → [0, 1].
 
 
+# The point or comma of a number: 2.5 and 5.2 have no word in common.
+POINT = re.compile(r"(?<![^\W\d_])[.,](?=\d)")
+
+
 def count_words(text):
     """{word: occurrences} of the normalised text; in a script without spaces each character is a word."""
-    letters = []
-    for character in normalise(text):
+    letters, text = [], normalise(text)
+    for i, character in enumerate(text):
         if re.match(f"[{UNSPACED}]", character):
             letters.append(f" {character} ")
         else:
             # Letters, the marks that belong to them, and digits: \\w would split Hindi at its vowels.
-            letters.append(character if unicodedata.category(character)[0] in "LMN" else " ")
+            is_word = unicodedata.category(character)[0] in "LMN" or POINT.match(text, i)
+            letters.append(character if is_word else " ")
     return Counter("".join(letters).split())
 
 
@@ -473,7 +478,8 @@ def join_answers(rows, answers, fields, where):
     require(len(rows) == len(answers), f"{where}: {counts}: give files of the same questions")
     ids, known = ([formats.clean(find_field(r, "id", fields)) for r in file] for file in (rows, answers))
     by_id = dict(zip(known, answers))
-    how = "id" if set(ids) == set(by_id) and len(by_id) == len(answers) else "order"
+    is_named = None not in by_id and set(ids) == set(by_id) and len(by_id) == len(answers)
+    how = "id" if is_named else "order"
     joined = []
     for number, (row, name, answer) in enumerate(zip(rows, ids, answers), 1):
         try:

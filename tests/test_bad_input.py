@@ -412,6 +412,14 @@ def grey_16_bits(path):
     made.save(path)
 
 
+def colour_16_bits(path):
+    """Red of 16 bits: 1000, 1510, 2020. Pillow writes no such file."""
+    pixels = b"".join(struct.pack(">HHH", value, 0, 0) for value in (1000, 1510, 2020))
+    header = struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
 def turned(path):
     made, exif = Image.new("L", (2, 1)), Image.Exif()
     made.putdata([10, 200])
@@ -453,6 +461,7 @@ IMAGES = [
     good("1 x 1", data(png(1, 1)), (0, 0, 0)),
     good("CMYK", lambda path: Image.new("CMYK", (1, 1), (0, 255, 255, 0)).save(path, "JPEG"), (255, 0, 0)),
     good("16 bits", grey_16_bits, (0,) * 3, (128,) * 3, (255,) * 3),
+    good("colour of 16 bits", colour_16_bits, (126, 0, 0), (191, 0, 0), (255, 0, 0)),
     good("palette with alpha", palette, (255, 255, 255), (0, 0, 200)),
     good(
         "animated",
@@ -654,6 +663,19 @@ def reward_model(name, says, damage, stage="reward.py score"):
     return Case("model", f"{name}, {stage}", says, make, READERS[stage])
 
 
+def adapter_alone(model):
+    (model / "config.json").unlink()
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/model"}')
+
+
+def template_elsewhere(model):
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    change("tokenizer_config.json", chat_template=template)(model)
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+
 MODELS = [
     model("missing", "no config.json", shutil.rmtree),
     model("missing", "no config.json", shutil.rmtree, "generate.py"),
@@ -670,6 +692,15 @@ MODELS = [
     model("no tokenizer", "cannot load it", no_file("tokenizer.json")),
     model("broken tokenizer", "cannot load it", half("tokenizer.json")),
     model("no processor", "cannot load it", no_file("processor_config.json")),
+    model("an adapter alone", "an adapter (LORA) of a/model, no whole model", adapter_alone),
+    model("a model of text only", "sees no image", change("config.json", model_type="qwen2")),
+    model(
+        "AWQ weights",
+        "cannot load its quantised weights (awq)",
+        change("config.json", quantization_config=AWQ),
+    ),
+    model("no patch size", "gives no `patch_size`", change("processor_config.json", patch_size=None)),
+    model("its chat template in tokenizer_config.json", "read", template_elsewhere),
     model("no chat template", "no chat template", no_file("chat_template.jinja")),
     model(
         "a processor of another patch size",
@@ -704,7 +735,69 @@ MODELS = [
     reward_model("heads of another backbone", "not a reward model", change("heads.json", likelihood=False)),
     reward_model("a missing reward model", "not a reward model", shutil.rmtree, "grpo.py"),
 ]
-CASES = {f"{case.kind}: {case.name}": case for case in FILES + RECORDS + IMAGES + PLACES + MODELS}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Texts that are longer than the model's context: the toy's is 1,024 tokens.
+
+
+def too_long(stage, says="context of 1024"):
+    def make(folder):
+        rows = [question(id=f"q{i}", image=f"{i}.png", answer="CT MRI".split()[i % 2]) for i in range(4)]
+        for i, row in enumerate(rows):
+            Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / row["image"])
+        rows[-1]["question"] = "Which? " * 600
+        (folder / "r.jsonl").write_bytes(jsonl(*rows))
+
+    more = " --max-new-tokens 1024" if stage == "generate.py" else ""
+    return Case("context", f"a prompt and reply of more tokens, {stage}", says, make, READERS[stage] + more)
+
+
+LONG = [
+    too_long("generate.py"),
+    too_long("reward.py train"),
+    too_long("reward.py score"),
+    too_long("sft.py"),
+    too_long("grpo.py"),
+    too_long("eval.py", "read"),
+]
+
+# ---------------------------------------------------------------------------------------------------------
+# Predictions of others.
+
+
+def predictions(name, says, rows, answers=None):
+    def make(folder):
+        (folder / "r.jsonl").write_bytes(jsonl(*rows))
+        if answers:
+            (folder / "answers.jsonl").write_bytes(jsonl(*answers))
+
+    joined = " --answers {d}/answers.jsonl" if answers else ""
+    command = "eval.py --predictions {d}/r.jsonl" + joined + " --out {o}"
+    return Case("predictions", name, says, make, command)
+
+
+SAID = [{"question_id": "1", "prediction": "CT"}, {"question_id": "2", "prediction": "MRI"}]
+RIGHT = [{"question_id": "2", "gt_answer": "MRI"}, {"question_id": "1", "gt_answer": "CT"}]
+PREDICTIONS = [
+    predictions("without the right answers", "or give --answers FILE", SAID),
+    predictions("with the right answers in another order", "read", SAID, RIGHT),
+    predictions("with too few right answers", "2 predictions and 1 right answers", SAID, RIGHT[:1]),
+    predictions(
+        "with the right answers to other questions",
+        "joined by order: the questions `left` and `right` differ",
+        [{"question": "left?", "prediction": "yes"}],
+        [{"question": "right?", "answer": "no"}],
+    ),
+    predictions(
+        "several texts", "`prediction` holds 2 texts", [{"answer": "CT", "prediction": ["CT", "MRI"]}]
+    ),
+    predictions(
+        "no prediction", "no field `prediction` among answer, said", [{"answer": "CT", "said": "CT"}]
+    ),
+]
+KINDS = FILES + RECORDS + IMAGES + PLACES + MODELS + LONG + PREDICTIONS
+CASES = {f"{case.kind}: {case.name}": case for case in KINDS}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -742,6 +835,7 @@ def message(error, folder):
     line = re.sub(r"maximum recursion.*?;", "...;", line)
     line = re.sub(r"(not JSON|not a readable image|not readable|as Parquet) \(.*\)", r"\1 (...)", line)
     line = re.sub(r"(train makes one\)): .*", r"\1: ...", line)
+    line = re.sub(r"(quantised weights \(\w+\)): .*; install", r"\1: ...; install", line)
     line = re.sub(r"(image-text-to-text model|does not fit the model): .*; give", r"\1: ...; give", line)
     return line.replace("|", "\\|")
 

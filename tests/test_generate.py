@@ -24,7 +24,7 @@ from helpers import KEY, ROOT
 from PIL import Image, ImageChops
 
 import generate
-from medgr2 import endpoint, loading, records, vlm
+from medgr2 import context, endpoint, loading, records, vlm
 from medgr2.errors import RecordError
 from medgr2.images import open_image
 from medgr2.prompts import MODALITIES, PARADIGMS, TASKS, generator_prompt
@@ -465,14 +465,36 @@ def test_a_reply_cut_at_the_limit_is_truncated_and_one_that_just_fits_is_not(toy
         assert (text == full) == (length <= limit + 1)
 
 
+def test_an_image_too_large_for_the_context_is_refused_at_the_start_or_left_out(
+    toy_stage, tmp_path, monkeypatch
+):
+    real = context.count_tokens
+    # A model whose images cost as many more tokens as they are wide, and a context of 1,024.
+    monkeypatch.setattr(
+        context, "count_tokens", lambda model, image, text: real(model, image, text) + image.width
+    )
+    images = write_images(tmp_path, 3)
+    first, second, third = records.read_records(images)
+    Image.new("RGB", (1300, 64)).save(second["image"])
+    flags = "--images", images, "--max-new-tokens", 8, "--paradigms", "direct"
+    status, _, error = toy_stage(*flags, "--out", tmp_path / "stop")
+    assert status == 2 and error.count("\n") == 1 and "1 of 3 records are too long" in error
+    assert not (tmp_path / "stop").exists()
+    toy_stage(*flags, "--on-error", "skip", "--out", tmp_path / "skip")
+    # Eight tokens are too few for a candidate.
+    rejected = lines(tmp_path / "skip.part" / "rejected.jsonl")
+    assert {row["parent"] for row in rejected} == {first["id"], third["id"]}
+
+
 def test_with_one_task_a_prompt_is_encoded_once_and_the_samples_are_the_same(
     toy_stage, tmp_path, monkeypatch
 ):
     sizes, encode = [], vlm.encode_prompts
 
-    def count_and_encode(model, images, texts):
-        sizes.append(len(texts))
-        return encode(model, images, texts)
+    def count_and_encode(model, images, texts, device=None):
+        # On the CPU its tokens are only counted.
+        sizes.extend([len(texts)] * (device is None))
+        return encode(model, images, texts, device)
 
     monkeypatch.setattr(vlm, "encode_prompts", count_and_encode)
     flags = "--images", write_images(tmp_path, 2), "--per-image", 3, "--max-new-tokens", 30

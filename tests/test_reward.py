@@ -552,3 +552,14 @@ def test_a_candidate_longer_than_the_context_is_refused_or_set_aside(backbone, t
     for some, on_error, said in ((rows, "stop", "2 of 3"), (rows[1:], "skip", "2 of 2")):
         with pytest.raises(RecordError, match=f"context of 1024 .*{said} candidates.*--on-error skip"):
             reward.split_too_long(backbone, some, on_error)
+
+
+def test_a_group_with_a_response_longer_than_the_context_is_refused_or_left_out(backbone, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    record = {"image": str(tmp_path / "a.png"), "question": "Which?", "answer": "CT"}
+    short, long = ("original", "CT"), ("perturbed", "a cyst " * 600)
+    groups = [(record, [short, long]), (record, [short]), (record | {"question": "Which? " * 600}, [short])]
+    assert reward.leave_out_too_long(backbone, groups, "skip") == groups[1:2]
+    assert "2 of 3 records are too long" in capsys.readouterr().out
+    with pytest.raises(RecordError, match="2 of 3 .*--on-error skip"):
+        reward.leave_out_too_long(backbone, groups, "stop")

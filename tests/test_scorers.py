@@ -100,7 +100,11 @@ def test_a_text_over_twice_as_long_as_all_options_is_not_searched():
         ("3", "3", 1, 1, 1),
         ("", "left", 0, 0, 0),
         ("no", "yes", 0, 0, 0),
-        ("5 cm", "5.1 cm", 0, 2 / 3, 2 * 2 / 5),
+        # A number is one word.
+        ("5 cm", "5.1 cm", 0, 1 / 2, 1 / 2),
+        ("2.5 cm", "5.2 cm", 0, 1 / 2, 1 / 2),
+        (".5, not 5", "5", 0, 1, 2 / 4),
+        ("T2.5", "2.5 T", 0, 0, 0),
         # Characters, where words have no spaces; words, where they have.
         ("左肺上叶", "左肺。", 0, 1, 2 * 2 / 6),
         ("右肺", "左肺", 0, 0.5, 0.5),

@@ -1451,15 +1451,31 @@ def found_elsewhere(folder):
 
 
 def test_what_loads_the_source_loads_a_tuned_folder(architecture, built, tmp_path):
+    check_tuned_folder(built(architecture), STOPS[architecture], tmp_path)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_what_loads_the_source_of_a_recurrent_model_loads_a_tuned_folder(name, tmp_path):
+    RECURRENT[name][0](tmp_path / "built")
+    check_tuned_folder(tmp_path / "built", [0, 2] if name == "qwen3_5" else [1], tmp_path)
+
+
+def check_tuned_folder(built, stops, tmp_path):
     import transformers
 
-    source = shutil.copytree(built(architecture), tmp_path / "source")
+    source = shutil.copytree(built, tmp_path / "source")
     put = {"README.md": "# A model", "LICENSE": "Its terms", "additional_chat_templates/rag.jinja": "{{ a }}"}
     (source / "additional_chat_templates").mkdir()
     for name, content in put.items():
         (source / name).write_text(content)
     # Not a part of the model: weights in another format, and what a run wrote.
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "metrics.json", "rollouts.jsonl"):
+    for name in (
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "metrics.json",
+        "marks.json",
+        "rollouts.jsonl",
+    ):
         (source / name).write_text("{}")
     vlm_ = loading.load(str(source), "cpu")
     with torch.no_grad():
@@ -1467,17 +1483,17 @@ def test_what_loads_the_source_loads_a_tuned_folder(architecture, built, tmp_pat
     loading.save(vlm_, tmp_path / "tuned")
     assert found_elsewhere(tmp_path / "tuned") == found_elsewhere(source)
     weights = ("config.json", "generation_config.json", "model.safetensors")
-    for path in built(architecture).iterdir():
+    for path in built.iterdir():
         assert path.name in weights or (tmp_path / "tuned" / path.name).read_bytes() == path.read_bytes()
     assert all((tmp_path / "tuned" / name).read_text() == content for name, content in put.items())
-    own = {path.name for path in built(architecture).iterdir()}
+    own = {path.name for path in built.iterdir()}
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == own | {n.split("/")[0] for n in put}
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "tuned")
     assert again.get_output_embeddings().weight.equal(vlm_.head.weight)
     assert json.loads((tmp_path / "tuned" / "generation_config.json").read_text())["eos_token_id"] in (
-        STOPS[architecture],
-        STOPS[architecture][::-1],
-        STOPS[architecture][0],
+        stops,
+        stops[::-1],
+        stops[0],
     )
 
 
