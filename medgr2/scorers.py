@@ -478,7 +478,7 @@ def join_answers(rows, answers, fields, where):
     require(len(rows) == len(answers), f"{where}: {counts}: give files of the same questions")
     ids, known = ([formats.clean(find_field(r, "id", fields)) for r in file] for file in (rows, answers))
     by_id = dict(zip(known, answers))
-    is_named = None not in by_id and set(ids) == set(by_id) and len(by_id) == len(answers)
+    is_named = all(known) and set(ids) == set(by_id) and len(by_id) == len(answers)
     how = "id" if is_named else "order"
     joined = []
     for number, (row, name, answer) in enumerate(zip(rows, ids, answers), 1):
