@@ -45,6 +45,8 @@ LEAKS = (SAME_FILE, SAME_PIXELS, SAME_BOTH)
 KINDS = (SAME_FILE, SAME_PIXELS, NEAR, SAME_BOTH, HARMLESS)
 # Bits of the perceptual hash, and the difference in grey levels that counts as none.
 BITS, NOISE = 128, 2
+# Up to so many different bits two images are near each other.
+NEAR_BITS = 4
 # Leaks that an error message names.
 NAMED_LEAKS = 3
 
@@ -249,7 +251,9 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("--train", nargs="+", required=True, help="record files that were trained on")
     p.add_argument("--test", nargs="+", required=True, help="record files that are tested on")
-    p.add_argument("--distance", type=int, default=4, help=f"bits of {BITS} by which near ones may differ")
+    p.add_argument(
+        "--distance", type=int, default=NEAR_BITS, help=f"bits of {BITS} by which near ones may differ"
+    )
     p.add_argument("--image-root", help="folder that images may lie in, besides that of their record file")
     p.add_argument("--out", required=True, help="folder for leaks.jsonl, metrics.json and args.json")
     return p.parse_args()

@@ -118,15 +118,20 @@ def examples(role, rng, n, report_fraction):
     return images, prompts, responses
 
 
-def build_processor():
-    """A byte-level BPE of 768 tokens, trained on the texts of all roles, and a SigLIP image processor."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
-
+def example_texts():
+    """Texts of all roles, for the tokenizer."""
     texts = []
     for role in ROLES:
         _, prompts, responses = examples(role, random.Random("tokenizer"), 2000, 0.3)
         texts += prompts + responses
+    return texts
+
+
+def build_processor(texts, tokens=768, size=clinic.SIZE):
+    """A byte-level BPE of so many tokens, trained on the texts, and a SigLIP image processor (pixels)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -135,7 +140,7 @@ def build_processor():
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=768,
+            vocab_size=tokens,
             special_tokens=SPECIAL_TOKENS,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -148,22 +153,23 @@ def build_processor():
         eos_token="<|end|>",
         additional_special_tokens=SPECIAL_TOKENS[2:],
     )
-    images = SiglipImageProcessorPil(size={"height": clinic.SIZE, "width": clinic.SIZE})
+    images = SiglipImageProcessorPil(size={"height": size, "width": size})
     return LlavaProcessor(
         images, fast, patch_size=16, vision_feature_select_strategy="full", chat_template=CHAT
     )
 
 
-def build_model(processor, decoder_layers, width=WIDTH):
+def build_model(processor, decoder_layers, width=WIDTH, size=clinic.SIZE, tower_width=WIDTH):
+    """A LLaVA with random weights for images of this size in pixels."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
     tokenizer = processor.tokenizer
     vision = SiglipVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=256,
+        hidden_size=tower_width,
+        intermediate_size=2 * tower_width,
         num_hidden_layers=TOWER_LAYERS,
         num_attention_heads=4,
-        image_size=clinic.SIZE,
+        image_size=size,
         patch_size=16,
         vision_use_head=False,
     )
@@ -187,7 +193,7 @@ def build_model(processor, decoder_layers, width=WIDTH):
         image_token_index=processor.image_token_id,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        image_seq_length=16,
+        image_seq_length=(size // 16) ** 2,
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
     )
@@ -341,7 +347,7 @@ def pretrain(role, tower, steps, layers, width, seed, out):
     from medgr2 import loading
 
     torch.manual_seed(seed)
-    processor = build_processor()
+    processor = build_processor(example_texts())
     vlm_ = loading.wrap(build_model(processor, layers, width), processor)
     vlm_.model.model.vision_tower.load_state_dict(tower.state_dict())
     # At this learning rate the tower would unlearn most of what it learned in phase 1.
@@ -368,7 +374,7 @@ def main(args):
     if args.tower:
         tower = loading.load(args.tower).model.model.vision_tower
     else:
-        tower = build_model(build_processor(), 1).model.vision_tower
+        tower = build_model(build_processor(example_texts()), 1).model.vision_tower
         pretrain_tower(tower, args.steps[0] if args.steps else TOWER_STEPS, args.seed)
     for role in args.roles:
         steps = args.steps[1] if args.steps else ROLES[role]["steps"]
