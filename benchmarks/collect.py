@@ -17,6 +17,7 @@ import datetime
 import glob
 import os
 import sys
+from operator import itemgetter
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -32,12 +33,12 @@ def read_json(*path):
     return runs.read_json(os.path.join(*path), "give finished runs of the cycle")
 
 
-def read_answers(folders, rows, is_seen=None):
+def read_answers(folders, rows, kind_of=None, only=None):
     """(questions, {row: 1.0 for each right answer, else 0.0 (n,)}): the test answers of all runs together.
 
     `rows`: {name: its evaluation's folder in each of `folders`}. `questions` has "run" (its number), "image",
-    "task" and "modality" (n,), and "kind", seen or unseen, if `is_seen` says which records are like the
-    training data. Raises RunError if two rows differ in theirs.
+    "task" and "modality" (n,), and "kind", what `kind_of` says of a record. `only` says which records count.
+    Raises RunError if two rows differ in theirs.
     """
     import numpy as np
 
@@ -47,10 +48,9 @@ def read_answers(folders, rows, is_seen=None):
         for run, folder in enumerate(folders):
             path = os.path.join(folder, part, "predictions.jsonl")
             needed = ("id", "image_hash", "task", "correct")
-            for record in records.read_records(path, needed, records.ANYWHERE):
-                fields = record["task"], record.get("modality", "")
-                kind = "seen" if is_seen is None or is_seen(record) else "unseen"
-                asked[row].append((run, record["image_hash"], *fields, kind, record["id"]))
+            for record in filter(only, records.read_records(path, needed, records.ANYWHERE)):
+                fields = record["task"], record.get("modality", ""), kind_of(record) if kind_of else ""
+                asked[row].append((run, record["image_hash"], *fields, record["id"]))
                 right.append(record["correct"])
         if asked[row] != asked[first]:
             rule = "give runs whose rows share one test file"
@@ -168,10 +168,10 @@ def format_difference(pair):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def collect(folders, rows, against, command, is_seen=None):
+def collect(folders, rows, against, command, kind_of=None, only=None):
     """The result file of the runs in `folders`."""
-    fields = ("task", "modality") if is_seen is None else ("kind", "task", "modality")
-    questions, correct = read_answers(folders, rows, is_seen)
+    fields = ("task", "modality") if kind_of is None else ("kind", "task", "modality")
+    questions, correct = read_answers(folders, rows, kind_of, only)
     paired = []
     for row, right in correct.items():
         if row != against:
@@ -218,13 +218,29 @@ def parse_rows(texts, against):
     return rows
 
 
-def has_any(conditions):
-    """Whether a record has any of these (field, value)."""
+def has_any(texts):
+    """holds(record): does it have any of these FIELD=VALUE?"""
+    conditions = [text.partition("=")[::2] for text in texts]
 
     def holds(record):
-        return any(record.get(field) == value for field, value in conditions)
+        return any(str(record.get(field)) == value for field, value in conditions)
 
     return holds
+
+
+def find_kind_of(args):
+    """kind_of(record) as the flags say, or None."""
+    if args.kind:
+        return itemgetter(args.kind)
+    if not args.seen and not args.unseen:
+        return None
+    names = ("unseen", "seen") if args.seen else ("seen", "unseen")
+    among = has_any(args.seen or args.unseen)
+
+    def kind_of(record):
+        return names[among(record)]
+
+    return kind_of
 
 
 def parse_args():
@@ -237,21 +253,20 @@ def parse_args():
     condition = {"nargs": "+", "metavar": "FIELD=VALUE"}
     kinds.add_argument("--seen", **condition, help="test questions of this kind were trained on; others not")
     kinds.add_argument("--unseen", **condition, help="test questions of this kind were not; others were")
+    kinds.add_argument("--kind", metavar="FIELD", help="field of the test questions to report by, too")
+    p.add_argument("--only", **condition, help="test questions that count")
     p.add_argument("--command", required=True, help="what made the runs, for the table")
     cli.add_switch(p, "--print", "print the table and write nothing")
     return p.parse_args()
 
 
 def main(args):
-    rows, is_seen = parse_rows(args.rows, args.against), None
-    conditions = [text.partition("=")[::2] for text in args.seen or args.unseen or []]
-    if conditions:
-        among = has_any(conditions)
-        is_seen = among if args.seen else lambda record: not among(record)
+    rows = parse_rows(args.rows, args.against)
     # Before the work, so that a missing place for the table is known first.
     readme.find_page(args.name)
     path = os.path.join(RESULTS, f"{args.name}.json")
-    result = collect(args.runs, rows, args.against, args.command, is_seen)
+    only = has_any(args.only) if args.only else None
+    result = collect(args.runs, rows, args.against, args.command, find_kind_of(args), only)
     tables = format_tables(result, path)
     if args.print:
         return print(tables)

@@ -4,6 +4,8 @@
         DATA has train.jsonl and test.jsonl, records with `dataset` and `group` (patient, source photograph or
         cluster of near-copies; those of the two files differ). The training groups are divided at random into
         SHARES. Groups with an image near a test image (medgr2/leakage.py) are left out.
+    python benchmarks/real_images.py held-out --data runs/real/data --modality M --task T --out OUT
+        Expert questions and images of others than this modality, and questions of other tasks.
     python benchmarks/real_images.py models --data runs/real/data --out runs/real/models
         Three LLaVAs, trained from nothing (toy/pretrain.py). A vision tower learns to choose among a
         question's options without its text; then projector and decoder learn their role:
@@ -15,13 +17,19 @@
         A candidate is right if its answer is that of a record about its image and of its task; an answer of
         yes or no, of a record with its question. Without such a record it is not judged.
 
+    python benchmarks/real_images.py baselines --eval RUN/eval --train plenty.jsonl --out RUN
+        What is right without the image, as evaluations. RUN/eval_majority: of the options, the one that is
+        most often the answer in the training questions of its data set and task. RUN/eval_position: the
+        option at their most frequent position. RUN/eval_blind, if the evaluation had --blind.
+
 The images are not the project's: nothing here may be committed but numbers.
 """
 
 import os
 import random
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from operator import itemgetter
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
@@ -40,6 +48,8 @@ from medgr2.prompts import (
 # Parts of the training groups. shown: the base models'; expert: the policy's expert questions, a tenth; val:
 # the watch's; truth: their images, without questions, are generated from.
 SHARES = {"shown": 0.5, "expert": 0.1, "val": 0.05, "truth": 0.35}
+# Test questions of each data set that ask for what all its images have in common: no more are needed.
+MOST_TRIVIAL = 20
 # The modalities that the policy's decoder has learned from.
 KNOWN = ("X-Ray", "Microscopy")
 # Pixels of a side, hidden size of the tower and of the decoders, tokens of the vocabulary.
@@ -74,6 +84,24 @@ def divide(rows, shares, seed):
     return parts
 
 
+def is_headline(row):
+    """Does the answer differ within a data set? Modality and most anatomy questions have one answer each."""
+    return row["task"] in ("Disease Diagnosis", "Lesion Grading") or (
+        row["dataset"] == "Blood Cell" and row["task"] == "Anatomy Identification"
+    )
+
+
+def thin_out(rows, seed):
+    """All headline questions, and of the others MOST_TRIVIAL of each data set and task."""
+    cells = defaultdict(list)
+    for row in rows:
+        if not is_headline(row):
+            cells[row["dataset"], row["task"]].append(row["id"])
+    rng = random.Random(runs.seed_of(seed, "thin out"))
+    kept = {name for cell in cells.values() for name in rng.sample(cell, min(len(cell), MOST_TRIVIAL))}
+    return [row for row in rows if is_headline(row) or row["id"] in kept]
+
+
 def find_near_copies(train, test):
     """The groups of training records with an image equal or near to a test image (medgr2/leakage.py)."""
     findings, _ = leakage.audit([test], [train], leakage.NEAR_BITS)
@@ -90,7 +118,8 @@ def split(args):
         f"{len(rows) - len(kept)} of {len(rows)} training questions are in groups near a test image: left out"
     )
     parts = divide(kept, SHARES, args.seed)
-    parts["test"] = list(records.read_records(test, (*records.QUESTION, "dataset", "group", "task")))
+    asked = list(records.read_records(test, (*records.QUESTION, "dataset", "group", "task")))
+    parts["test"] = [row | {"headline": is_headline(row)} for row in thin_out(asked, args.seed)]
     shared = {row["group"] for row in kept} & {row["group"] for row in parts["test"]}
     require(not shared, f"{test}: groups of the training file are in it, such as {min(shared, default='')}")
     parts["plenty"] = [row for name in ("shown", "expert", "truth") for row in parts[name]]
@@ -101,6 +130,13 @@ def split(args):
     for name, part in parts.items():
         records.write_records(os.path.join(args.out, f"{name}.jsonl"), part)
         print(f"{name}: {len(part)} records of {len({row['image'] for row in part})} images")
+
+
+def leave_out(args):
+    for name in ("expert", "images"):
+        rows = records.read_records(os.path.join(args.data, f"{name}.jsonl"), root=records.ANYWHERE)
+        kept = [row for row in rows if row["modality"] != args.modality and row.get("task") != args.task]
+        print(f"{name}: {records.write_records(os.path.join(args.out, f'{name}.jsonl'), kept)} records")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -289,6 +325,37 @@ def marks(args):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Baselines.
+
+
+def baselines(args):
+    answers, positions = Counter(), Counter()
+    for row in records.read_records(args.train, (*records.QUESTION, "dataset", "task"), records.ANYWHERE):
+        answers[row["dataset"], row["task"], normalise(row["answer"])] += 1
+        positions[row["options"].index(row["answer"])] += 1
+    asked = list(
+        records.read_records(os.path.join(args.eval, "predictions.jsonl"), ("options",), records.ANYWHERE)
+    )
+
+    def majority(row):
+        cell = row["dataset"], row["task"]
+        return max(row["options"], key=lambda option: answers[*cell, normalise(option)])
+
+    def position(row):
+        return max(enumerate(row["options"]), key=lambda place: positions[place[0]])[1]
+
+    answer_with = {"majority": majority, "position": position}
+    if "blind" in asked[0]:
+        answer_with["blind"] = itemgetter("blind")
+    for name, answer in answer_with.items():
+        said = [
+            row | {"prediction": answer(row), "correct": is_match(answer(row), row["answer"])}
+            for row in asked
+        ]
+        records.write_records(os.path.join(args.out, f"eval_{name}", "predictions.jsonl"), said)
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args():
@@ -308,11 +375,21 @@ def parse_args():
     k.add_argument("--scored", required=True, help="output folder of reward.py score")
     k.add_argument("--truth", required=True, help="truth.jsonl")
     k.add_argument("--out", required=True, help="JSON file to write")
+    o = commands.add_parser("held-out", help="the expert questions and images without a modality and a task")
+    o.add_argument("--data", required=True, help="folder that split wrote")
+    o.add_argument("--modality", required=True)
+    o.add_argument("--task", required=True)
+    o.add_argument("--out", required=True, help="folder for the files")
+    b = commands.add_parser("baselines", help="what is right without the image")
+    b.add_argument("--eval", required=True, help="output folder of eval.py")
+    b.add_argument("--train", required=True, help="training questions")
+    b.add_argument("--out", required=True, help="folder for the evaluations")
     return p.parse_args()
 
 
 def main(args):
-    {"split": split, "models": models, "marks": marks}[args.command](args)
+    steps = {"split": split, "held-out": leave_out, "models": models, "marks": marks, "baselines": baselines}
+    steps[args.command](args)
 
 
 if __name__ == "__main__":
