@@ -2,9 +2,9 @@
 
     accuracy = Σ_i 1[prediction_i = answer_i] / number of questions
 
-Every question is in the denominator: an answer that cannot be parsed is wrong, and so is a question that is
-longer than the model's context, which is not asked. Answers are greedy. A second table scores the same
-answers with every scorer in use (medgr2/scorers.py), over the same denominator and over the scorer's own.
+Every question is in the denominator. An answer that cannot be parsed counts as wrong. So does a question
+that is longer than the model's context: it is not asked. Answers are greedy. A second table scores the same
+answers with every scorer of medgr2/scorers.py, over the same denominator and over the scorer's own.
 
 Reads   question records (JSONL) and a model, on this machine or behind an OpenAI-compatible server
         (--endpoint); or a third-party file of predictions
@@ -19,8 +19,8 @@ group are right, or all wrong, the interval has no width and says nothing. A gro
 Two baselines never see the image. `majority` gives the most frequent answer of the question's task (the prior
 per question type of Antol et al. 2015, VQA), `position` the option at the position where most right options
 are. Both know how frequent the answers of the whole test file are, which the model does not: no constant
-answer does better. `majority` does not choose among the question's own options: if an answer is rare, being
-offered at all gives it away. `blind` (--blind) is the model itself on a grey image of the same size.
+answer does better. `majority` ignores the question's own options: a rare answer would be given away by being
+offered at all. `blind` (--blind) is the model itself on a grey image of the same size.
 
 --scores makes each option a continuation of image, question and empty reasoning. `prefix` takes the option
 with the highest mean token log-probability (OmniMedVQA's prefix score). `auroc` is over the probabilities of
@@ -70,7 +70,7 @@ def parse_args():
     which.add_argument("--predictions", help="third-party file of predictions to score, without a model")
     p.add_argument("--answers", help="file with the right answers, if --predictions lacks them")
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a bad prediction row")
-    p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="their names of fields")
+    p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="names of their fields")
     p.add_argument("--data", help="question records to answer, unless --predictions is given")
     p.add_argument("--batch", type=cli.number(int, 1), default=64, help="questions per batch")
     p.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, help="longest response")
@@ -99,7 +99,7 @@ def parse_args():
 
 
 def open_model(name, max_new_tokens):
-    """A model on this machine → (respond, with_option_scores of it, which records it is too short for)."""
+    """A model on this machine → (respond, score, find_too_long), as `predict` takes them."""
     from medgr2 import context, loading
 
     vlm_ = loading.load(name, dtype=loading.best_dtype())
@@ -120,7 +120,7 @@ def ask_model(vlm_, max_new_tokens, images, texts, seeds=None, temperature=0, gr
 
 
 def ask_server(ask, max_new_tokens, images, texts, seeds=None, temperature=0, group=1):
-    """As ask_model, by a server. ask: of endpoint.connect."""
+    """As ask_model, by a server. ask: from endpoint.connect."""
     asked = [(image, text) for image, text in zip(images, texts) for _ in range(group)]
     # 31 bits: servers take no more.
     seeds = [seed >> 32 for seed in seeds or [0] * len(asked)]
@@ -137,7 +137,7 @@ def predict(respond, batch, score=None, find_too_long=None, **options):
     too_long = find_too_long(batch) if find_too_long else {}
     asked = [record for i, record in enumerate(batch) if i not in too_long]
     answered = iter(answer_batch(respond, asked, score, **options) if asked else ())
-    # What the options add to a row, empty.
+    # The optional fields of a row, empty.
     empty = {"blind": None} if options.get("blind") else {}
     empty |= {"option_logps": None, "option_tokens": None} if score else {}
     empty |= {"samples": [None] * options["samples"]} if options.get("samples") else {}
@@ -211,8 +211,7 @@ def with_option_scores(vlm_, images, rows):
 
 
 def compute_option_logps(vlm_, images, questions):
-    """Σ log π (nats) and number of tokens of each option of B questions with n options each: two lists (B,
-    n).
+    """Of B questions with n options each: Σ log π (nats) and number of tokens of each option, lists (B, n).
 
     An option follows the prompt as an answer without reasoning, and ends with its closing tag: without the
     tag, `CT` would be as probable as all that begins with `CT`. Only the option and the tag count. Image and
@@ -248,7 +247,7 @@ def is_correct(record, prediction):
 
 
 def majority_baseline(rows):
-    """Is the answer the most frequent one of its task in `rows`? The first met of equally frequent ones."""
+    """Is the answer the most frequent one of its task in `rows`? Of equally frequent ones, the first met."""
     counts = {}
     for row in rows:
         counts.setdefault(row.get("task"), Counter())[normalise(row["answer"])] += 1
@@ -289,7 +288,7 @@ def score_columns(rows):
 
 
 def is_prefix_correct(row):
-    """Has the right option the highest mean token log-probability? An open question counts as wrong."""
+    """Does the right option have the highest mean token log-probability? An open question counts as wrong."""
     if not row["option_logps"]:
         return False
     means = np.divide(row["option_logps"], row["option_tokens"])
@@ -387,7 +386,7 @@ def answer(args):
     options = {"blind": args.blind, "samples": args.samples, "temperature": args.temperature}
     options |= {"score": score if args.scores else None, "find_too_long": find_too_long, "seed": args.seed}
     run.announce(f"{len(questions)} questions to answer", args.endpoint)
-    # A resumed run starts at the next batch of the same division, so that it writes the same bytes.
+    # A resumed run divides the questions into the same batches, so that it writes the same bytes.
     steps = range(run.state.get("step", 0), -(-len(questions) // args.batch))
     batches = [questions[i * args.batch : (i + 1) * args.batch] for i in steps]
     answered = parallel.take_turns(batches, functools.partial(predict, respond, **options), accelerator)

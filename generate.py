@@ -2,19 +2,18 @@
 
     (question, options, rationale, answer) ~ G(· | image, prompt of paradigm and task), at temperature 1
 
-Each image is asked about in three paradigms: direct, stepwise, metacognitive. Their prompts, and the parser
-of the replies, are in medgr2/prompts.py. No reply is lost: one that holds a question becomes a candidate, the
-others are rejected with a reason.
+G is asked about each image in three paradigms: direct, stepwise, metacognitive. Their prompts, and the parser
+of the replies, are in medgr2/prompts.py. Every reply becomes a candidate, or is rejected with a reason.
 
 Reads   image records (JSONL): id, image, perhaps modality. The generator is shown the image only
-Writes  OUT/candidates.jsonl; OUT/rejected.jsonl, with `reason` and `text`, the reply or (--on-error skip) why
-        the image is unreadable; metrics.jsonl, metrics.json: asked = kept + rejected (docs/metrics.md)
+Writes  OUT/candidates.jsonl; OUT/rejected.jsonl, with `reason` and `text` (the reply or, by --on-error skip,
+        why the image is unreadable); metrics.jsonl, metrics.json: asked = kept + rejected (docs/metrics.md)
 
 Departs from the paper:
 1. G is any VLM, on this machine (--model) or behind an OpenAI-compatible server (--endpoint). The paper asks
    Gemini-2.0-Flash.
-2. The paper's prompts are not published. Ours also name the kind of question, so that every task gets its
-   share of every modality.
+2. The paper's prompts are not published. Ours also name the kind of question, so that the images of each
+   modality cover all tasks.
 
     python generate.py --images runs/toy/data/unlabelled/images.jsonl --model toy/generator --out runs/mine
 """
@@ -33,10 +32,10 @@ from medgr2.prompts import PARADIGMS, TASKS, generator_prompt, normalise, parse_
 
 
 def parse_part(text):
-    """`2/3` → (2, 3). Raises ArgumentTypeError for what is no such part."""
+    """`2/3` → (2, 3). Raises ArgumentTypeError for anything else."""
     k, _, n = text.partition("/")
     if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-        raise argparse.ArgumentTypeError(f"{text} is no part: give K/N with K from 1 to N, as 2/3")
+        raise argparse.ArgumentTypeError(f"{text} is not a part: give K/N with K from 1 to N, such as 2/3")
     return int(k), int(n)
 
 
@@ -54,22 +53,22 @@ def parse_args():
     tasks = p.add_mutually_exclusive_group()
     kinds = "kinds of question to ask for, in turn"
     tasks.add_argument("--tasks", nargs="+", default=list(TASKS), help=kinds)
-    tasks.add_argument("--tasks-of", metavar="FILE", help="or those that these records have")
+    tasks.add_argument("--tasks-of", metavar="FILE", help="or the kinds that occur in this record file")
     p.add_argument("--per-image", type=count, default=1, help="candidates per image and paradigm")
     p.add_argument("--temperature", type=cli.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=count, default=160, help="longer replies are rejected")
-    p.add_argument("--batch", type=count, default=16, help="images at a time, and between commits")
-    skip = "at an unreadable image (skip puts it into rejected.jsonl), a line, or an image too large for the "
-    skip += "model's context (skip leaves it out)"
+    p.add_argument("--batch", type=count, default=16, help="images per batch; each batch is committed")
+    skip = "at an unreadable image (skip: rejected.jsonl), a bad line, or an image too large for the model's "
+    skip += "context (skip: left out)"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
-    p.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
-    cycle = "number of the cycle, for provenance; another one gives other samples"
+    p.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip may leave out")
+    cycle = "number of the cycle, kept in each candidate; it also seeds the samples"
     p.add_argument("--cycle", type=cli.number(int, 0), default=1, help=cycle)
     cli.add_run_arguments(p)
     args = p.parse_args()
     endpoint.check_arguments(p, args)
     if len(set(args.paradigms)) < len(args.paradigms):
-        p.error("--paradigms: one is named twice; --per-image asks it more often")
+        p.error("--paradigms: one is named twice; --per-image asks more often")
     return args
 
 
@@ -95,7 +94,7 @@ def read_images(path, skip=0, root=None, part=(1, 1)):
     """One record per image: in a file of questions, the first about each.
 
     `part` (k, n): every n-th image from the k-th on. `skip`: the share of bad lines that may be left out.
-    Raises RecordError for a missing file now rather than after hours, unless `skip`.
+    Raises RecordError for a missing image now rather than after hours, unless `skip`.
     """
     images = {}
     for record in records.read_kept(path, ("image",), root, skip):
@@ -109,10 +108,10 @@ def read_images(path, skip=0, root=None, part=(1, 1)):
 
 
 def assign_turns(images):
-    """For each image the number that says which task it is asked for first (build_drafts).
+    """For each image, the number of the first task to ask for, modulo the tasks (build_drafts).
 
-    It counts up within a modality, so that a modality's images go round all tasks. Each modality starts at
-    another number, so that few images of many modalities cover all tasks too.
+    It counts up within a modality, so that a modality's images cycle through all tasks. Each modality starts
+    at another number, so that a few images of many modalities cover all tasks too.
     """
     last, turns = {}, []
     for record in images:
@@ -125,8 +124,8 @@ def assign_turns(images):
 def build_drafts(record, turn, paradigms, tasks, per_image, cycle, seed, generator):
     """The drafts about one image: candidates that lack only what the generator will write.
 
-    Tasks go round within a modality and paradigm, so that each of these cells asks for all tasks equally
-    often. The paradigms start at different tasks, so that one image is asked for as many as possible.
+    Tasks rotate within a modality and paradigm, so that each of these cells asks for all tasks equally often.
+    The paradigms start at different tasks, so that one image covers as many as possible.
     """
     drafts = []
     for p, paradigm in enumerate(paradigms):
@@ -175,7 +174,7 @@ def open_images(drafts):
 
 
 def ask_server(drafts, ask, **sampling):
-    """Ask a model behind a server, one request per draft. ask: of endpoint.connect."""
+    """Ask a model behind a server, one request per draft. ask: from endpoint.connect."""
     images, requests = open_images(drafts), []
     for draft in drafts:
         prompt = generator_prompt(draft["paradigm"], draft["task"])
@@ -184,7 +183,7 @@ def ask_server(drafts, ask, **sampling):
 
 
 def ask_model(drafts, generator, temperature, max_new_tokens, group):
-    """Ask a model on this machine. `group` neighbouring drafts share a prompt, which is prefilled once."""
+    """Ask a model on this machine. `group` consecutive drafts share a prompt, which is prefilled once."""
     images = open_images(drafts)
     asked = drafts[::group]
     prompts = [generator_prompt(draft["paradigm"], draft["task"]) for draft in asked]
@@ -198,7 +197,7 @@ def ask_model(drafts, generator, temperature, max_new_tokens, group):
 # What comes back.
 
 
-# The candidates about one image are neighbours, so a small cache hashes each image once.
+# The candidates about one image are consecutive, so a small cache hashes each image once.
 @functools.lru_cache(maxsize=16)
 def image_hash(path):
     return hash_image(path)

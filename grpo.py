@@ -6,9 +6,9 @@ For each of P questions the policy samples G responses at temperature 1. Each ge
 
 but a malformed response gets r_i = 0, even if its answer is right. (Malformed: anything but one <answer>
 part, alone or after one <think> part, or an answer that names no option.) The advantage is relative to the
-group, Â_i = r_i - mean_group r. Where all responses are right, R still differs by the way they reason. So a
-group counts only if its rewards' std is above --min-spread; others are sampled in its place. The policy then
-maximises, over the N = P·G responses,
+group, Â_i = r_i - mean_group r. If all responses of a group are right, R still differs with their reasoning.
+So a group counts only if its rewards' std is above --min-spread; otherwise another is sampled in its place.
+The policy then maximises, over the N = P·G responses,
 
     J = 1 / Σ_i |y_i| · Σ_i Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it ]
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = ρ_it · k3_it        k3_it = π_ref/π - log(π_ref/π) - 1
@@ -17,12 +17,12 @@ maximises, over the N = P·G responses,
                      (arXiv 2503.14476)
     --loss grpo      1/N Σ_i 1/|y_i| in place of 1 / Σ_i |y_i| · Σ_i. With --scale-rewards group, which
                      divides Â_i by std_group r + 1e-4, it is DeepSeekMath's (arXiv 2402.03300)
-    --loss dr_grpo   1 / (N · max_new_tokens) in place of it: no length bias (arXiv 2503.20783)
+    --loss dr_grpo   1 / (N · max_new_tokens) in its place: no length bias (arXiv 2503.20783)
     --loss gspo      ρ_i = exp(mean_t log ρ_it), one ratio per sequence. Its ε is far smaller, about 3e-4
                      (arXiv 2507.18071)
 
-    --kl-estimator   KL_it, and of which divergence of the next token it has the gradient in expectation (k3
-                     and k2 only while ρ is 1):
+    --kl-estimator   KL_it, and the next-token divergence whose gradient it has in expectation (k3 and k2:
+                     only while ρ is 1):
         k3_unbiased  ρ_it · k3_it            KL(π, π_ref)        DeepSeek-V3.2, arXiv 2512.02556
         k3           k3_it                   KL(π_ref, π)        Schulman 2020, and in DeepSeekMath
         k2           1/2 · log²(π_ref/π)     KL(π, π_ref)        Schulman 2020; gradient: arXiv 2510.01555
@@ -31,7 +31,7 @@ maximises, over the N = P·G responses,
 rollouts (--iterations 1, the default) every ρ is 1 and nothing is clipped.
 
 N and Σ|y_i| are totals over all processes, so a step does not depend on micro-batches or processes (but each
-process refills its own share of the groups). With --mask-truncated they count the responses that are left.
+process replaces groups in its own share only). With --mask-truncated they leave out truncated responses.
 The vision tower and its projector stay as SFT left them (--freeze images), so an image is encoded once for
 its samples, the reference and every update; otherwise every pass encodes it again.
 
@@ -71,16 +71,17 @@ def parse_args():
     p.add_argument("--max-new-tokens", type=count, default=96, help="longest response")
     p.add_argument("--loss", choices=("grpo", "dr_grpo", "dapo", "gspo"), default="dapo", help="see above")
     p.add_argument("--epsilon", type=cli.number(float, 0, 1), default=0.2, help="clip the ratio at 1 - this")
-    p.add_argument("--epsilon-high", type=positive, help="clip the ratio at 1 + this (1 + --epsilon)")
+    p.add_argument("--epsilon-high", type=positive, help="clip the ratio at 1 + this (default: --epsilon)")
     p.add_argument("--kl", type=positive, default=0.0, help="weight of the KL term; 0 loads no reference")
     estimators = ("k3", "k3_unbiased", "k2")
     p.add_argument("--kl-estimator", choices=estimators, default="k3_unbiased", help="see above")
     p.add_argument("--alpha", type=positive, default=0.8, help="weight of the reward model")
     p.add_argument("--beta", type=positive, default=0.2, help="weight of the answer match (not of the KL)")
     p.add_argument("--reward-scale", choices=("unit", "raw"), default="unit", help="R in [0, 1] or [-6, 10]")
-    p.add_argument("--scale-rewards", choices=("group", "batch", "none"), default="none", help="by whose std")
+    scale = "divide advantages by the std of this"
+    p.add_argument("--scale-rewards", choices=("group", "batch", "none"), default="none", help=scale)
     cli.add_switch(p, "--mask-truncated", "leave responses cut at --max-new-tokens out of the loss")
-    spread = "sample others for groups whose rewards' std is not above this; -1 keeps every group"
+    spread = "replace groups whose rewards' std is not above this by others; -1 keeps every group"
     p.add_argument("--min-spread", type=cli.number(float, -1), default=0.25, help=spread)
     p.add_argument("--lr", type=positive, default=3e-4, help="peak rate (the toy's; about 1e-6 for 7B)")
     share = cli.number(float, 0, 1)
@@ -95,7 +96,7 @@ def parse_args():
     p.add_argument("--micro-batch", type=count, default=8, help="groups per backward pass; same result")
     micro_group = "responses of each group per backward pass: less memory, same result (all)"
     p.add_argument("--micro-group", type=count, help=micro_group)
-    patience = "end the run after so many steps in a row without any reward, or with most responses cut"
+    patience = "end the run after this many steps in a row without any reward, or with most responses cut"
     p.add_argument("--patience", type=cli.number(int, 0), default=20, help=f"{patience}; 0 never")
     p.add_argument("--watch-every", type=count, default=10, help="steps between accuracy checks on --val")
     p.add_argument("--watch-items", type=count, default=200, help="records of --val to check")
@@ -153,7 +154,7 @@ def grpo_loss(
 
     logps (S, C), C response tokens with the end of turn; inputs: LossInputs of the same S responses; counts:
     the denominators. linear_grpo_loss calls this on chunks of whole sequences and adds up, so divide only by
-    counts, not by the size of a tensor. With kl 0 it leaves out sequences whose advantage is 0.
+    counts, not by the size of a tensor. With kl 0 it masks out sequences whose advantage is 0.
     """
     mask, advantages = inputs.mask, inputs.advantages[:, None]  # (S, C), (S, 1)
     lengths = mask.sum(1).clamp(min=1)  # (S,) tokens of each response
@@ -397,7 +398,7 @@ def main(args):
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
     paths = [args.model, args.reward, *args.data, args.val, args.test]
-    # Less at a time, if memory runs out.
+    # May change when the run resumes, for example because memory ran out.
     run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch",))
     examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]
     policy, reference, reward_model = load_models(args, accelerator)

@@ -3,8 +3,8 @@
     R(image, question, response) in [-6, 10]   and   P(relevant), P(coherent), P(faithful), which say why
 
 A VLM backbone encodes image, question and response. Small heads take the log-probabilities that it gives the
-response's tokens, with the image and with a blank one in its place. The expert records give four levels of
-responses (medgr2/levels.py), drawn anew `--resamples` times:
+response's tokens, with the image and with a blank one in its place. Four levels of responses are made from
+the expert records (medgr2/levels.py), `--resamples` times:
 
     original 10     perturbed 6     incoherent 0     irrelevant -6
 
@@ -17,8 +17,9 @@ Writes  train: OUT/backbone/, OUT/heads.safetensors, heads.json, metrics.jsonl, 
 
 Departs from the paper:
 1. The heads take log-probabilities. --no-likelihood is the paper's plain head, on the last hidden state.
-2. Three more heads say why R is as it is.
-3. The backbone is frozen (--freeze nothing: it learns too). The heads evolve with the policy's rollouts.
+2. Three more heads give reasons for R.
+3. The backbone is frozen (--freeze nothing: it learns too). Each cycle trains the heads again, on the
+   policy's rollouts too.
 4. --threshold is the paper's τ. --cap, --top-k and --keep divide what they accept over tasks and modalities
    (--per).
 
@@ -58,7 +59,7 @@ LIKELIHOOD_FEATURES = 3 * 2 * (2 + LOWEST)
 GREY = (128, 128, 128)
 # Responses per step of training the heads on precomputed features, and steps between lines of the log.
 HEADS_BATCH, LOG_EVERY = 512, 50
-# Levels of responses to questions by their answer. In a perturbed one the answer may be either.
+# Levels whose answer is right, and wrong. The answer of a perturbed response may be either.
 RIGHT, WRONG = ("original", "right"), ("incoherent", "irrelevant", "wrong")
 
 
@@ -85,17 +86,19 @@ def parse_args():
     s.add_argument("--model", required=True, help="folder of a trained reward model")
     s.add_argument("--data", required=True, help="candidates.jsonl")
     keep = s.add_mutually_exclusive_group(required=True)
-    keep.add_argument("--threshold", type=cli.number(float, R_MIN, R_MAX), help="τ: accept R from this on")
+    threshold = "τ: accept if R is at least this"
+    keep.add_argument("--threshold", type=cli.number(float, R_MIN, R_MAX), help=threshold)
     keep.add_argument("--top-k", type=count, help="accept the k best")
-    keep.add_argument("--keep", type=share, help="accept this share, the best")
+    keep.add_argument("--keep", type=share, help="accept the best, this share of all")
     s.add_argument("--cap", type=count, help="with --threshold: at most this many per cell of --per")
-    answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`, which --cap reads"
+    answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`, which --cap uses"
     s.add_argument("--answered", help=answered)
     skip = "at a record that is longer than the backbone's context: skip leaves it out"
     t.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
-    skip = "at an unreadable image (skip: its candidates go to rejected.jsonl) or line (it is left out)"
+    skip = "at an unreadable image or a candidate longer than the context (skip: rejected.jsonl), or a bad "
+    skip += "line (skip: left out)"
     s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
-    s.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip sets aside")
+    s.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip may leave out")
     fields, per = ["task", "modality"], "divide --top-k or --keep over these cells, by their size"
     s.add_argument("--per", nargs="*", choices=fields, default=fields, help=per)
     for command in (t, s):
@@ -104,7 +107,7 @@ def parse_args():
     cli.add_run_arguments(s)
     args = p.parse_args()
     if args.command == "score" and args.cap and args.threshold is None:
-        s.error("--cap goes with --threshold; --top-k and --keep say how many already")
+        s.error("--cap goes with --threshold; --top-k and --keep already set a number")
     return args
 
 
@@ -144,7 +147,7 @@ def answer_mask(backbone, responses, mask):
 
 
 def token_statistics(x, part):
-    """Sum, mean and the lowest three of x (N, C) over `part` (N, C) bool → (N, 5); zeros over nothing."""
+    """Sum, mean and the lowest three of x (N, C) over `part` (N, C) bool → (N, 5); zeros if it is empty."""
     total, count = (x * part).sum(1, keepdim=True), part.sum(1, keepdim=True)  # (N, 1)
     values = pad(x.masked_fill(~part, torch.inf), (0, LOWEST), value=torch.inf)
     lowest = values.topk(LOWEST, largest=False).values  # (N, 3)
@@ -155,8 +158,8 @@ def compute_features(backbone, images, prompts, responses, likelihood):
     """B images and prompts, N = B·G responses → the heads' features: (N, 30) likelihoods, or states (N, D).
 
     Three series over the tokens: log p; log p + entropy, how much less likely a token is than the backbone
-    expected there (free wording costs nothing, contradicting the image does); log p with the image less log p
-    with a blank one.
+    expected there (free wording costs nothing, contradicting the image does); log p with the image minus
+    log p with a blank one.
     """
     ids, mask = vlm.encode_continuations(backbone, responses)  # (N, C)
     inputs = vlm.encode_prompts(backbone, images, prompts)  # (B, P)
@@ -354,7 +357,7 @@ def fit(model, groups, args, run):
     optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=0.1)
     rng, skipped = random.Random(runs.seed_of(args.seed, "fit")), training.Skipped()
     for step in run.progress(range(args.steps), "heads"):
-        # A batch of features and targets; the features are computed anew if the backbone learns.
+        # A batch of features and targets; the features are recomputed if the backbone learns.
         if args.freeze == "nothing":
             batch = rng.sample(groups, min(len(groups), args.batch))
             x, drawn = collect_features(model, batch, args.batch)
@@ -396,7 +399,7 @@ def evaluate_heads(model, groups, batch, seed, progress=iter):
 
 
 def image_swap_drop(model, groups, batch, seed, progress=iter):
-    """Mean fall of R of the originals if each gets another's image; None if there is no other image."""
+    """Mean fall of R when each original gets another record's image; None if there is no other."""
     originals = [record for record, labelled in groups if "original" in dict(labelled)]
     others = random.Random(seed).sample(originals, len(originals))
     pairs = [(own, other) for own, other in zip(originals, others) if own["image"] != other["image"]]
@@ -446,15 +449,15 @@ def score_references(model, rows, image_paths):
 def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None, cap=None):
     """(accepted, random, tied): indices of the best of each cell, and of as many of the same cell at random.
 
-    Best is the highest R. With a threshold every candidate from it on is good enough, and a cap takes those
-    that the policy answers nearest to half of the time, of these the highest R. A draw decides among equals;
-    `tied` counts the candidates that it decided about.
+    The best have the highest R. With a threshold, all with at least this R are accepted; a cap then prefers
+    pass rates near one half, and among equal ones the highest R. A random draw breaks ties; `tied` counts the
+    candidates in a tie that it broke.
     """
     index = {}
     for i, row in enumerate(rows):
         index.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
     overall = [row["reward"]["overall"] for row in rows]
-    # The draw is the order in which equals are sorted.
+    # A random order, which sorting keeps among equals.
     draw = random.Random(runs.seed_of(seed, "ties"))
     cells = [draw.sample(cell, len(cell)) for cell in index.values()]
     order = [(0, -R) for R in overall]

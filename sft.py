@@ -2,8 +2,8 @@
 
     loss = - Σ_i Σ_t log π(y_it | image_i, prompt_i, y_i<t) / Σ_i |y_i|
 
-over the batch, for response tokens only: the end of turn included, prompt and padding not. The denominator
-counts the whole batch, so a step does not depend on micro-batches or processes. A record without a rationale
+over the batch's response tokens: the end of turn counts, prompt and padding do not. The denominator counts
+the whole batch, so a step does not depend on micro-batches or processes. A record without a rationale
 teaches the policy the bare answer, not an empty <think></think> (medgr2/prompts.py).
 
 Reads   question or report records (JSONL), one file or several; --val, the same
@@ -46,7 +46,7 @@ def parse_args():
     p.add_argument("--epochs", type=positive, default=6, help="times through the data")
     p.add_argument("--steps", type=count, help="steps, instead of --epochs")
     p.add_argument("--batch", type=count, default=8, help="examples per step")
-    p.add_argument("--micro-batch", type=count, default=32, help="examples at a time; same result")
+    p.add_argument("--micro-batch", type=count, default=32, help="examples per backward pass; same result")
     p.add_argument("--lr", type=positive, default=1e-3, help="peak rate (the toy's; about 1e-5 for 7B)")
     share = cli.number(float, 0, 1)
     p.add_argument("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
@@ -169,7 +169,7 @@ def main(args):
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
     paths = [args.model, *args.data, args.val, args.test]
-    # Less at a time, if memory runs out.
+    # May change when the run resumes, for example because memory ran out.
     run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch",))
     weights = args.weights or [1.0] * len(args.data)
     if len(weights) != len(args.data):
@@ -178,7 +178,7 @@ def main(args):
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
     examples = leave_out_too_long(policy, examples, args.on_error)
     if args.gradient_checkpointing:
-        # It needs train(). Without it the model stays in eval(), so that it computes as when it samples.
+        # It needs train(). Otherwise the model stays in eval(), so that it computes as it does when sampling.
         policy.model.train().gradient_checkpointing_enable()
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
