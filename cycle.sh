@@ -13,7 +13,7 @@ cd "$(dirname "$0")"
 
 OUT=${OUT:-runs/toy}
 CYCLES=${CYCLES:-3}           # fixed once a run has started, because each cycle has its part of IMAGES
-CONTROLS=${CONTROLS:-}        # if not empty, also train what each gain is compared with
+CONTROLS=${CONTROLS:-}        # if not empty, also train the controls that each gain is compared with
 FILTER=${FILTER:-accepted}    # which candidates train policy and generator; random: as many, drawn at random
 SEED=${SEED:-0}
 POLICY=${POLICY:-toy/policy}
@@ -30,8 +30,8 @@ TRUTH=                        # the drawn facts of the toy's images
 # The stages' scripts.
 GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py} GRPO=${GRPO:-grpo.py}
 EVAL=${EVAL:-eval.py}
-# Their flags, split at spaces. MORE_FLAGS: of the SFT that goes on as long as GRPO. CEILING_FLAGS: of the
-# ceiling's SFT.
+# Their flags, split at spaces. MORE_FLAGS: of the SFT in place of GRPO, CEILING_FLAGS: of the ceiling's SFT
+# (both with CONTROLS).
 GENERATE_FLAGS=${GENERATE_FLAGS:---per-image 2} REWARD_FLAGS=${REWARD_FLAGS:-}
 SCORE_FLAGS=${SCORE_FLAGS:---threshold 8} SFT_FLAGS=${SFT_FLAGS:---steps 1000}
 GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:---lr 3e-4}
@@ -41,8 +41,8 @@ CLINIC_FLAGS=${CLINIC_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
 # A stage runs in the background, because bash handles no signal while a command runs in the foreground. So a
-# signal that only this shell gets reaches the stage. One process commits and exits; several only exit. A second
-# Ctrl-C kills the stage; accelerate, if killed, would leave its processes running.
+# signal sent to this shell alone reaches the stage. One process commits and exits; several only exit. A second
+# Ctrl-C kills the stage. accelerate is terminated instead: if killed, it would leave its processes running.
 stop() {
   local harder=KILL
   [ -z "$LAUNCH" ] || harder=TERM
@@ -62,7 +62,7 @@ stage() {
   [ -e "$folder" ] || run "$PYTHON" "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 
-# launch FOLDER SCRIPT FLAGS...: the same on all GPUs if LAUNCH says so. The reward model trains on one.
+# launch FOLDER SCRIPT FLAGS...: the same, started by LAUNCH if given. The reward model trains on one GPU.
 launch() {
   local folder=$1; shift
   [ -e "$folder" ] || run ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"

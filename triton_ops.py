@@ -7,7 +7,7 @@
 
 A bias of -inf excludes a token: there z is -inf, with a softcap too, and p and d loss / d x are 0.
 
-Each function is a drop-in for the lines that a reader would write:
+Each function replaces the lines beside it:
 
     linear_logprob(hidden, weight, targets)              logps = log_softmax(hidden @ weight.T, -1)
                                                          logps.gather(-1, targets[:, None])[:, 0]
@@ -65,7 +65,7 @@ LOWEST = -1e4
 
 
 def _statistics_torch(x, targets, temperature, softcap, with_entropy=True):
-    """x (n, V), targets (n,) -> (logps, entropy), (n,) each, and what the gradient needs. Unwanted: NaN."""
+    """x (n, V), targets (n,) -> (logps, entropy), (n,) each, and what the gradient needs. No entropy: NaN."""
     slope = None
     if softcap:
         excluded = x == -torch.inf  # (n, V)
@@ -254,7 +254,7 @@ class _Options(NamedTuple):
 
 
 class _Gradients:
-    """d loss / d hidden, weight and bias, added up chunk by chunk; None for those that nobody needs."""
+    """d loss / d hidden, weight and bias, added up chunk by chunk; None for those not needed."""
 
     def __init__(self, linear, needed):
         self.linear = linear
@@ -287,8 +287,7 @@ class _Gradients:
 
 
 def _over_chunks(linear, chunks, options, upstream=None, needed=(False, False, False), with_entropy=True):
-    """Go through the chunks, slices of rows -> logps (N,), entropy (N,), gradients of hidden, weight and
-    bias.
+    """All chunks (slices of rows) in turn -> logps (N,), entropy (N,), gradients of hidden, weight, bias.
 
     upstream(k, rows, logps, entropy) -> d loss / d logps and d loss / d entropy (or None) of the rows of
     chunk k, (n,) each. Without it there is no gradient. Without `with_entropy` the entropy is undefined.
@@ -322,7 +321,7 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, options):
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.options = options
-        # An output that nobody uses costs nothing.
+        # An unused output costs nothing.
         ctx.set_materialize_grads(False)
         linear = _Linear(hidden, weight, bias, targets)
         return _over_chunks(linear, _chunks_of_rows(len(hidden), options.chunk_rows), options)[:2]
@@ -433,10 +432,10 @@ def _chunks_of_rows(N, size):
 
 
 def _chunks_of_sequences(lengths, size):
-    """Whole sequences, at least one and at most `size` rows per chunk -> [(slice of sequences, slice of
-    rows)].
+    """Whole sequences, at most `size` rows per chunk -> [(slice of sequences, slice of rows)].
 
-    Sequences of no rows belong to some chunk, or to none if nothing follows.
+    A sequence of more than `size` rows is a chunk of its own. Sequences of no rows belong to some chunk, or
+    to none if no rows follow.
     """
     chunks, first, start, stop = [], 0, 0, 0
     for i, n in enumerate(lengths):
@@ -455,12 +454,11 @@ def _chunks_of_sequences(lengths, size):
 def linear_logprob(
     hidden, weight, targets, temperature=1.0, bias=None, softcap=None, *, chunk=None, backend=None
 ):
-    """Log-probability (nats) of each target under softmax(z), z as on top, and that softmax's entropy.
+    """Log-probability (nats) of each target under softmax(z), z as above, and that softmax's entropy.
 
     hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) -> logps (N,), entropy (N,): float32, or
     float64 for float64 inputs. Both are differentiable, once, with respect to hidden, weight and bias.
-    Statistics are float32 whatever the inputs are. So are the logits of bf16 inputs on CUDA; on the CPU these
-    are rounded to bf16.
+    The logits of bf16 inputs are float32 on CUDA; on the CPU they are rounded to bf16.
 
     `chunk`: rows of logits in memory at a time, by default as CHUNK_BYTES and CHUNK_ROWS allow. It changes
     rounding only. `backend`: "torch" or "triton". By default triton on CUDA if it is installed (float64
@@ -478,8 +476,7 @@ def linear_cross_entropy(
     hidden, weight, targets, ignore_index=-100, *, reduction="mean", temperature=1.0, bias=None,
     softcap=None, chunk=None, backend=None,
 ):  # fmt: skip
-    """- Σ logps of the targets that are not `ignore_index`, over their number ("mean") or not ("sum"); 0 if
-    there are none.
+    """- Σ logps of the targets other than `ignore_index`, over their number for "mean"; 0 if there are none.
 
     Arguments, dtypes and errors as for linear_logprob. Ignored rows cost nothing. The gradient is formed
     together with the loss and used by the first backward pass; a second one through the same loss raises
@@ -513,7 +510,7 @@ class LossInputs(NamedTuple):
     ref_logps: torch.Tensor | None = None
 
     def select(self, rows):
-        """Those of these sequences only: a slice, or their numbers (n,)."""
+        """The inputs of these sequences only: a slice, or their indices (n,)."""
         return LossInputs(*(None if x is None else x[rows] for x in self))
 
 
@@ -526,9 +523,9 @@ def linear_grpo_loss(
     hidden (S, C, D), weight (V, D), targets (S, C); inputs: LossInputs. loss_fn(logps, inputs, kl=kl,
     **loss_options) -> (loss, sums of metrics) is grpo.py's `grpo_loss` or another of its signature: plain
     PyTorch over (s, C) numbers, called once per chunk of whole sequences (a ratio may be a sequence's), so it
-    must be a sum over sequences, divided by numbers that do not depend on the chunk. Of a token's V logits it
-    needs one number and returns one coefficient, so it stays out of the kernels: written once, changed in one
-    place. Without `kl` a sequence of advantage 0 must have no gradient: it is dropped before the first GEMM.
+    must be a sum over sequences, divided by numbers that do not depend on the chunk. It needs one number per
+    token, not V, and its gradient is one number per token, so it stays out of the kernels: it is written
+    once. Without `kl` a sequence of advantage 0 must have no gradient: it is dropped before the first GEMM.
 
     metrics: the sums of loss_fn, and over the tokens not dropped their number `rows` and the sum of their
     `entropy`. logps carry no gradient and are 0 where nothing was computed. Otherwise as
