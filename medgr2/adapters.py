@@ -53,7 +53,7 @@ def add_lora(loaded, rank, source):
 
 @contextlib.contextmanager
 def without_lora(loaded):
-    """Within it the model computes as before add_lora: GRPO's reference. Does nothing without an adapter."""
+    """Within this context the model is as before add_lora: GRPO's reference. No adapter: no change."""
     if loaded.lora is None:
         yield
         return

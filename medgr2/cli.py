@@ -99,7 +99,7 @@ def parse_pairs(flag, pairs):
     """{our name: theirs} of OURS=THEIRS. Raises RunError for a pair of another form."""
     for pair in pairs:
         if not all(pair.partition("=")):
-            raise RunError(f"{flag} {pair}: give OURS=THEIRS, as answer=gt_answer")
+            raise RunError(f"{flag} {pair}: give OURS=THEIRS, such as answer=gt_answer")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -111,7 +111,7 @@ def add_switch(parser, flag, help, default=False):
 def add_run_arguments(parser):
     """Add the flags that every stage has."""
     parser.add_argument("--out", required=True, help="folder to write; final once it exists")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument(
         "--image-root", help="folder that images may be in, besides the folder of the data file"
     )
@@ -130,7 +130,7 @@ def add_training_arguments(parser):
 def tell_cut(replies, cut, limit):
     """Say so if more than half of the replies were cut at --max-new-tokens."""
     if 2 * cut > replies:
-        advice = "raise it, or see whether the model's stop tokens hold the end of turn of its chat"
+        advice = "raise it, or check that the model's stop tokens include its chat template's end of turn"
         print(f"{cut} of {replies} replies were cut at --max-new-tokens {limit}: {advice}", flush=True)
 
 

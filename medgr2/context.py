@@ -6,7 +6,7 @@ from medgr2 import vlm
 from medgr2.errors import require
 from medgr2.images import open_image
 
-# Of how many sizes of images the tokens are counted: the largest ones have the most.
+# Tokens are counted for this many of the largest image sizes.
 SIZES = 8
 
 
@@ -29,7 +29,7 @@ def leave_out_too_long(loaded, rows, image_of, text_of, new_of, skip):
 def find_too_long(loaded, rows, image_of, text_of, new_of):
     """{index of a row that does not fit into the context: why}.
 
-    image_of, text_of, new_of: row → path of its image, text of its prompt, number of the reply's tokens.
+    image_of, text_of, new_of: row → path of its image, text of its prompt, most tokens of its reply.
     """
     if loaded.context is None or not rows:
         return {}
@@ -52,7 +52,7 @@ def area(size):
 
 
 def read_size(path):
-    """(width, height) of an image, told by its head; of a small one if it has none: its reader will say."""
+    """(width, height) from an image's header; a small size if none: opening it will raise the error."""
     try:
         with Image.open(path) as image:
             return image.size

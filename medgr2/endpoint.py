@@ -29,17 +29,17 @@ class Request(NamedTuple):
 
 
 def add_arguments(parser, which, who):
-    """Add --endpoint to the group `which` and its settings to the parser. who: what is asked there."""
+    """Add --endpoint to the group `which` and its settings to the parser. who: the model's role, for help."""
     which.add_argument("--endpoint", metavar="URL", help="or base URL of an OpenAI-compatible server")
     parser.add_argument("--endpoint-model", metavar="NAME", help=f"{who}'s name on that server")
-    key = "environment variable with the server's API key, if it wants one"
+    key = "environment variable with the server's API key, if it needs one"
     parser.add_argument("--endpoint-key-env", default="OPENAI_API_KEY", metavar="VARIABLE", help=key)
     count = cli.number(int, 1)
-    side = "longest side of an image that the server gets, in pixels; larger ones are made smaller"
+    side = "longest side, in pixels, of an image sent to the server; larger images are scaled down"
     parser.add_argument("--endpoint-side", type=count, default=2048, help=side)
     parser.add_argument("--concurrency", type=count, default=8, help="requests at a time")
     parser.add_argument(
-        "--retries", type=cli.number(int, 0), default=6, help="after no reply, a 429 or a 5xx"
+        "--retries", type=cli.number(int, 0), default=6, help="retries after no reply, a 429 or a 5xx"
     )
     parser.add_argument(
         "--timeout", type=cli.number(float, 1), default=300, help="seconds to wait for a reply"
@@ -56,7 +56,7 @@ def check_arguments(parser, args):
 
 
 def connect(args):
-    """ask_server with the server of these arguments: ask(requests, temperature=..., max_tokens=...)."""
+    """ask_server for the server of these arguments: ask(requests, temperature=..., max_tokens=...)."""
     from huggingface_hub import InferenceClient, get_session
 
     # A redirect could take the images to a host that the user never named.
@@ -105,7 +105,7 @@ def data_url(image, side):
 def complete_chat(client, retries, messages, **settings):
     """One chat completion → (text, truncated). Retried after a lost connection, a time-out, a 429 or a 5xx.
 
-    Raises RunError at any other 4xx, if the reply is no chat completion, and when the retries are used up.
+    Raises RunError at any other 4xx, if the reply is not a chat completion, or if the retries are used up.
     """
     # The base class of whichever HTTP library the hub's version uses.
     from huggingface_hub.errors import HTTPError
@@ -124,7 +124,7 @@ def complete_chat(client, retries, messages, **settings):
                 advice = "check --endpoint, --endpoint-model and the API key"
                 raise RunError(f"{client.model}: {problem}; {advice}") from None
         except (ValueError, TypeError, AttributeError, LookupError):
-            problem = "its reply is no chat completion (a redirect is not followed)"
+            problem = "its reply is not a chat completion (redirects are not followed)"
             raise RunError(f"{client.model}: {problem}; check --endpoint") from None
     advice = f"gave up after {retries} retries, the same command resumes from here"
     raise RunError(f"{client.model}: {problem}; {advice}")

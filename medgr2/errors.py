@@ -49,7 +49,7 @@ def require(holds, message):
 
 
 def explain_system_error(error, args):
-    """What the machine lacks and what to do, in one line; None if `error` is no such error.
+    """What the machine lacks and what to do, in one line; None if `error` is not such an error.
 
     `args`: the values of the script's flags, by name.
     """
@@ -62,7 +62,7 @@ def explain_system_error(error, args):
         return f"{short or 'out of memory'}; lower {' or '.join(flags) or 'the size of the input'}"
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object.strip()[:160]!r}: not UTF-8; rename the file or folder"
-    # safetensors makes an error of its own of an OSError.
+    # safetensors turns an OSError into an error of its own.
     found = re.search(r"\(os error (\d+)\)", text)
     code = int(found[1]) if found else getattr(error, "errno", None)
     path = str(getattr(error, "filename", None) or out)
@@ -75,14 +75,14 @@ def explain_system_error(error, args):
 
 
 def is_out_of_memory(error):
-    """Is it that the GPU or the machine has no memory left? torch has several errors for it."""
+    """Has the GPU or the machine run out of memory? torch has several errors for it."""
     says = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     is_told = isinstance(error, RuntimeError) and any(words in str(error) for words in says)
     return isinstance(error, MemoryError) or is_told
 
 
 def is_lost(path, out):
-    """Is the path in a folder of the output that is no longer there?"""
+    """Is the path in a folder of the output that no longer exists?"""
     return bool(out) and path.startswith(out) and not os.path.exists(os.path.dirname(path))
 
 

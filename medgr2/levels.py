@@ -72,9 +72,9 @@ ALTERNATIVES = (
     ("sinistro", "destro"),
     ("sinistra", "destra"),
 )
-# Where a clause of a report ends: at a stop with a space behind it, or at a full-width one.
+# Where a clause of a report ends: at a stop with a space after it, or at a full-width one.
 CLAUSE_END = re.compile(r"(?<=[.;])\s+|(?<=[。；！？])\s*")
-# Enough records to find another image's response among.
+# How many other records the levels of a record draw from.
 MOST_OTHERS = 200
 
 

@@ -80,7 +80,7 @@ def mcnemar(corrected, introduced):
 
 
 def balanced_accuracy(answers, correct):
-    """Mean over the classes of right answers of the accuracy in each. (n,) normalised texts, (n,) bools."""
+    """Accuracy within each class (right answer), averaged. (n,) normalised texts, (n,) bools."""
     index = np.unique(answers, return_inverse=True)[1]
     return float(np.mean(np.bincount(index, correct) / np.bincount(index)))
 
@@ -145,7 +145,7 @@ def pass_at(k, correct, samples):
 
 
 def majority(values):
-    """The most frequent value but None, the first met of equally frequent ones; None if there is none."""
+    """The most frequent value other than None, the first met if several are; None if there is none."""
     counts = Counter(value for value in values if value is not None)
     return counts.most_common(1)[0][0] if counts else None
 

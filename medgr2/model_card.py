@@ -1,6 +1,6 @@
 """README.md of a trained model's folder: what it was made from, on which data, how, and with what result.
 
-With --push-to-hub the finished folder goes to the Hugging Face Hub, its records aside.
+With --push-to-hub the finished folder goes to the Hugging Face Hub, without its records.
 """
 
 import os
@@ -12,7 +12,7 @@ from medgr2.errors import RunError, in_one_line
 
 # What is not pushed: records and responses, which may tell of patients, and what only this machine needs.
 KEPT_HERE = ["*.jsonl", "args.json", "tensorboard/*", "wandb/*"]
-# What is said of the licence of the base is copied from its card.
+# The fields on the licence, which are copied from the base's card.
 LICENCE = ("license", "license_name", "license_link")
 CARD = """---
 {header}
@@ -57,7 +57,7 @@ def write_card(part, folder, metadata, result):
     """
     from huggingface_hub import ModelCardData
 
-    # As one loads it: on the Hub by the Hub's name.
+    # The name to load it by: the Hub's if it goes there.
     base, name = metadata["args"]["model"], metadata["args"]["push_to_hub"] or folder
     known = read_header(base)
     header = {field: known[field] for field in LICENCE if field in known}

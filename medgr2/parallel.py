@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 def take_turns(batches, work, accelerator):
     """Yield work(batch) of each batch, in order, on every process; each of N processes does every N-th batch.
 
-    A batch is the same for any number of processes, so its padding is, and what comes of it.
+    A batch is the same for any number of processes, and so are its padding and its results.
     """
     batches = iter(batches)
     while turn := list(islice(batches, accelerator.num_processes)):

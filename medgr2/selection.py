@@ -18,7 +18,7 @@ def allocate(sizes, total):
 
 
 def count_tied(ranked, n):
-    """How many of the ranked values equal both the n-th and the one after it, so that a draw parts them."""
+    """How many of the ranked values equal both the n-th and the next, so that a random draw decides."""
     is_parted = 0 < n < len(ranked) and ranked[n - 1] == ranked[n]
     return ranked.count(ranked[n]) if is_parted else 0
 

@@ -71,4 +71,4 @@ class Trackers:
             except Exception as error:
                 # As above.
                 self.trackers.remove(tracker)
-                print(f"--report-to {tracker.name}: {in_one_line(error)}; goes on without it", flush=True)
+                print(f"--report-to {tracker.name}: {in_one_line(error)}; continuing without it", flush=True)

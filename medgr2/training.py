@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from medgr2.errors import RunError
 from medgr2.runs import seed_of
 
-# So many steps in a row whose gradient is not finite stop a run.
+# This many steps in a row whose gradient is not finite stop a run.
 MAX_SKIPPED = 5
 
 
@@ -73,7 +73,7 @@ class Skipped:
         self.total, self.in_a_row = total, 0
 
     def count(self, step, loss, norm):
-        """Raise RunError if the loss is not finite, or for the MAX_SKIPPEDth time in a row the gradient."""
+        """Raise RunError if the loss is not finite, or the gradient for the MAX_SKIPPEDth time in a row."""
         is_skipped = not math.isfinite(norm)
         self.total, self.in_a_row = self.total + is_skipped, (self.in_a_row + 1) * is_skipped
         problem = "the loss is not finite"
@@ -91,7 +91,7 @@ def find_not_finite(tensors):
     import torch
 
     for name, x in tensors.items():
-        # A sum takes no memory, and what is not finite stays so in it. Single bytes are quantised weights.
+        # A sum needs no copy and keeps any infinity or NaN. Single bytes are quantised weights.
         if x.itemsize > 1 and not x.sum(dtype=torch.float32).isfinite():
             return name
     return None

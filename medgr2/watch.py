@@ -1,4 +1,4 @@
-"""The watch: is a rising reward a better policy, or reward hacking? Expert questions tell."""
+"""The watch: does a rising reward mean a better policy, or reward hacking? Expert questions show it."""
 
 import random
 
@@ -70,7 +70,7 @@ class Watch:
         return self.last
 
     def finish(self):
-        """Measure the finished policy → {"first", "last"}, None if nothing is watched."""
+        """Measure the finished policy → {"first", "last"}, both None if nothing is watched."""
         if self.rows:
             self.last = self.measure()
         return {"first": self.first, "last": self.last or None}

@@ -214,7 +214,7 @@ def test_a_refusal_is_one_line_and_no_retry(status, serve, ask, tmp_path, monkey
 def test_a_server_of_something_else_is_one_line(reply, serve, ask, tmp_path):
     write_images(tmp_path, 1)
     code, _, err = ask(serve(lambda body: (200, reply)))
-    assert code == 2 and err.count("\n") == 1 and "no chat completion" in err
+    assert code == 2 and err.count("\n") == 1 and "not a chat completion" in err
 
 
 def test_if_the_server_stays_away_the_same_command_resumes_later(serve, ask, tmp_path, monkeypatch):

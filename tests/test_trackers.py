@@ -113,5 +113,5 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys):
         found.log({"step": i, "loss": i / 2, "text": "x", "nothing": None, "flag": True}, i)
     found.finish()
     assert broken.calls == 2
-    assert capsys.readouterr().out == "--report-to mlflow: no route to host; goes on without it\n"
+    assert capsys.readouterr().out == "--report-to mlflow: no route to host; continuing without it\n"
     assert read_scalars(tmp_path) == {"loss": [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5)]}
