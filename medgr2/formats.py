@@ -19,11 +19,11 @@ from medgr2.images import ImageFolder, find_file, image_bytes, is_under
 from medgr2.prompts import MAX_OPTIONS, MODALITIES, TAG, TASKS, match_option, normalise, parse_response
 from medgr2.records import require_encodable, validate
 
-# The rows by whose columns a format is recognised: a column that is missing in the first may be in another.
+# A format is recognised by the columns of this many rows: a column may be missing in the first.
 FIRST_ROWS = 100
 # How many skipped rows are named per reason.
 NAMED_ROWS = 3
-# What the name of an image may lack: PathVQA and VQA-Med give it without its end.
+# Endings that the name of an image may lack, as in PathVQA and VQA-Med.
 IMAGE_SUFFIXES = ("", ".jpg", ".png", ".jpeg", ".dcm")
 # Where images lie beside the file that names them: OmniMedVQA, VQA-RAD, SLAKE.
 IMAGE_FOLDERS = ("", "images", "imgs")
@@ -81,13 +81,13 @@ def task_of_types(types):
 
 
 def split_of(path):
-    """The split that a file's name or folder tells, as `train-00000-of-00002.parquet`; None if none."""
+    """The split in a file's name or folder, such as `train-00000-of-00002.parquet`; None if there is none."""
     words = re.split(r"[^a-z]+", path.lower())
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
 
 
 def parse_literal(value):
-    """The list or dict that a text spells in JSON or as Python prints it; any other value as it is."""
+    """The list or dict in a text, in JSON or as Python prints it; any other value as it is."""
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     for parse in (json.loads, ast.literal_eval):
@@ -109,7 +109,7 @@ def as_list(value):
 
 
 def from_columns(names, row):
-    """A row whose columns are our fields. `names`: {our field: its column, or several of which one is there}.
+    """A row whose columns are our fields. `names`: {our field: its column, or several names for it}.
 
     A `*` in a column's name stands for a letter or a number: `option_*` is option_A, option_B, ...
     """
@@ -154,7 +154,7 @@ def from_problem(row, answer):
     head, *others = re.split(r"(?:,\s*|\n\s*)[B-Z]\)", row["problem"])
     first = list(re.finditer(r"(?:^|\s)A\)(?=\s*[^\s,])", head))
     if not others or not first:
-        require(answer not in list(LETTERS), "a letter for an answer, but no options A)..., B)...")
+        require(answer not in list(LETTERS), "the answer is a letter, but there are no options A)..., B)...")
         return [draft | {"question": row["problem"]}]
     options = dict(zip(LETTERS, [head[first[-1].end() :], *others]))
     draft |= {"question": head[: first[-1].start()], "options": options}
@@ -332,7 +332,7 @@ def import_records(src, format=None, images=None, root=None, fields=None, keep=N
 def read_drafts(src, format=None, fields=None):
     """Yield (draft, an id if it has none, its file and row) per question.
 
-    For a bad row an exception or None is the draft.
+    The draft of a bad row is an exception or None.
     """
     number = 0
     for file in tables.find_tables(src):
@@ -350,7 +350,7 @@ def read_drafts(src, format=None, fields=None):
 
 
 def convert_row(convert, row):
-    """The drafts of a row; for a bad row an exception or None in their place."""
+    """The drafts of a row; for a bad row, an exception or None instead."""
     try:
         return convert(row) or [None]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -413,9 +413,9 @@ def record_from_draft(draft, fallback_id, keep):
     """
     if isinstance(draft, RecordError):
         raise draft
-    require(isinstance(draft, dict), "row not of the format")
+    require(isinstance(draft, dict), "the row does not fit the format")
     for field, value in keep.items():
-        require(clean(draft.get(field)) == value, f"another {field} than {value}, left out as asked")
+        require(clean(draft.get(field)) == value, f"{field} is not {value}, left out as asked")
     record = {"id": draft_id(draft, fallback_id), "image": None}
     is_report = "question" not in draft or (clean(draft.get("report")) and not draft["question"])
     record |= {"report": clean(draft["report"])} if is_report else answer_of(draft)
@@ -518,14 +518,14 @@ def find_image(value, folders, roots, written):
     value = values[0] if values else None
     content = image_bytes(value)
     if content:
-        require(written.path, "image in the row itself, and no folder to write it to")
+        require(written.path, "image in the row itself, but no folder to write it to")
         return written.add(content)
     path = value.get("path") if isinstance(value, dict) else value
     require(path and isinstance(path, str), "no image")
     places = [find_file(path + suffix, folder) for folder in folders for suffix in IMAGE_SUFFIXES]
     found = next((place for place in places if os.path.isfile(place)), None)
     require(found, "image file not found")
-    require(is_under(found, roots), "image outside of the folder of images, see --image-root")
+    require(is_under(found, roots), "image outside the folder of images, see --image-root")
     return found
 
 

@@ -19,7 +19,7 @@ MAX_ASPECT_RATIO = 200
 BLACK, WHITE = 1, 99
 # Pillow's name of the other byte order (N is the machine's own).
 SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-# How the files of the usual formats begin. This tells whether a text or a cell is an image.
+# The first bytes of the usual formats, by which a text or a cell is recognised as an image.
 SIGNATURES = {
     b"\xff\xd8\xff": ".jpg",
     b"\x89PNG\r\n": ".png",
@@ -112,8 +112,8 @@ def to_rgb(image):
 def scale_to_8_bits(values):
     """Values of more than 8 bits (grey, or colours with one range) as a PIL image of 8 bits.
 
-    BLACK and WHITE become 0 and 255, or the lowest and the highest value if those two are the same. Both
-    count pixels: of its colours the lowest and the highest.
+    The percentiles BLACK and WHITE become 0 and 255, or the lowest and the highest value if those two are the
+    same. They are over pixels: of a pixel's colours the lowest, and the highest.
     """
     import numpy
     from PIL import Image
@@ -187,13 +187,13 @@ def open_raw(path, rawmode):
 
 
 def is_dicom(path):
-    """Is the file DICOM, by its name or by the mark behind its first 128 bytes?"""
+    """Is the file DICOM, by its name or by the mark after its first 128 bytes?"""
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM" or str(path).lower().endswith((".dcm", ".dicom"))
 
 
 def open_dicom(path):
-    """The first frame of a DICOM file as a PIL image in mode RGB. No text of its header goes along.
+    """The first frame of a DICOM file as a PIL image in mode RGB. No text of its header is kept.
 
     Grey values are rescaled and windowed as the file says; without a window their own range is used.
     MONOCHROME1, in which high values are dark, is inverted.

@@ -92,7 +92,7 @@ def difference_hash(image):
 def closest(test, train, chunk=256):
     """Index and distance in bits of the closest of `train` (m, 2) to each hash of `test` (n, 2): (n,), (n,).
 
-    The first of equally close ones.
+    Of equally close ones, the first.
     """
     index, distance = np.zeros(len(test), int), np.zeros(len(test), int)
     # A chunk of (chunk, m) at a time: 10,000 x 10,000 at once would take 1.6 GB.
@@ -197,10 +197,9 @@ def write_leaks(path, findings):
 
 
 def refuse_leakage(train_files, test_file, allow, path, root=None, main=True):
-    """Raise RunError if test records leak exactly, unless `allow`; return their number. For the training
-    scripts.
+    """Raise RunError if test records leak exactly, unless `allow`; return the number of these records.
 
-    The findings are written to `path` by one process (`main`). Near-duplicates are not searched for.
+    For the training scripts. One process (`main`) writes the findings to `path`. Near-duplicates are ignored.
     """
     findings = [f for f in audit(train_files, [test_file], root=root)[0] if f["kind"] in LEAKS]
     first_findings = {}
@@ -251,10 +250,9 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("--train", nargs="+", required=True, help="record files that were trained on")
     p.add_argument("--test", nargs="+", required=True, help="record files that are tested on")
-    p.add_argument(
-        "--distance", type=int, default=NEAR_BITS, help=f"bits of {BITS} by which near ones may differ"
-    )
-    p.add_argument("--image-root", help="folder that images may lie in, besides that of their record file")
+    near = f"most bits of {BITS} that near ones differ in"
+    p.add_argument("--distance", type=int, default=NEAR_BITS, help=near)
+    p.add_argument("--image-root", help="folder that images may be in, besides the folder of the file")
     p.add_argument("--out", required=True, help="folder for leaks.jsonl, metrics.json and args.json")
     return p.parse_args()
 

@@ -1,4 +1,4 @@
-"""Models from disk and to disk: loading with its checks, what of a model learns, saving."""
+"""Models: loading with checks, freezing, saving."""
 
 import copy
 import json
@@ -96,8 +96,8 @@ def find_folder_fault(folder):
     adapter, config = read_json(folder, "adapter_config.json"), read_json(folder, "config.json")
     if adapter and not config:
         return (
-            f"an adapter ({adapter.get('peft_type')}) of {adapter.get('base_model_name_or_path')}, no whole "
-            "model; merge the two (peft's merge_and_unload), save the result and give that"
+            f"an adapter ({adapter.get('peft_type')}) of {adapter.get('base_model_name_or_path')}, not a "
+            "whole model; merge the two (peft's merge_and_unload), save the result and give that"
         )
     if not has(folder, "config.json"):
         return "not a model (no config.json in it); give a folder saved by save_pretrained or a hub name"
@@ -105,7 +105,7 @@ def find_folder_fault(folder):
     known = transformers.models.auto.modeling_auto
     sees = kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not sees:
-        return f"a model of text only ({kind}), which sees no image; give a vision-language model"
+        return f"a text-only model ({kind}), which takes no image; give a vision-language model"
     return None
 
 
@@ -118,7 +118,7 @@ def find_quantisation(folder):
 def explain_failure(error, quantisation=None):
     """In one line, why the library did not load a model, and what to do."""
     if quantisation:
-        advice = "install what that names, or give the model that is not quantised"
+        advice = "install what that names, or give the unquantised model"
         return f"cannot load its quantised weights ({quantisation}): {in_one_line(error)}; {advice}"
     return (
         f"cannot load it as an image-text-to-text model: {in_one_line(error)}; "
@@ -187,7 +187,7 @@ def wrap(model, processor, folder=None):
 
 
 def find_context(config):
-    """The most tokens that a text config has positions for; None if it does not say."""
+    """The number of tokens that a text config has positions for; None if it does not say."""
     rope = getattr(config, "rope_parameters", None) or {}
     # Scaled positions (YaRN): not every config gives their number as its own.
     scaled = (rope.get("factor") or 0) * (rope.get("original_max_position_embeddings") or 0)
@@ -202,7 +202,7 @@ def keep_tags_whole(tokenizer):
     special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
     if not any(TAG.fullmatch(str(token)) for token in special):
         return
-    # The library can make a token special, but not plain again. So its state is written, changed and read.
+    # The library can make a token special, but not plain again. So its state is dumped, changed and loaded.
     old = tokenizer.backend_tokenizer
     state = json.loads(old.to_str())
     for token in state["added_tokens"]:
@@ -300,7 +300,7 @@ def has(folder, name):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Checks at loading: what a model cannot do is said in one line now, not after hours.
+# Checks at loading: what a model cannot do is reported in one line now, not after hours.
 
 
 def find_loading_fault(loaded, report):
@@ -337,8 +337,8 @@ def find_loading_fault(loaded, report):
 def find_logit_rule(model):
     """(divisor, softcap) with which VLM.logit_rule gives the model's own logits, or None if there are none.
 
-    Among the classes whose config has such a number some use it, others do not, and one multiplies by what
-    others divide by. So the model is asked: one token, with known numbers in place of the head's output.
+    Of the classes whose config has such a number, some use it, others do not, and one multiplies by what
+    others divide by. So the rule is measured: one token, with known numbers in place of the head's output.
     """
     rules = [(1.0, None), *stated_logit_rules(model.config.get_text_config())]
     if len(rules) == 1:
@@ -495,13 +495,13 @@ def freeze(loaded, what):
     if quantisation:
         raise ModelError(
             f"{loaded.source}: its weights are quantised ({quantisation}) and cannot learn; "
-            "give the model that is not quantised"
+            "give the unquantised model"
         )
     {"vision": freeze_vision, "images": freeze_images, "nothing": lambda _: None}[what](loaded)
 
 
 def freeze_vision(loaded):
-    """Leave the vision tower as it is; the rest learns. Raises ModelError if the model has none."""
+    """Freeze the vision tower; the rest learns. Raises ModelError if the model has none."""
     towers = ("vision_tower.", "vision_model.", "visual.")
     found = False
     for name, parameter in loaded.model.named_parameters():
@@ -513,8 +513,7 @@ def freeze_vision(loaded):
 
 
 def freeze_images(loaded):
-    """Leave the vision tower and the projector as they are: an image's features stay the same and can be
-    kept.
+    """Freeze the vision tower and the projector, so that an image's features stay the same and can be kept.
 
     Raises ModelError if nothing is found beside the language model.
     """
@@ -530,13 +529,13 @@ def freeze_images(loaded):
     loaded.reuses_features = can_reuse_features(loaded)
     if not loaded.reuses_features:
         print(
-            f"{architecture}: this architecture takes no features that were computed before: its vision "
-            "tower encodes the image at every pass, the same results, slower",
+            f"{architecture}: this architecture does not take precomputed image features: its vision tower "
+            "encodes the image at every pass, with the same results, slower",
             flush=True,
         )
 
 
 def frozen_copy(loaded):
-    """The same model with weights that no optimiser moves: GRPO's reference. What is frozen is shared."""
+    """A copy whose weights no optimiser changes: GRPO's reference. What is frozen already is shared."""
     shared = {id(p): p for p in loaded.model.parameters() if not p.requires_grad}
     return replace(loaded, model=copy.deepcopy(loaded.model, shared).eval().requires_grad_(False))

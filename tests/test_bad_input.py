@@ -563,7 +563,7 @@ PLACES = [
         scored_outside,
         command="analysis.report --scored {d}/r.jsonl --out {o}/report.html",
     ),
-    import_of("..", "outside of the folder of images", "../a.png"),
+    import_of("..", "outside the folder of images", "../a.png"),
     import_of("allowed by --image-root", "read", "../a.png", " --image-root {d}"),
     import_of("allowed by --images", "read", "own/a.png", " --images {d}"),
 ]
@@ -692,8 +692,8 @@ MODELS = [
     model("no tokenizer", "cannot load it", no_file("tokenizer.json")),
     model("broken tokenizer", "cannot load it", half("tokenizer.json")),
     model("no processor", "cannot load it", no_file("processor_config.json")),
-    model("an adapter alone", "an adapter (LORA) of a/model, no whole model", adapter_alone),
-    model("a model of text only", "sees no image", change("config.json", model_type="qwen2")),
+    model("an adapter alone", "an adapter (LORA) of a/model, not a whole model", adapter_alone),
+    model("a text-only model", "takes no image", change("config.json", model_type="qwen2")),
     model(
         "AWQ weights",
         "cannot load its quantised weights (awq)",

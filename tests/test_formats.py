@@ -80,7 +80,7 @@ def test_rows_that_cannot_become_records_are_counted_by_reason(tmp_path):
         "several options match": 1,
         "`options` are not 2 to 26": 1,
         "a text holds a tag of the reply's form, like <answer>": 1,
-        "row not of the format": 1,
+        "the row does not fit the format": 1,
     }
     records.write_records(tmp_path / "out.jsonl", got)
     assert len(list(records.read_records(tmp_path / "out.jsonl", records.QUESTION))) == 1
@@ -130,7 +130,7 @@ def test_medr1_options_with_commas_and_or_are_split_at_their_letters(tmp_path):
     assert notes["skipped"] == {
         "answer not among the options": 1,
         "answer is empty": 1,
-        "a letter for an answer, but no options A)..., B)...": 1,
+        "the answer is a letter, but there are no options A)..., B)...": 1,
     }
     assert [record["id"] for record in got] == [f"medr1-{n}" for n in range(5)]
 
@@ -204,7 +204,7 @@ def test_each_llava_question_becomes_one_record(tmp_path):
         "answer is empty": 1,
         "several images": 1,
         "no image": 1,
-        "row not of the format": 2,
+        "the row does not fit the format": 2,
     }
     assert notes["rows"] == 10 and not any("options" in record for record in got)
 

@@ -1337,7 +1337,7 @@ def test_a_model_that_takes_no_kept_features_encodes_each_image_again_and_says_s
     monkeypatch.setattr(LlavaModel, "forward", forward)
     loading.freeze_images(vlm_)
     said = capsys.readouterr().out
-    assert not vlm_.reuses_features and said.count("\n") == 1 and "takes no features" in said
+    assert not vlm_.reuses_features and said.count("\n") == 1 and "precomputed image features" in said
     looked = looked_at(vlm_)
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
     with torch.no_grad():
@@ -1637,8 +1637,8 @@ def leave_out_the_patch_size(folder):
         (write_adapter, r"an adapter \(LORA\) of owner/base.*merge"),
         (leave_out_the_patch_size, "no `patch_size`"),
         # As long as what reads it is not installed.
-        (quantise("gptq"), r"quantised weights \(gptq\).*optimum.*not quantised"),
-        (quantise("awq"), r"quantised weights \(awq\).*gptqmodel.*not quantised"),
+        (quantise("gptq"), r"quantised weights \(gptq\).*optimum.*unquantised"),
+        (quantise("awq"), r"quantised weights \(awq\).*gptqmodel.*unquantised"),
     ],
 )
 def test_a_folder_that_is_no_whole_model_is_told_in_one_line_with_its_cause(change, why, built, tmp_path):
@@ -1871,7 +1871,7 @@ def test_a_model_of_text_alone_is_refused_in_one_line_that_names_it(tmp_path):
 
     build_tokenizer(["<|end|>"], eos_token="<|end|>").save_pretrained(tmp_path)
     Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=1, vocab_size=300)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"a model of text only \(qwen2\), which sees no image") as refused:
+    with pytest.raises(ModelError, match=r"a text-only model \(qwen2\), which takes no image") as refused:
         loading.load(str(tmp_path), "cpu")
     assert str(refused.value).startswith(f"{tmp_path}: ") and "\n" not in str(refused.value)
 
