@@ -79,13 +79,13 @@ class ParsedResponse(NamedTuple):
 RESPONSE = re.compile(
     r"\s*(?:<think>(?P<rationale>.*?)</think>\s*)?<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL
 )
-# Characters that nobody sees.
+# Invisible characters.
 INVISIBLE = "\u200b\u200e\u200f\u2060\ufeff"
 # What may be around an answer: brackets, quotes, Markdown, stops.
 OUTER = " .,:;!?\"'`*()[]{}“”‘’«»「」『』【】《》〈〉、。" + INVISIBLE
-# The same, more of it, as a class of characters.
+# The same and more, as a character class.
 MARK = r"[\s\\()\[\]{}<>\"'“”‘’«»「」『』【】《》〈〉*_`$.,:;!、。]"
-# A letter alone; or with the option's text behind it, and between them a mark, a dash, a line break, or a
+# A letter alone; or with the option's text after it, and between them a mark, a dash, a line break, or a
 # change of script. A space alone is too little, as in the blood group "B negative".
 LETTERED = re.compile(
     rf"{MARK}*(?P<letter>[A-Za-z])"
@@ -94,7 +94,7 @@ LETTERED = re.compile(
 )
 # "Normal (B)".
 TRAILING = re.compile(rf"(?P<text>.+?)\s*[(\[{{【]\s*(?P<letter>[A-Za-z])\s*[)\]}}】]{MARK}*", re.DOTALL)
-# The words that announce an answer: before a noun, the nouns, after a noun. A negation is none of them.
+# The words that announce an answer: before a noun, the nouns, after a noun. No negation is among them.
 BEFORE = (
     "the my so therefore thus hence correct right best final die der richtige korrekte la le bonne "
     "правильный верный doğru सही"
@@ -130,13 +130,13 @@ TAIL = re.compile(
     rf"|\s*(?:が正解)?(?:です|である)|\s*(?:번|입니다|이다)+|项|項|(?:是|为)?正确的?(?:答案)?){MARK}*\Z",
     re.IGNORECASE,
 )
-# An answer with more characters around an option says more than the option; the patterns would take long.
+# An answer with more characters around an option says more than the option, and the patterns would be slow.
 MOST_AROUND = 200
 # LaTeX around a text, as in \\boxed{\\text{B}}.
 LATEX = re.compile(r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
-# Outer punctuation before a text. The point or comma of `.5` is none.
+# Outer punctuation before a text, but not the point or comma of `.5`.
 LEADING = re.compile(rf"\A(?:(?![.,]\d)[{re.escape(OUTER)}])+")
 # NFKC would make 10⁵ and 105 the same, 1½ and 11/2, log₂8 and log28. These places get a ^ or a space first.
 POWER = re.compile(r"(?<=\d)(?=[⁺⁻]?[²³¹⁰-⁹ⁿ])")
@@ -144,7 +144,7 @@ APART = re.compile(r"(?<=\d)(?=[₀-₉¼-¾⅐-↉①-⒛])|(?<=[²³¹⁰-⁹�
 
 
 def normalise(text):
-    """The text without the differences that make no other answer: case, width, spacing, outer punctuation.
+    """The text without differences that do not matter in an answer: case, width, spacing, outer punctuation.
 
     Numbers stay what they are.
     """
@@ -157,7 +157,7 @@ def match_option(answer, options):
     """(the option that `answer` names by its text, its letter or both, None), or (None, the reason).
 
     Words that announce the answer ("The answer is B.") are left out, in several languages. It never guesses:
-    a letter with the text of another option names none, nor does a text of two options, nor one with other
+    a letter with the text of another option names none, nor does a text with two options or with other
     words.
     """
     same = [option for option in options if normalise(option) == normalise(answer)]

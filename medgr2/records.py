@@ -118,7 +118,7 @@ def validate_reward(reward):
 
 
 def without_nulls(record):
-    """The record without fields that are null: so pandas and `datasets` write what is missing."""
+    """The record without null fields: pandas and `datasets` write null for what is missing."""
     kept = {field: value for field, value in record.items() if value is not None or field not in FIELDS}
     if isinstance(kept.get("reward"), dict):
         kept["reward"] = {head: value for head, value in kept["reward"].items() if value is not None}
@@ -148,8 +148,8 @@ def read_records(path, fields=("id",), root=None, on_error=None):
 
     `fields`: the fields that every record must have. `root`: images may be under this folder, links followed,
     and not only under the folder of the file. Blank lines are skipped, and fields that are null are absent.
-    A line that is no valid record, repeats an `id` or has its image elsewhere is a RecordError (`file:line:
-    what is wrong: what to do`). It is raised, or given to `on_error(error)`, and then the line is left out.
+    A line that is not a valid record, repeats an `id` or has its image elsewhere is a RecordError
+    (`file:line: what is wrong: what to do`): raised, or given to `on_error(error)`, and left out.
     Raises RecordError also if there is no such file or no record in it.
     """
     folder = os.path.dirname(os.path.abspath(path))
@@ -178,9 +178,9 @@ def read_records(path, fields=("id",), root=None, on_error=None):
 
 
 def read_kept(path, fields=("id",), root=None, limit=0):
-    """The records of a file. Lines that are none are printed and left out, up to this share of all lines.
+    """The records of a file. Bad lines are printed and left out, up to this share of all lines.
 
-    Raises RecordError as `read_records`, and if there are more of them.
+    Raises RecordError as `read_records`, and if there are more bad lines.
     """
     problems = []
     rows = list(read_records(path, fields, root, problems.append if limit else None))
@@ -371,7 +371,7 @@ def describe_image(path):
 
 
 def show_value(value):
-    """A field's value on one line. What a terminal would obey, such as an escape sequence, is spelled out."""
+    """A field's value on one line. Control characters, such as escape sequences, are spelled out."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text)} characters)"
@@ -424,7 +424,7 @@ def parse_args():
     c = commands.add_parser("show", help="print a few records, with their images' paths")
     c.add_argument("file", help="records (JSONL)")
     c.add_argument("--number", type=cli.number(int, 1), default=3, help="records to print")
-    c.add_argument("--seed", type=int, help="draw them at random, not the first")
+    c.add_argument("--seed", type=int, help="draw them at random, instead of the first")
     c = commands.add_parser("import", help="make records of a public data set's file")
     c.add_argument(
         "src", help="file (JSON, JSONL, CSV, TSV, Parquet, Arrow, pickle) or a folder of such files"
@@ -446,14 +446,14 @@ def parse_args():
     for c in commands.choices.values():
         c.add_argument("--image-root", help="folder that images may be in, besides the folder of the file")
         c.add_argument(
-            "--on-error", choices=("stop", "skip"), default="stop", help="at a row that is no record"
+            "--on-error", choices=("stop", "skip"), default="stop", help="at a row that is not a record"
         )
     commands.choices["import"].set_defaults(on_error="skip")
     return p.parse_args()
 
 
 def main(args):
-    # All lines may be left out, if any.
+    # With skip any number of lines may be left out.
     limit = float(args.on_error == "skip")
     if args.command == "check":
         check(args.file, args.image_root, limit)

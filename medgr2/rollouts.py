@@ -22,7 +22,7 @@ def leave_out_too_long(policy, examples, max_new_tokens, on_error):
 
 
 class Batch(NamedTuple):
-    """Records to sample for at a time, preprocessed. `cursor`: number of the step's batch after theirs."""
+    """Records to sample for at a time, preprocessed. `cursor`: number of the batch to draw next."""
 
     cursor: int
     rows: list
@@ -149,15 +149,15 @@ def rollout_rows(groups, step, folder):
 
 
 class Patience:
-    """Tells of steps in which no response earns anything or most are cut, and ends a run of such steps."""
+    """Reports steps in which no response earns anything or most are cut; too many in a row end the run."""
 
     def __init__(self, steps, lowest, main):
-        # The reward of a malformed response, and after how many such steps in a row the run ends (0: never).
+        # lowest: the reward of a malformed response. steps: so many in a row end the run (0: never).
         self.lowest, self.steps, self.main = lowest, steps, main
         self.lost = 0
 
     def check(self, step, metrics, groups):
-        """Count the step. Raises RunError, in every process, if it is the last that is waited for."""
+        """Count the step. Raises RunError, in every process, at the last of `steps` such steps in a row."""
         earned = metrics["reward"] > self.lowest + 1e-6
         if earned and metrics["truncated"] <= 0.5:
             self.lost = 0
@@ -166,7 +166,7 @@ class Patience:
         what = "most responses were cut at --max-new-tokens" if earned else "no response earned a reward"
         shares = f"{metrics['unparsed']:.0%} without a readable answer, {metrics['truncated']:.0%} cut"
         problem = f"step {step}: {what} ({shares}), for example {groups[0].texts[0][:80]!r}"
-        advice = "see whether the model follows the prompt's form, its stop tokens and --max-new-tokens"
+        advice = "check the model's stop tokens, --max-new-tokens, and whether it follows the prompt's form"
         if self.lost == self.steps:
             raise RunError(f"{problem}; {self.lost} such steps in a row: {advice}")
         if self.lost == 1 and self.main:

@@ -19,9 +19,8 @@ exists. The same command again finds the run complete, or resumes it from the la
             run.commit(step=step + 1)
     run.finish({"loss": loss})
 
-Ctrl-C, or SIGTERM, with which a scheduler announces the end, ends a run of one process after its next commit.
-A second Ctrl-C and SIGKILL end it at once, and so does either signal if there are several processes. The same
-command resumes the run.
+Ctrl-C, or the SIGTERM of a scheduler, ends a run of one process after its next commit. A second Ctrl-C or
+SIGKILL ends it at once. Several processes end at once at the first signal. The same command resumes the run.
 """
 
 import datetime
@@ -60,7 +59,7 @@ def sha256(path):
     if not os.path.exists(path):
         return None
     files = [path]
-    # A FIFO is hashed as an empty folder: to open it could wait forever. Its reader will refuse it.
+    # A FIFO is hashed as an empty folder: opening it could wait forever. Its reader will refuse it.
     if not os.path.isfile(path):
         files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     digest = hashlib.sha256()
@@ -122,21 +121,21 @@ def dump_json(value, path, **layout):
     except ValueError:
         named = f" of {value['id']}" if isinstance(value, dict) and "id" in value else ""
         raise RunError(
-            f"{path}: a number{named} is not finite, which is no JSON; lower --lr, or take another model"
+            f"{path}: a number{named} is not finite, so it is not JSON; lower --lr, or take another model"
         ) from None
 
 
 def write_json(path, value):
     """Write a JSON file: first beside it, then renamed, so that it is never half written."""
     text = dump_json(value, path, indent=1)
-    # What UTF-8 cannot hold, as the name of a folder may be, becomes JSON's escape and is read as it was.
+    # What UTF-8 cannot hold, such as some folder names, becomes JSON's escape and is read back as it was.
     with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(text + "\n")
     os.replace(path + ".tmp", path)
 
 
 def read_json(path, rule):
-    """The JSON value of a file. Raises RunError, which ends with `rule`, what to do, if it has none."""
+    """The JSON value of a file. If it has none, raises RunError with the advice `rule`."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
@@ -185,7 +184,7 @@ class Run:
         return {s: signal.signal(s, self.stop) for s in signals}
 
     def stop(self, number, frame):
-        """Stop after the next commit; at a second Ctrl-C at once, like after SIGKILL."""
+        """Stop after the next commit; at a second Ctrl-C at once, as by SIGKILL."""
         # A launcher may pass on the Ctrl-C that the terminal has sent already.
         is_another, self.stopped = time.monotonic() > self.stopped + 0.2, time.monotonic()
         if self.stopping and number == signal.SIGINT and is_another:
@@ -295,7 +294,7 @@ class Run:
         """Yield the items of a sequence and show how far the run is (progress.py)."""
         for item in progress(items, description):
             yield item
-            # For a loop that commits nothing.
+            # For a loop without commits.
             self.exit_if_stopping()
 
     def finish(self, metrics, line=""):
@@ -428,7 +427,7 @@ def require_same_run(folder, metadata, free=()):
     advice = "choose another --out or remove it"
     if old["script"] != metadata["script"]:
         raise RunError(f"{folder}: holds another run (of {old['script']}); {advice}")
-    # No output depends on which images may be read, who is told and where a copy goes.
+    # No output depends on --image-root, --report-to and --push-to-hub.
     names = sorted({*old["args"], *metadata["args"]} - {*free, "image_root", "report_to", "push_to_hub"})
     differences = []
     for name in names:

@@ -1,9 +1,9 @@
-"""Every scorer in use, so that all of them can score one file; third-party files of predictions.
+"""The scorers used in this field, applied to one file; third-party files of predictions.
 
-In this field the accuracy of one model on one file differs by many points from scorer to scorer: a figure
-says nothing until its scorer and its denominator are named. A scorer of closed questions takes the text of an
-answer and the options, and returns the option that it finds there, or None. A scorer of open questions takes
-two texts and returns a number in [0, 1].
+The accuracy of one model on one file differs by many points from scorer to scorer, so a figure means nothing
+without its scorer and its denominator. A scorer of closed questions takes the text of an answer and the
+options, and returns the option that it finds there, or None. A scorer of open questions takes two texts and
+returns a number in [0, 1].
 """
 
 import difflib
@@ -21,7 +21,7 @@ from medgr2.prompts import UNSPACED, is_match, match_option, normalise, parse_re
 # ---------------------------------------------------------------------------------------------------------
 # Closed questions: (text, options) → one of the options, or None.
 
-# Of an answer, the words among which VLMEvalKit accepts a letter.
+# VLMEvalKit accepts a letter among this many last words of an answer.
 LAST_WORDS = 4
 
 
@@ -36,8 +36,7 @@ def letter_or_text(text, options):
 
 
 def most_similar(text, options):
-    """The option most similar to the text by difflib's ratio, the first of equals; None if none has a letter
-    in common.
+    """The option most similar to the text by difflib's ratio, the first of equals; None if all have ratio 0.
 
     OmniMedVQA's question-answering score (Hu et al., CVPR 2024; OpenGVLab/Multi-Modality-Arena, MedicalEval).
     It accepts any answer, and case matters: of MRI, CT and Ultrasound, `ct` is most similar to Ultrasound.
@@ -63,17 +62,16 @@ def strip_punctuation(text):
 
 
 def medgr_square(text, options):
-    """The option with the same text, up to case and punctuation: the authors' scorer
-    (HelmarZhi/MedGR-Square).
+    """The option with the same text, up to case and punctuation.
 
-    An answer outside the options may leave the denominator: see `count_left_out`.
+    The scorer of the paper's authors (HelmarZhi/MedGR-Square). An answer outside the options may leave the
+    denominator: see `count_left_out`.
     """
     return next((o for o in options if strip_punctuation(o) == strip_punctuation(text)), None)
 
 
 def unique_mention(text, options):
-    """The one option that is mentioned: by its capital letter among the last four words, else by its text
-    anywhere.
+    """The one option mentioned: by its capital letter among the last four words, else by its text anywhere.
 
     VLMEvalKit's `can_infer` (Duan et al. 2024; open-compass/VLMEvalKit), without the language model that it
     falls back on. An option inside another one, as `CT` in `CT scan`, makes two mentions. A text over twice
@@ -176,10 +174,9 @@ def apply_scorers(row):
 
 
 def summarize_scores(rows, found):
-    """{"closed": {"questions", scorer: figures}, "open": {"questions", scorer: mean}}, each if there are such
-    rows.
+    """{"closed": {"questions", scorer: figures}, "open": {"questions", scorer: mean}}.
 
-    `found`: what `apply_scorers` returned for each row.
+    Each is there if there are such rows. `found`: what `apply_scorers` returned for each row.
     """
     closed = [(row["answer"], options) for row, options in zip(rows, found) if options is not None]
     free = [row for row, options in zip(rows, found) if options is None]
@@ -201,7 +198,7 @@ def summarize_closed(name, pairs):
     accuracy    share of right answers among all questions; `right` is their number
     unread      answers in which the scorer finds no option: wrong in `accuracy`
     of_read     accuracy without the unread ones
-    published   accuracy over the scorer's own denominator, which is another one only for MedGR-Square
+    published   accuracy over the scorer's own denominator, which differs only for MedGR-Square
     left_out    unread answers that this denominator leaves out
     """
     n = len(pairs)
@@ -269,8 +266,7 @@ DATASET_MODALITIES = {
 
 
 def split_choices(question, *known):
-    """OmniMedVQA's question with its options in one text → (question, options, sure); options None if it has
-    none.
+    """OmniMedVQA's question with its options in one text → (question, options or None, sure).
 
     An option may itself hold the separator: pieces that together are one of the texts in `known` (the answer,
     the prediction) are joined again. `sure` is False if more than four pieces are left. An option that is
@@ -331,7 +327,7 @@ def list_options(row):
     """The options in fields of a row of rename_fields, in the order of their letters; [] if it has none.
 
     Raises RecordError(reason) for options of another form, and for one that is missing between others: the
-    letters of those behind it would be others than in the answers.
+    letters after it would not be those of the answers.
     """
     given = row.get("options") or []
     if isinstance(given, dict):
@@ -345,7 +341,7 @@ def list_options(row):
     while texts and not texts[-1]:
         texts.pop()
     missing = [letter for letter, text in zip(formats.LETTERS, texts) if not text]
-    require(not missing, f"option {''.join(missing[:1])} is empty, but not those behind it: fill it")
+    require(not missing, f"option {''.join(missing[:1])} is empty, but not those after it: fill it")
     return texts
 
 
@@ -397,11 +393,10 @@ def parse_answer(text, options):
 
 
 def convert_row(row, number, fields):
-    """A third-party row as a row of predictions.jsonl: (row, whether its options are sure). `fields`: {ours:
-    theirs}.
+    """A third-party row as a row of predictions.jsonl: (row, whether its options are sure).
 
-    `response` is their text unchanged; `prediction` is what *letter or text* finds in it. Raises
-    RecordError(reason).
+    `fields`: {ours: theirs}. `response` is their text unchanged; `prediction` is what *letter or text* finds
+    in it. Raises RecordError(reason).
     """
     row = rename_fields(row, fields)
     answer, text = only_text(row, "answer"), only_text(row, "response") or only_text(row, "prediction")
@@ -496,7 +491,7 @@ def join_answer(row, answer, fields):
     asked, meant = (normalise(find_field(r, "question", fields) or "") for r in (row, answer))
     # A harness may add its instruction to the question.
     is_same = not asked or not meant or meant in asked or asked in meant
-    require(is_same, f"the questions `{asked[:60]}` and `{meant[:60]}` differ: give files in one order")
+    require(is_same, f"the questions `{asked[:60]}` and `{meant[:60]}` differ: give files in the same order")
     said = find_field(row, "prediction", fields)
     require(said is not None, f"no field `prediction` among {', '.join(row)}: say which, --fields")
     # The other names of these may be in the row and mean something else.

@@ -12,13 +12,13 @@ import pickle
 from medgr2.errors import RecordError, require
 from medgr2.images import MAX_BYTES, require_file
 
-# The kinds of file, by how their names end. Of a folder all files of the first kind that it has are read.
+# The kinds of file, by suffix. From a folder all files of the first kind that it has are read.
 SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv")
 # Fields in which a JSON object holds the rows of a data set.
 HOLDERS = ("data", "annotations", "questions", "samples", "logs")
 # Rows of Parquet that are in memory at one time: each may hold an image.
 BATCH = 16
-# The columns of VQA-Med's files, which have no line of names: 2019's test file also has a category.
+# The columns of VQA-Med's files, which have no header line: 2019's test file also has a category.
 VQAMED_COLUMNS = {3: ["image", "question", "answer"], 4: ["image", "category", "question", "answer"]}
 
 
@@ -35,7 +35,7 @@ def find_tables(src):
 
 
 def read_rows(path):
-    """Yield the rows of a file, each a dict without what is missing; what is no dict is yielded as it is.
+    """Yield the rows of a file, each a dict without what is missing; anything else is yielded as it is.
 
     Raises RecordError.
     """
@@ -103,7 +103,7 @@ def find_inner_rows(value):
 
 
 def read_cells(path, columns=None):
-    """CSV with a line of names, split at the sign that this line has most of: comma, semicolon or tab.
+    """CSV with a header line, split at what this line has most of: commas, semicolons or tabs.
 
     `columns`: {number of cells: names} of a file without such a line, which is split at |. A row with more
     cells than names is yielded as a list.
@@ -113,15 +113,13 @@ def read_cells(path, columns=None):
         first = file.readline()
         file.seek(0)
         delimiter = "|" if columns else max(",;\t", key=first.count)
-        # In a file without a line of names a quotation mark is only that.
+        # In a file without a header line a quotation mark is just a character.
         quoting = csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL
         lines = csv.reader(file, delimiter=delimiter, quoting=quoting)
         try:
             names = columns.get(first.count("|") + 1) if columns else next(lines, [])
             shown = " or ".join(" | ".join(known) for known in (columns or {}).values())
-            require(
-                names is not None, f"{path}:1: not lines of {shown}: give a CSV file with a line of names"
-            )
+            require(names is not None, f"{path}:1: not lines of {shown}: give a CSV file with a header line")
             for cells in lines:
                 if cells:
                     row = {name.strip(): cell for name, cell in zip(names, cells) if cell.strip()}

@@ -39,7 +39,7 @@ class VLM:
     end_id: int
     # Every token that ends a turn when sampled.
     stop_ids: list
-    # Image placeholders, other special tokens, rows of the embedding that no token has: of probability 0.
+    # Image placeholders, other special tokens, rows of the embedding without a token: of probability 0.
     banned_ids: list
     # Finds the names of special tokens in a text.
     special_names: re.Pattern
@@ -229,7 +229,7 @@ def decode(vlm, ids, mask):
 
 
 def require_context(vlm, inputs, new):
-    """Raise RecordError if the longest of the prompts, with `new` tokens behind it, is beyond the context.
+    """Raise RecordError if the longest of the prompts, with `new` tokens after it, is beyond the context.
 
     Most models would answer, and learn, from positions that they were never trained on.
     """
@@ -257,9 +257,8 @@ class Prefix:
     cache        keys and values (and the states of recurrent layers) of N rows, P tokens at first
     mask         (N, P), which tokens are no padding
     rope_deltas  (N, 1) or None. M-RoPE (Qwen) counts positions without padding, and an image advances them by
-                 its longer
-                 side; this is what the text after the image adds. Kept here, for the model forgets it at its
-                 next batch.
+                 its longer side; this is what the text after the image adds. Kept here, because the model
+                 overwrites it at its next batch.
     """
 
     def __init__(self, cache, mask, rope_deltas):
