@@ -6,7 +6,7 @@ G is asked about each image in three paradigms: direct, stepwise, metacognitive.
 of the replies, are in medgr2/prompts.py. Every reply becomes a candidate, or is rejected with a reason.
 
 Reads   image records (JSONL): id, image, perhaps modality. The generator is shown the image only
-Writes  OUT/candidates.jsonl; OUT/rejected.jsonl, with `reason` and `text` (the reply or, by --on-error skip,
+Writes  OUT/candidates.jsonl; OUT/rejected.jsonl, with `reason` and `text` (the reply, or with --on-error skip
         why the image is unreadable); metrics.jsonl, metrics.json: asked = kept + rejected (docs/metrics.md)
 
 Departs from the paper:
@@ -108,7 +108,7 @@ def read_images(path, skip=0, root=None, part=(1, 1)):
 
 
 def assign_turns(images):
-    """For each image, the number of the first task to ask for, modulo the tasks (build_drafts).
+    """For each image, a number that decides which task it is asked for first (build_drafts).
 
     It counts up within a modality, so that a modality's images cycle through all tasks. Each modality starts
     at another number, so that a few images of many modalities cover all tasks too.

@@ -91,10 +91,10 @@ def parse_args():
     p.add_argument("--freeze", choices=("images", "vision", "nothing"), default="images", help=freeze)
     lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
     p.add_argument("--lora", type=count, metavar="R", help=lora)
-    rollout_batch = "questions to sample and score at a time: less memory, same result (all)"
+    rollout_batch = "questions to sample and score at a time (default: all): less memory, same result"
     p.add_argument("--rollout-batch", type=count, help=rollout_batch)
     p.add_argument("--micro-batch", type=count, default=8, help="groups per backward pass; same result")
-    micro_group = "responses of each group per backward pass: less memory, same result (all)"
+    micro_group = "responses of each group per backward pass (default: all): less memory, same result"
     p.add_argument("--micro-group", type=count, help=micro_group)
     patience = "end the run after this many steps in a row without any reward, or with most responses cut"
     p.add_argument("--patience", type=cli.number(int, 0), default=20, help=f"{patience}; 0 never")
@@ -103,7 +103,7 @@ def parse_args():
     skip = "at a record that is longer than the model's context: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
-    cli.add_switch(p, "--allow-leakage", "train on it anyway")
+    cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
     p.add_argument("--save-every", type=count, default=25, help="steps between checkpoints")
     cli.add_training_arguments(p)
     return p.parse_args()

@@ -39,7 +39,7 @@ def parse_args():
     count, positive = cli.number(int, 1), cli.number(float, 0)
     p.add_argument("--model", required=True, help="folder or hub name of the model to start from")
     p.add_argument("--data", required=True, nargs="+", help="record files to learn from")
-    p.add_argument("--weights", type=positive, nargs="+", help="passes per epoch over each file (1)")
+    p.add_argument("--weights", type=positive, nargs="+", help="passes per epoch over each file (default: 1)")
     p.add_argument("--val", help="record file to measure the loss on")
     role = "policy: learn the response to image and question; generator: question and response to the image"
     p.add_argument("--role", choices=("policy", "generator"), default="policy", help=role)
@@ -59,7 +59,7 @@ def parse_args():
     skip = "at a record that is longer than the model's context: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
-    cli.add_switch(p, "--allow-leakage", "train on it anyway")
+    cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
     p.add_argument("--save-every", type=count, default=200, help="steps between checkpoints")
     cli.add_training_arguments(p)
     return p.parse_args()

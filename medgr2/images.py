@@ -113,7 +113,7 @@ def scale_to_8_bits(values):
     """Values of more than 8 bits (grey, or colours with one range) as a PIL image of 8 bits.
 
     The percentiles BLACK and WHITE become 0 and 255, or the lowest and the highest value if those two are the
-    same. They are over pixels: of a pixel's colours the lowest, and the highest.
+    same. BLACK is a percentile of each pixel's lowest colour, WHITE of its highest.
     """
     import numpy
     from PIL import Image

@@ -250,7 +250,7 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("--train", nargs="+", required=True, help="record files that were trained on")
     p.add_argument("--test", nargs="+", required=True, help="record files that are tested on")
-    near = f"most bits of {BITS} that near ones differ in"
+    near = f"bits of {BITS} in which near ones may differ"
     p.add_argument("--distance", type=int, default=NEAR_BITS, help=near)
     p.add_argument("--image-root", help="folder that images may be in, besides the folder of the file")
     p.add_argument("--out", required=True, help="folder for leaks.jsonl, metrics.json and args.json")

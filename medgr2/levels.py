@@ -74,7 +74,7 @@ ALTERNATIVES = (
 )
 # Where a clause of a report ends: at a stop with a space after it, or at a full-width one.
 CLAUSE_END = re.compile(r"(?<=[.;])\s+|(?<=[。；！？])\s*")
-# How many other records the levels of a record draw from.
+# The levels of a record draw from at most this many others.
 MOST_OTHERS = 200
 
 

@@ -121,7 +121,7 @@ def dump_json(value, path, **layout):
     except ValueError:
         named = f" of {value['id']}" if isinstance(value, dict) and "id" in value else ""
         raise RunError(
-            f"{path}: a number{named} is not finite, so it is not JSON; lower --lr, or take another model"
+            f"{path}: a number{named} is not finite, which JSON cannot hold; lower --lr or take another model"
         ) from None
 
 
