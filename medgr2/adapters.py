@@ -48,6 +48,11 @@ def add_lora(loaded, rank, source):
     )
     loaded.model.requires_grad_(False)
     loaded.lora = peft.LoraModel(loaded.model, config, "default")
+    # peft made the adapter in the dtype of the frozen weights. In bf16 it would not learn: most of the
+    # optimiser's steps round to nothing.
+    for parameter in loaded.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     loaded.model.eval()
 
 
