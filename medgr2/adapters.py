@@ -21,7 +21,7 @@ def load_to_train(name, device, freeze, rank=None):
 
     With a rank only a LoRA adapter learns, so the weights take the dtype of the device's computations.
     """
-    loaded = loading.load(name, device, loading.best_dtype() if rank else torch.float32)
+    loaded = loading.load(name, device, loading.best_dtype() if rank else torch.float32, learns=True)
     loading.freeze(loaded, freeze)
     if rank:
         add_lora(loaded, rank, name)

@@ -31,8 +31,11 @@ WEIGHTS = "*.safetensors *.index.json *.bin *.pt *.pth *.ckpt *.gguf *.h5 *.msgp
 RUN_FILES = ("args.json", "metrics.json", "marks.json", "*.jsonl", "*.damaged", "lock")
 
 
-def load(name, device=None, dtype=torch.float32):
-    """The VLM of a folder or hub name. Raises ModelError if it is no usable image-text-to-text model."""
+def load(name, device=None, dtype=torch.float32, learns=False):
+    """The VLM of a folder or hub name. Raises ModelError if it is no usable image-text-to-text model.
+
+    `learns`: it will be trained, as one in fp32 always may be.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -58,7 +61,7 @@ def load(name, device=None, dtype=torch.float32):
     fault = find_loading_fault(loaded, report) or find_processor_fault(loaded)
     if fault:
         raise ModelError(f"{name}: {fault}")
-    loaded.prefix_sharing = find_prefix_sharing(loaded)
+    loaded.prefix_sharing = find_prefix_sharing(loaded, learns)
     if loaded.prefix_sharing != "always":
         limits = {
             "never": "cannot continue a prefilled prompt: it computes whole rows instead",
@@ -401,7 +404,7 @@ def is_close(loaded, a, b):
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
-def find_prefix_sharing(loaded):
+def find_prefix_sharing(loaded, learns=False):
     """VLM.prefix_sharing: "always", "without gradient" or "never". Tried against plain rows.
 
     A cache can fail in several ways: it cannot be repeated (some recurrent layers), it continues by one token
@@ -412,8 +415,9 @@ def find_prefix_sharing(loaded):
     try:
         if continues_as_plain_rows(loaded):
             found = "without gradient"
-            # In bf16 a model answers and scores; it is not trained.
-            if loaded.model.dtype != torch.float32 or learns_as_plain_rows(loaded):
+            # In half precision most models only answer and score.
+            may_learn = learns or loaded.model.dtype == torch.float32
+            if not may_learn or learns_as_plain_rows(loaded):
                 found = "always"
     except Exception as error:
         # The library raises all kinds of exceptions at what an architecture was not made for.

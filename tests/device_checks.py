@@ -208,12 +208,12 @@ def reduce(accelerator, x, *_, **__):
 
 @pytest.fixture
 def on_device(monkeypatch, call):
-    """on_device(module, flags) runs a stage on the emulated device. If it ends in a one-line `error`, say so."""
+    """on_device(module, flags) runs a stage on the emulated device. `error`: its one line, if any."""
     monkeypatch.setattr(loading, "best_device", lambda: DEVICE)
     monkeypatch.setattr(Accelerator, "device", DEVICE)
     monkeypatch.setattr(Accelerator, "reduce", reduce)
     # The checks at loading, which `pair` has passed.
-    monkeypatch.setattr(loading, "find_prefix_sharing", lambda loaded: "always")
+    monkeypatch.setattr(loading, "find_prefix_sharing", lambda loaded, learns: "always")
     monkeypatch.setattr(loading, "find_processor_fault", lambda loaded: None)
 
     def run(module, flags, error=""):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_vlm import BUILD
+from PIL import Image
+from test_vlm import BUILD, build_qwen
 
-from medgr2 import adapters, loading
+from medgr2 import adapters, loading, vlm
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "toy"
@@ -68,3 +69,12 @@ def test_the_weights_of_an_adapter_are_fp32_beside_frozen_weights_in_bf16(source
         (False, torch.bfloat16),
         (True, torch.float32),
     }
+
+
+def test_with_lora_in_bf16_a_model_that_cannot_train_through_a_prefix_does_not(bf16, tmp_path):
+    build_qwen(tmp_path, "Qwen3_5")
+    policy = adapters.load_to_train(str(tmp_path), "cpu", "images", 2)
+    assert policy.prefix_sharing == "without gradient" and policy.model.dtype == torch.bfloat16
+    inputs = vlm.encode_prompts(policy, [Image.new("RGB", (64, 64))], ["Which side?"])
+    vlm.token_logps(policy, inputs, *vlm.encode_continuations(policy, ["left", "a cyst"]))[0].sum().backward()
+    assert gradient(policy).abs().sum() > 0
