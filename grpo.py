@@ -390,7 +390,9 @@ def load_models(args, accelerator):
 
 
 def main(args):
-    accelerator = Accelerator(mixed_precision="bf16" if loading.best_dtype() == torch.bfloat16 else "no")
+    precision = "bf16" if loading.best_dtype() == torch.bfloat16 else "no"
+    # Otherwise accelerate would take a Mac's GPU, which has no float64.
+    accelerator = Accelerator(mixed_precision=precision, cpu=loading.best_device() == "cpu")
     if args.prompts < accelerator.num_processes:
         processes = f"{accelerator.num_processes} processes"
         raise RunError(f"--prompts {args.prompts}: {processes} need at least one each")

@@ -164,7 +164,9 @@ def mean_loss(policy, examples, micro_batch, progress=iter):
 
 
 def main(args):
-    accelerator = Accelerator(mixed_precision="bf16" if loading.best_dtype() == torch.bfloat16 else "no")
+    precision = "bf16" if loading.best_dtype() == torch.bfloat16 else "no"
+    # Otherwise accelerate would take a Mac's GPU, which has no float64.
+    accelerator = Accelerator(mixed_precision=precision, cpu=loading.best_device() == "cpu")
     if args.test:
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
