@@ -158,7 +158,9 @@ def best_device():
 
 def best_dtype():
     """bf16 if the device computes in it, else fp32. Trained weights stay fp32; autocast computes in this."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    # GPUs before Ampere (V100, T4) only emulate it, much slower than fp32.
+    in_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if in_bf16 else torch.float32
 
 
 def in_one_line(error):
