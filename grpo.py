@@ -91,6 +91,7 @@ def parse_args():
     p.add_argument("--freeze", choices=("images", "vision", "nothing"), default="images", help=freeze)
     lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
     p.add_argument("--lora", type=count, metavar="R", help=lora)
+    cli.add_switch(p, "--shard", "hold weights, gradients and moments in parts, one per process (FSDP2)")
     rollout_batch = "questions to sample and score at a time (default: all): less memory, same result"
     p.add_argument("--rollout-batch", type=count, help=rollout_batch)
     p.add_argument("--micro-batch", type=count, default=8, help="groups per backward pass; same result")
@@ -117,7 +118,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from medgr2 import adapters, loading, rollouts, vlm
+from medgr2 import adapters, loading, rollouts, sharding, vlm
 from medgr2.watch import Watch
 from reward import R_MIN, RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
@@ -280,11 +281,16 @@ def with_advantages(groups, args):
     for g in groups:
         advantages = compute_advantages(g.rewards[None], args.scale_rewards, batch_std)[0]
         mask = g.mask * ~g.truncated[:, None] if args.mask_truncated else g.mask
-        if not g.informative:
-            # Here only because there was no other (rollout).
-            advantages, mask = torch.zeros_like(advantages), torch.zeros_like(mask)
-        updated.append(replace(g, advantages=advantages, loss_mask=mask))
+        g = replace(g, advantages=advantages, loss_mask=mask)
+        # Without information it is here only because there was no other (rollout).
+        updated.append(g if g.informative else without_weight(g))
     return updated
+
+
+def without_weight(group):
+    """The group as one that counts for nothing in the loss."""
+    advantages, mask = torch.zeros_like(group.advantages), torch.zeros_like(group.mask)
+    return replace(group, advantages=advantages, loss_mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -354,7 +360,8 @@ def policy_gradient(policy, groups, counts, args, accelerator):
     # Without a KL term a group whose advantages are all 0 contributes nothing and is skipped. If all are, the
     # first is kept, so that there is a gradient, of zeros.
     learning = [i for i, g in enumerate(groups) if args.kl or g.advantages.any()] or [0]
-    for index in rollouts.micro_batches(groups, args.micro_batch, learning):
+    batches = rollouts.micro_batches(groups, args.micro_batch, learning)
+    for index in batches:
         with accelerator.autocast():
             logps, of_parts = accumulate_gradient(policy, [groups[i] for i in index], counts, args)
         sums += of_parts
@@ -362,6 +369,11 @@ def policy_gradient(policy, groups, counts, args, accelerator):
             if groups[i].old_logps is None:
                 # The first update: the policy is still the one that sampled.
                 updated[i] = replace(groups[i], old_logps=own)
+    if args.shard:
+        # A sharded model computes in all processes at once: one with fewer passes makes idle ones.
+        for _ in range(max(gather_object([len(batches)])) - len(batches)):
+            with accelerator.autocast():
+                accumulate_gradient(policy, [without_weight(updated[learning[0]])], counts, args)
     return updated, rollouts.mean_metrics(sums, counts.tokens, accelerator)
 
 
@@ -371,7 +383,7 @@ def update_policy(policy, optimizer, groups, counts, lr, args, accelerator):
     parameters = [p for part in optimizer.param_groups for p in part["params"]]
     # A sum, not a mean: every process has divided by the whole batch's counts.
     training.sum_gradients(parameters, accelerator)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+    norm = training.clip_gradient(parameters, args.clip)
     training.step(optimizer, lr, norm)
     return groups, metrics | {"grad_norm": norm, "lr": lr}
 
@@ -385,7 +397,13 @@ def load_models(args, accelerator):
     The reference is a frozen copy of the policy, or with --lora the policy itself, its adapter off.
     """
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
-    reference = (policy if args.lora else loading.frozen_copy(policy)) if args.kl else None
+    if args.shard:
+        sharding.shard(policy)
+    reference = None
+    if args.kl and args.lora:
+        reference = policy
+    elif args.kl:
+        reference = sharding.load_frozen(args.model, accelerator.device) if args.shard else loading.frozen_copy(policy)
     return policy, reference, RewardModel.load(args.reward)
 
 
@@ -418,17 +436,20 @@ def main(args):
     work = f"{args.steps} steps of {args.prompts} questions x {args.group} responses"
     run.announce(f"{work} out of {len(examples)} questions")
     for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
-        # Compare the reward with the truth on expert questions.
-        watched = watch.check(step)
-        started = time.perf_counter()
-        # Sample G responses to each of P questions; score them by reward model and answer match.
-        groups, drawn, cursor = rollout(policy, reward_model, batches, args, accelerator)
+        # A sharded policy is gathered once to sample.
+        with sharding.gathered(policy):
+            # Compare the reward with the truth on expert questions.
+            watched = watch.check(step)
+            started = time.perf_counter()
+            # Sample G responses to each of P questions; score them by reward model and answer match.
+            groups, drawn, cursor = rollout(policy, reward_model, batches, args, accelerator)
         # Advantages: what each response earned beyond the mean of its group.
         groups = with_advantages(groups, args)
         scored = time.perf_counter()
         # Log-probs of the reference, for the KL term.
         if reference:
-            groups = with_reference_logps(reference, groups, args.micro_batch, accelerator)
+            with sharding.gathered(reference):
+                groups = with_reference_logps(reference, groups, args.micro_batch, accelerator)
         # Maximise J on these responses, its denominators counted over the whole batch.
         counts = count_batch(groups, args.max_new_tokens, accelerator)
         lr = training.learning_rate(step, args.steps, args.lr, args.warmup)
@@ -444,7 +465,10 @@ def main(args):
             state = training.state(parameters, optimizer) | watch.state()
             run.commit(step=step + 1, cursor=cursor, skipped=skipped.total, **state)
 
-    result = {"steps": args.steps, "skipped": skipped.total, **watch.finish()}
+    with sharding.gathered(policy):
+        result = {"steps": args.steps, "skipped": skipped.total, **watch.finish()}
+    if args.shard:
+        sharding.collect(policy, run.main)
     if run.main:
         adapters.save_trained(policy, run.part)
     run.finish(result, watch.summary())

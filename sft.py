@@ -55,6 +55,7 @@ def parse_args():
     p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
     lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
     p.add_argument("--lora", type=count, metavar="R", help=lora)
+    cli.add_switch(p, "--shard", "hold weights, gradients and moments in parts, one per process (FSDP2)")
     cli.add_switch(p, "--gradient-checkpointing", "recompute activations: less memory, more time")
     skip = "at a record that is longer than the model's context: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
@@ -72,7 +73,7 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 
-from medgr2 import adapters, context, loading, vlm
+from medgr2 import adapters, context, loading, sharding, vlm
 from triton_ops import linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------
@@ -148,6 +149,11 @@ def compute_gradient(policy, parameters, examples, micro_batch, accelerator):
         # Divided by the whole batch's tokens, so that the gradients of micro-batches and processes add up.
         (loss / tokens).backward()
         total += loss.item() / tokens
+    # A sharded model computes in all processes at once: one with a pass less makes an idle one.
+    largest = len(range(0, len(examples), accelerator.num_processes))
+    if math.ceil(len(own) / micro_batch) < math.ceil(largest / micro_batch):
+        for loss, _ in micro_batch_losses(policy, examples[:1], 1):
+            (0 * loss).backward()
     training.sum_gradients(parameters, accelerator)
     return accelerator.reduce(torch.tensor(total, device=policy.device), "sum").item(), tokens
 
@@ -182,6 +188,8 @@ def main(args):
     if args.gradient_checkpointing:
         # It needs train(). Otherwise the model stays in eval(), so that it computes as it does when sampling.
         policy.model.train().gradient_checkpointing_enable()
+    if args.shard:
+        sharding.shard(policy)
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
     training.restore_state(run.state, policy.model, optimizer)
@@ -196,7 +204,7 @@ def main(args):
         with accelerator.autocast():
             loss, tokens = compute_gradient(policy, parameters.values(), batch, args.micro_batch, accelerator)
         # Clip the gradient.
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
+        norm = training.clip_gradient(parameters.values(), args.clip)
         # Step, at this step's learning rate; not if the gradient is not finite.
         lr = training.learning_rate(step, steps, args.lr, args.warmup)
         training.step(optimizer, lr, norm)
@@ -210,9 +218,11 @@ def main(args):
     result = {"steps": steps, "examples": len(examples), "train_loss": loss, "skipped": skipped.total}
     if args.val:
         held_out = load_examples([args.val], [1.0], args.role, args.image_root)
-        with accelerator.autocast():
+        with accelerator.autocast(), sharding.gathered(policy):
             progress = functools.partial(run.progress, description="validation")
             result["val_loss"] = mean_loss(policy, held_out, args.micro_batch, progress)
+    if args.shard:
+        sharding.collect(policy, run.main)
     if run.main:
         adapters.save_trained(policy, run.part)
     run.finish(

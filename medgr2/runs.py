@@ -226,9 +226,16 @@ class Run:
     def commit(self, **state):
         """Make everything appended so far safe; a resumed run starts from `state`.
 
-        `state` holds numbers, strings, tensors and dicts of them. After Ctrl-C or SIGTERM the run exits here
-        with status 130 or 143. Raises RunError if the disk has no room; the commits before this one are kept.
+        `state` holds numbers, strings, tensors and dicts of them. `shards` are tensors of which each process
+        holds and writes a part. After Ctrl-C or SIGTERM the run exits here with status 130 or 143. Raises
+        RunError if the disk has no room; the commits before this one are kept.
         """
+        self.commits += 1
+        if "shards" in state:
+            from medgr2 import sharding
+
+            # The file below makes them a commit: it holds their hashes.
+            state["shards"] = sharding.save(state["shards"], self.path(f"state/{self.commits:08}.shards"))
         if not self.main:
             return
         sizes = dict(self.state.get("sizes", {}))
@@ -236,14 +243,12 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
             sizes[name] = file.tell()
-        self.commits += 1
         self.state = {**state, "sizes": sizes, "commits": self.commits}
         os.makedirs(self.path("state"), exist_ok=True)
         checksum = self.save_state(self.path("state/new"))
         # Renamed only when complete, with the checksum in the name: half a file is never taken for a commit.
         os.replace(self.path("state/new"), self.path(f"state/{self.commits:08}-{checksum[:16]}.pt"))
-        for old in sorted(os.listdir(self.path("state")))[:-2]:
-            os.remove(self.path(f"state/{old}"))
+        remove_old_commits(self.path("state"))
         self.exit_if_stopping()
 
     def save_state(self, path):
@@ -453,8 +458,20 @@ def restore(part, main):
     return state
 
 
+def remove_old_commits(folder):
+    """Remove all but the last two commits: NUMBER-CHECKSUM.pt and, of a sharded run, NUMBER.shards/."""
+    kept = sorted(name[:8] for name in os.listdir(folder) if name.endswith(".pt"))[-2:]
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name[:8] not in kept:
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
 def load_newest_state(part, main):
-    """The newest commit whose checksum holds, or {}. Sets damaged ones aside and prints their names."""
+    """The newest commit whose checksums hold, or {}. Sets damaged ones aside and prints their names.
+
+    `shards` is then the folder of its shards.
+    """
     import torch
 
     folder = os.path.join(part, "state")
@@ -465,7 +482,14 @@ def load_newest_state(part, main):
         checksum = name.removesuffix(".pt").partition("-")[2]
         if checksum and sha256(path).startswith(checksum):
             # Every process loads it; without map_location all of them would load it onto GPU 0.
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if "shards" not in state:
+                return state
+            from medgr2 import sharding
+
+            shards = os.path.join(folder, f"{name[:8]}.shards")
+            if sharding.is_intact(shards, state["shards"]):
+                return state | {"shards": shards}
         if main:
             print(f"{path}: damaged, set aside; taking the commit before it")
             os.replace(path, os.path.join(part, name + ".damaged"))

@@ -38,12 +38,27 @@ def sum_gradients(parameters, accelerator):
     """Sum every parameter's gradient over the processes, in place.
 
     Each process divided its loss by the count of the whole batch, so the sum is the gradient of the batch.
+    The gradient of a sharded weight is that sum already (sharding.py).
     """
     import torch
 
     for p in parameters:
         grad = torch.zeros_like(p) if p.grad is None else p.grad
-        p.grad = accelerator.reduce(grad, "sum") if accelerator.num_processes > 1 else grad
+        is_partial = accelerator.num_processes > 1 and not is_sharded(p)
+        p.grad = accelerator.reduce(grad, "sum") if is_partial else grad
+
+
+def is_sharded(tensor):
+    """Is it a DTensor, of which each process holds a part?"""
+    return hasattr(tensor, "full_tensor")
+
+
+def clip_gradient(parameters, limit):
+    """Scale the gradient so that its norm is `limit` at most → the norm before. Of a sharded model too."""
+    import torch
+
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return (norm.full_tensor() if is_sharded(norm) else norm).item()
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -100,16 +115,26 @@ def find_not_finite(tensors):
 def state(parameters, optimizer):
     """What a commit keeps of a training run: the weights that learn, by name, and the optimiser's state.
 
-    Raises RunError if a weight is not finite: the commit before is better.
+    Of a sharded model they are `shards`, which all processes write. Raises RunError if a weight is not finite:
+    the commit before is better.
     """
     weights = {name: p.detach() for name, p in parameters.items()}
     if name := find_not_finite(weights):
         raise RunError(f"{name} is not finite; lower --lr, with another --out (the last commit is kept)")
+    if any(map(is_sharded, weights.values())):
+        from medgr2 import sharding
+
+        return {"shards": sharding.tensors_to_commit(parameters, optimizer)}
     return {"model": weights, "optimizer": optimizer.state_dict()}
 
 
 def restore_state(committed, model, optimizer):
     """Put the last commit's weights and optimiser state back, if there is one, and free their copy."""
+    if "shards" in committed:
+        from medgr2 import sharding
+
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        sharding.restore(committed["shards"], parameters, optimizer)
     if "optimizer" in committed:
         model.load_state_dict(committed.pop("model"), strict=False)
         optimizer.load_state_dict(committed.pop("optimizer"))
