@@ -361,6 +361,8 @@ def policy_gradient(policy, groups, counts, args, accelerator):
     # first is kept, so that there is a gradient, of zeros.
     learning = [i for i, g in enumerate(groups) if args.kl or g.advantages.any()] or [0]
     batches = rollouts.micro_batches(groups, args.micro_batch, learning)
+    # A sharded model computes in all processes at once: one with fewer passes makes idle ones.
+    idle = max(gather_object([len(batches)])) - len(batches) if args.shard else 0
     for index in batches:
         with accelerator.autocast():
             logps, of_parts = accumulate_gradient(policy, [groups[i] for i in index], counts, args)
@@ -369,11 +371,9 @@ def policy_gradient(policy, groups, counts, args, accelerator):
             if groups[i].old_logps is None:
                 # The first update: the policy is still the one that sampled.
                 updated[i] = replace(groups[i], old_logps=own)
-    if args.shard:
-        # A sharded model computes in all processes at once: one with fewer passes makes idle ones.
-        for _ in range(max(gather_object([len(batches)])) - len(batches)):
-            with accelerator.autocast():
-                accumulate_gradient(policy, [without_weight(updated[learning[0]])], counts, args)
+    for _ in range(idle):
+        with accelerator.autocast():
+            accumulate_gradient(policy, [without_weight(updated[learning[0]])], counts, args)
     return updated, rollouts.mean_metrics(sums, counts.tokens, accelerator)
 
 
