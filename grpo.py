@@ -361,8 +361,7 @@ def policy_gradient(policy, groups, counts, args, accelerator):
     # first is kept, so that there is a gradient, of zeros.
     learning = [i for i, g in enumerate(groups) if args.kl or g.advantages.any()] or [0]
     batches = rollouts.micro_batches(groups, args.micro_batch, learning)
-    # A sharded model computes in all processes at once: one with fewer passes makes idle ones.
-    idle = max(gather_object([len(batches)])) - len(batches) if args.shard else 0
+    dummies = sharding.dummy_passes(policy, len(batches))
     for index in batches:
         with accelerator.autocast():
             logps, of_parts = accumulate_gradient(policy, [groups[i] for i in index], counts, args)
@@ -371,7 +370,7 @@ def policy_gradient(policy, groups, counts, args, accelerator):
             if groups[i].old_logps is None:
                 # The first update: the policy is still the one that sampled.
                 updated[i] = replace(groups[i], old_logps=own)
-    for _ in range(idle):
+    for _ in range(dummies):
         with accelerator.autocast():
             accumulate_gradient(policy, [without_weight(updated[learning[0]])], counts, args)
     return updated, rollouts.mean_metrics(sums, counts.tokens, accelerator)
@@ -399,12 +398,13 @@ def load_models(args, accelerator):
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
     if args.shard:
         sharding.shard(policy)
-    reference = None
-    if args.kl and args.lora:
-        reference = policy
-    elif args.kl:
-        reference = sharding.load_frozen(args.model, accelerator.device) if args.shard else loading.frozen_copy(policy)
-    return policy, reference, RewardModel.load(args.reward)
+    return policy, load_reference(policy, args) if args.kl else None, RewardModel.load(args.reward)
+
+
+def load_reference(policy, args):
+    if args.lora:
+        return policy
+    return sharding.load_frozen(args.model, policy.device) if args.shard else loading.frozen_copy(policy)
 
 
 def main(args):

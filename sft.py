@@ -144,14 +144,13 @@ def compute_gradient(policy, parameters, examples, micro_batch, accelerator):
     """Leave the gradient of the whole batch in the parameters → (loss, response tokens of the batch)."""
     tokens = int(vlm.encode_continuations(policy, [example.response for example in examples])[1].sum())
     own = examples[accelerator.process_index :: accelerator.num_processes]
+    dummies = sharding.dummy_passes(policy, math.ceil(len(own) / micro_batch))
     total = 0.0
     for loss, _ in micro_batch_losses(policy, own, micro_batch):
         # Divided by the whole batch's tokens, so that the gradients of micro-batches and processes add up.
         (loss / tokens).backward()
         total += loss.item() / tokens
-    # A sharded model computes in all processes at once: one with a pass less makes an idle one.
-    largest = len(range(0, len(examples), accelerator.num_processes))
-    if math.ceil(len(own) / micro_batch) < math.ceil(largest / micro_batch):
+    for _ in range(dummies):
         for loss, _ in micro_batch_losses(policy, examples[:1], 1):
             (0 * loss).backward()
     training.sum_gradients(parameters, accelerator)

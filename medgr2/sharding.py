@@ -104,6 +104,14 @@ def gathered(loaded):
             unit.reshard()
 
 
+def dummy_passes(loaded, passes):
+    """How many passes of no weight a process must add to its own `passes`: 0 if the model is not sharded.
+
+    A pass gathers the weights from all processes, so all make as many as the one that has the most.
+    """
+    return max(gather_object([passes])) - passes if units(loaded) else 0
+
+
 def collect(loaded, main):
     """At the end of a run: leave the main process with a plain model on the CPU, which can be saved."""
     plain = {}

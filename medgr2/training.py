@@ -115,8 +115,8 @@ def find_not_finite(tensors):
 def state(parameters, optimizer):
     """What a commit keeps of a training run: the weights that learn, by name, and the optimiser's state.
 
-    Of a sharded model they are `shards`, which all processes write. Raises RunError if a weight is not finite:
-    the commit before is better.
+    Of a sharded model they are `shards`, which all processes write. Raises RunError if a weight is not
+    finite: the commit before is better.
     """
     weights = {name: p.detach() for name, p in parameters.items()}
     if name := find_not_finite(weights):
