@@ -1,11 +1,12 @@
 """Sharding over real processes (gloo): gradients, updates, memory, commits, against one plain process.
 
-    python tests/test_sharding.py      all cases over 1, 2 and 3 processes, into benchmarks/results/sharding.json
+python tests/test_sharding.py      all cases over 1, 2 and 3 processes, into benchmarks/results/sharding.json
 """
 
 import argparse
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -18,24 +19,25 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import ROOT
+from safetensors import safe_open
 from test_vlm import BUILD
 
 import grpo
 import sft
-from medgr2 import adapters, loading, records, rollouts, sharding, training, vlm
+from medgr2 import adapters, records, rollouts, sharding, training, vlm
 
 # What is computed, and the flags that change how.
 CASES = {
     "sft": {},
-    "sft lora": {"lora": 4},
     "sft checkpointed": {"checkpointing": True},
+    "sft lora checkpointed": {"lora": 4, "checkpointing": True},
     "sft of everything": {"freeze": "nothing"},
     "grpo": {"freeze": "images"},
-    "grpo with a reference": {"freeze": "images", "kl": 0.1},
-    "grpo lora": {"freeze": "images", "lora": 4, "kl": 0.1},
-    "grpo in parts": {"freeze": "images", "micro_group": 2},
+    "grpo in parts with a reference": {"freeze": "images", "micro_group": 2, "kl": 0.1},
+    "grpo lora with a reference": {"freeze": "images", "lora": 4, "kl": 0.1},
 }
+# Those that the suite computes, and for how many steps; the rest takes minutes.
+FEW = {"sft": 4, "sft lora checkpointed": 1, "grpo in parts with a reference": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -212,10 +214,82 @@ def compare(source, data, world, steps):
 
 
 def test_sharded_training_over_two_processes_is_that_of_one_plain_process(source, data):
-    """Ten updates of each stage, and the gradients of the other cases."""
-    found = compare(source, data, 2, {case: 10 if case in ("sft", "grpo") else 1 for case in CASES})
+    found = compare(source, data, 2, FEW)
+    require_equal(found)
+    # Weights, gradients and moments. The frozen tower is whole.
+    assert found["sft"]["bytes"] <= 0.6
+
+
+def require_equal(found):
     for case, differs in found.items():
         assert differs["gradient"] <= 1e-6 and differs["tensor"] <= 1e-3, (case, differs)
         assert differs["update"] <= 1e-4, (case, differs)
-    # Weights, gradients and moments; what is frozen is whole. Without a frozen tower it is a half.
-    assert found["sft"]["bytes"] <= 0.6 and found["sft of everything"]["bytes"] <= 0.51
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Commits and the finished folder.
+
+
+def run_sft(flags, dies_at=None):
+    """work(accelerator): sft.py with these flags; the last process kills itself before a step."""
+
+    def work(accelerator):
+        step, calls = training.step, []
+
+        def step_or_die(*args):
+            calls.append(1)
+            if len(calls) == dies_at and accelerator.is_last_process:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step(*args)
+
+        training.step = step_or_die
+        sys.argv = ["sft.py", *map(str, flags)]
+        with open(os.devnull, "w") as sys.stderr:
+            sft.main(sft.parse_args())
+
+    return work
+
+
+def read_weights(folder):
+    with safe_open(folder / "model.safetensors", "pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}
+
+
+@pytest.fixture
+def killed(data, tmp_path):
+    """(flags of a sharded run, folder of the same run in one plain process); two processes ended in step 4.
+
+    Their commits are of steps 2, 3 and 4, and the two last ones are kept.
+    """
+    BUILD["llava"](tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--data", data, "--steps", 5, "--batch", 3, "--micro-batch", 1]
+    over(1, run_sft([*flags, "--save-every", 1, "--out", tmp_path / "plain"]))
+    flags += ["--save-every", 1, "--shard", "--out", tmp_path / "run"]
+    assert -signal.SIGKILL in over(2, run_sft(flags, dies_at=5))
+    return flags, tmp_path / "plain", tmp_path / "run.part" / "state"
+
+
+def test_a_killed_run_resumes_over_other_numbers_of_processes(killed, capfd):
+    """From the commit before the last, which is damaged, over three; then over one."""
+    flags, plain, state = killed
+    commits = sorted(path.name[:8] for path in state.glob("*.pt"))
+    assert commits == ["00000003", "00000004"]
+    assert {path.name for path in state.glob("*.shards")} >= {f"{number}.shards" for number in commits}
+    shard = max((state / "00000004.shards").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    capfd.readouterr()
+    assert -signal.SIGKILL in over(3, run_sft(flags, dies_at=2))
+    said = capfd.readouterr().out
+    assert "00000004" in said and "damaged, set aside" in said and "resuming from step 3" in said
+    over(1, run_sft(flags))
+    assert "resuming from step 4" in capfd.readouterr().out
+    wanted, found = read_weights(plain), read_weights(state.parent.parent / "run")
+    assert list(wanted) == list(found)
+    assert all(found[name].dtype == wanted[name].dtype for name in wanted)
+    before = read_weights(Path(flags[1]))
+    updates = ({name: x[name] - before[name] for name in wanted} for x in (found, wanted))
+    assert difference(*updates)[0] <= 1e-4
+    folders = [sorted(p.name for p in folder.iterdir()) for folder in (plain, state.parent.parent / "run")]
+    assert folders[0] == [name for name in folders[1] if not name.endswith(".damaged")]
