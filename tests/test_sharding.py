@@ -1,6 +1,6 @@
 """Sharding over real processes (gloo): gradients, updates, memory, commits, against one plain process.
 
-python tests/test_sharding.py      all cases over 1, 2 and 3 processes, into benchmarks/results/sharding.json
+benchmarks/sharding.py computes the other cases, over 1, 2 and 3 processes.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from medgr2 import adapters, records, rollouts, sharding, training, vlm
 # What is computed, and the flags that change how.
 CASES = {
     "sft": {},
-    "sft checkpointed": {"checkpointing": True},
-    "sft lora checkpointed": {"lora": 4, "checkpointing": True},
-    "sft of everything": {"freeze": "nothing"},
+    "sft --gradient-checkpointing": {"checkpointing": True},
+    "sft --lora --gradient-checkpointing": {"lora": 4, "checkpointing": True},
+    "sft --freeze nothing": {"freeze": "nothing"},
     "grpo": {"freeze": "images"},
-    "grpo in parts with a reference": {"freeze": "images", "micro_group": 2, "kl": 0.1},
-    "grpo lora with a reference": {"freeze": "images", "lora": 4, "kl": 0.1},
+    "grpo --micro-group --kl": {"freeze": "images", "micro_group": 2, "kl": 0.1},
+    "grpo --lora --kl": {"freeze": "images", "lora": 4, "kl": 0.1},
 }
 # Those that the suite computes, and for how many steps; the rest takes minutes.
-FEW = {"sft": 4, "sft lora checkpointed": 1, "grpo in parts with a reference": 1}
+FEW = {"sft": 2, "sft --lora --gradient-checkpointing": 1, "grpo --micro-group --kl": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def over(world, work, **more):
         ]
         for rank in ranks:
             rank.start()
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 240
         while any(rank.is_alive() for rank in ranks):
             time.sleep(0.05)
             # As a launcher does: if one fails, all end. So they do if they wait for each other.
