@@ -5,8 +5,9 @@ import errno
 import os
 import signal
 import sys
+import traceback
 
-from medgr2 import trackers
+from medgr2 import processes, trackers
 from medgr2.errors import RunError, UserError, explain_system_error
 
 
@@ -32,7 +33,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(*args, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help explains every flag\n")
+        line = f"{self.prog}: {message}; --help explains every flag\n"
+        processes.fail(line, 2)
+        self.exit(2, line)
 
 
 def number(kind, least, most=None):
@@ -54,8 +57,9 @@ def number(kind, least, most=None):
 def run_main(main, args):
     """Run a script's `main`. A mistake of the user or an error of the system ends it in one line on stderr.
 
-    A bug keeps its traceback.
+    A bug keeps its traceback. Of several processes one says why, and all end.
     """
+    processes.watch()
     try:
         main(args)
         # Written now: what Python writes when it ends cannot be caught.
@@ -65,15 +69,21 @@ def run_main(main, args):
     except Exception as error:
         line = explain_system_error(error, vars(args))
         if not line:
+            processes.wait_for_cause()
+            processes.fail(traceback.format_exc(), 1)
             raise
         if getattr(error, "errno", None) == errno.EPIPE:
             # Else Python writes the rest once more when it ends, and fails again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(line, 2)
+    finally:
+        processes.leave()
 
 
 def leave(message, status):
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    line = f"{os.path.basename(sys.argv[0])}: {message}"
+    processes.fail(line, status)
+    print(line, file=sys.stderr)
     sys.exit(status)
 
 

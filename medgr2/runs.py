@@ -19,8 +19,8 @@ exists. The same command again finds the run complete, or resumes it from the la
             run.commit(step=step + 1)
     run.finish({"loss": loss})
 
-Ctrl-C, or the SIGTERM of a scheduler, ends a run of one process after its next commit. A second Ctrl-C or
-SIGKILL ends it at once. Several processes end at once at the first signal. The same command resumes the run.
+Ctrl-C, or the SIGTERM of a scheduler, ends a run after its next commit, and all its processes at the same
+step. A second Ctrl-C or SIGKILL ends it at once. The same command resumes the run.
 """
 
 import datetime
@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 
-from medgr2 import cli
+from medgr2 import cli, processes
 from medgr2.errors import RunError
 from medgr2.model_card import make_repository, push, write_card
 from medgr2.progress import progress
@@ -177,17 +177,15 @@ class Run:
 
     def handle_signals(self):
         """Let Ctrl-C and SIGTERM call `stop` → {signal: its handler before}."""
-        # Several processes would wait for the one that stops. A job in the background ignores Ctrl-C.
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            return {}
+        # A job in the background ignores Ctrl-C.
         signals = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
         return {s: signal.signal(s, self.stop) for s in signals}
 
     def stop(self, number, frame):
         """Stop after the next commit; at a second Ctrl-C at once, as by SIGKILL."""
-        # A launcher may pass on the Ctrl-C that the terminal has sent already.
+        # A launcher may pass on the Ctrl-C that the terminal has sent already, and the second one as SIGTERM.
         is_another, self.stopped = time.monotonic() > self.stopped + 0.2, time.monotonic()
-        if self.stopping and number == signal.SIGINT and is_another:
+        if self.stopping and is_another and signal.SIGINT in (number, self.stopping):
             cli.leave_at_once(f"{self.part}: stopped at once; the same command resumes from the last commit")
         self.stopping = signal.Signals(number)
 
@@ -220,8 +218,11 @@ class Run:
             self.trackers.log(row, row.get("step"))
 
     def due(self, step, every):
-        """Is it time to commit? It is after every `every` steps, and after Ctrl-C or SIGTERM."""
-        return step % every == 0 or bool(self.stopping)
+        """Is it time to commit? It is after every `every` steps, and after Ctrl-C or SIGTERM.
+
+        Several processes agree: each must call this, and `commit`, at the same steps.
+        """
+        return bool(processes.largest(self.stopping or 0)) or step % every == 0
 
     def commit(self, **state):
         """Make everything appended so far safe; a resumed run starts from `state`.
@@ -237,7 +238,7 @@ class Run:
             # The file below makes them a commit: it holds their hashes.
             state["shards"] = sharding.save(state["shards"], self.path(f"state/{self.commits:08}.shards"))
         if not self.main:
-            return
+            return self.exit_if_stopping()
         sizes = dict(self.state.get("sizes", {}))
         for name, file in self.files.items():
             file.flush()
@@ -283,12 +284,16 @@ class Run:
             )
 
     def exit_if_stopping(self):
-        """After Ctrl-C: exit with status 130; after SIGTERM: with 143."""
-        if self.stopping:
-            name = "Ctrl-C" if self.stopping == signal.SIGINT else self.stopping.name
+        """After Ctrl-C: exit with status 130; after SIGTERM: with 143. So do all processes if one got it."""
+        stopping = processes.largest(self.stopping or 0)
+        if stopping and self.main:
+            name = "Ctrl-C" if stopping == signal.SIGINT else "SIGTERM"
             step = self.state.get("step", 0)
-            print(f"{self.part}: stopped by {name} at step {step}; the same command resumes it", flush=True)
-            sys.exit(128 + self.stopping)
+            line = f"{self.part}: stopped by {name} at step {step}; the same command resumes it"
+            print(line, flush=True)
+            processes.print_last(line)
+        if stopping:
+            sys.exit(128 + stopping)
 
     def announce(self, work, server=None):
         """Print in one line what the run will do and where: on this machine, or on a server (its URL)."""
@@ -299,8 +304,9 @@ class Run:
         """Yield the items of a sequence and show how far the run is (progress.py)."""
         for item in progress(items, description):
             yield item
-            # For a loop without commits.
-            self.exit_if_stopping()
+            # For a loop without commits. Not all of several processes may be in it.
+            if not processes.several():
+                self.exit_if_stopping()
 
     def finish(self, metrics, line=""):
         """Write metrics.json and args.json, rename `OUT.part` to `OUT` and print one line."""
@@ -343,7 +349,8 @@ def start(args, inputs=(), main=True, free=()):
     require_installed(report_to)
     folder = args.out.rstrip("/")
     part = folder + ".part"
-    metadata = run_metadata(args, inputs)
+    # One process reads gigabytes of weights to hash them, not all.
+    metadata = processes.from_first(run_metadata, args, inputs)
     if main and getattr(args, "push_to_hub", None) and not os.path.exists(folder):
         make_repository(args.push_to_hub)
     lock = take_lock(part) if main and not os.path.exists(folder) else None
