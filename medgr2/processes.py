@@ -45,7 +45,7 @@ def from_first(function, *args):
 
 @functools.cache
 def watch():
-    """Start to watch the other processes → their Peers; None if there are none, or no launcher has a store."""
+    """Watch the other processes from now on → Peers; None if there are none, or no launcher with a store."""
     is_launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Peers() if several() and is_launched else None
 
@@ -95,7 +95,9 @@ class Peers:
         if not self.store.check(keys):
             return {}
         started = [self.store.get(key).decode().split() for key in keys]
-        return {rank: int(pid) for rank, (group, pid) in enumerate(started) if group == os.environ["GROUP_RANK"]}
+        return {
+            rank: int(pid) for rank, (group, pid) in enumerate(started) if group == os.environ["GROUP_RANK"]
+        }
 
     def is_launched(self):
         """Is the launcher, which holds the store, still there?"""

@@ -2,15 +2,20 @@
 
     python tests/test_kill.py --kills 300                  at least so many; benchmarks/results/kills.json
     python tests/test_kill.py --kills 140 --signal SIGINT  by Ctrl-C; benchmarks/results/interrupts.json
+    python tests/test_kill.py --kills 60 --processes 2 3 1 in several; benchmarks/results/kills_processes.json
     python tests/test_kill.py --readme                     writes the tables of docs/reliability.md from them
 
 A stage runs in a process forked from a server that has imported torch. It is killed, or interrupted as by
 Ctrl-C, at a random time within the duration of the undisturbed run, and is started again by the same command.
-After some signals it is left to finish.
+After some signals it is left to finish. With --processes each start draws how many processes it has, and each
+signal who gets it: SIGKILL one of them or all, SIGTERM the launcher. The undisturbed run has one process.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -22,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,8 +63,13 @@ STAGES = {
     ),
     "eval": ("eval.py", "--model {d}/grpo --data {d}/clinic/test.jsonl --batch 4"),
 }
+# The stages that several processes share. Without --min-spread each refills its own share of GRPO's groups.
+SHARED = {"candidates": "", "scored": "", "sft": "", "grpo": " --min-spread -1", "eval": ""}
+# How a run of several processes is ended.
+BLOWS = ("SIGKILL one", "SIGKILL all", "SIGTERM")
 # The names of the result files, without .json, and of the tables in docs/reliability.md.
 RESULTS = {"SIGKILL": "kills", "SIGINT": "interrupts"}
+PROCESSES_RESULT = "kills_processes"
 # The metrics that depend on a clock differ between any two runs.
 VOLATILE = ("seconds", "tokens_per_s")
 
@@ -75,11 +86,50 @@ def run_script(script, flags, stderr):
         sys.exit(128 + signal.SIGINT)
 
 
+def launch(processes, *command):
+    """In a forked process: `run_script` in several processes, started by torchrun's own engine."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    output = os.open(command[-1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
+    config = LaunchConfig(1, 1, processes, start_method="fork", monitor_interval=0.1, **place)
+    elastic_launch(config, run_worker)(*command)
+
+
+def run_worker(*command):
+    # Forked from the launcher, with its handlers.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_script(*command)
+
+
+def children(pid):
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def strike(launcher, blow, rng):
+    """End a run of several processes. Asserts that none is left after 10 seconds."""
+    workers = children(launcher)
+    victims = {"SIGKILL all": [launcher, *workers], "SIGTERM": [launcher]}
+    for pid in victims.get(blow) or [rng.choice(workers or [launcher])]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM if blow == "SIGTERM" else signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in [launcher, *workers] if os.path.exists(f"/proc/{pid}/exe")]:
+        assert time.monotonic() < deadline, f"{blow}: {left} are left of {launcher} and {workers}"
+        time.sleep(0.05)
+
+
 class Runner:
     """Runs stages in `folder` and kills them."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, more=()):
+        """more: {stage: flags that it gets besides}."""
         self.folder, self.seconds, self.stderr = str(folder), {}, os.path.join(folder, "stderr")
+        self.more = dict(more)
         self.context = multiprocessing.get_context("forkserver")
         modules = ["torch", "transformers", "accelerate", "medgr2.vlm", "medgr2.records", "medgr2.runs"]
         self.context.set_forkserver_preload(modules)
@@ -88,12 +138,19 @@ class Runner:
         first.start()
         first.join()
 
+    def start(self, name, out, processes=1):
+        """A stage into `out`, in so many processes."""
+        script, flags = STAGES[name]
+        flags = [*(flags + self.more.get(name, "")).format(d=self.folder).split(), "--out", str(out)]
+        command = script, flags, self.stderr
+        target, args = (launch, (processes, *command)) if processes > 1 else (run_script, command)
+        process = self.context.Process(target=target, args=args)
+        process.start()
+        return process
+
     def run(self, name, out, limit=None, how=signal.SIGKILL):
         """Run a stage into `out`; after `limit` seconds send it the signal `how`. Returns its exit status."""
-        script, flags = STAGES[name]
-        flags = [*flags.format(d=self.folder).split(), "--out", str(out)]
-        process = self.context.Process(target=run_script, args=(script, flags, self.stderr))
-        process.start()
+        process = self.start(name, out)
         process.join(limit)
         if process.is_alive():
             os.kill(process.pid, how)
@@ -124,6 +181,84 @@ class Runner:
         if os.path.exists(out + ".part"):
             differing.append("unfinished")
         return hits, differing, len(record_ids(undisturbed) - record_ids(out))
+
+    def disturb_several(self, name, blows, numbers, rng):
+        """The same with several processes, of a number that each start draws from `numbers`.
+
+        Returns ({blow: how many found it alive}, records lost and doubled, what differs from the undisturbed
+        run, which has one process).
+        """
+        out, hits = os.path.join(self.folder, f"{name}-several-{rng.random()}"), dict.fromkeys(BLOWS, 0)
+        for blow in blows:
+            process = self.start(name, out, rng.choice(numbers))
+            process.join(rng.random() * self.seconds[name])
+            if process.is_alive():
+                strike(process.pid, blow, rng)
+                process.join()
+                hits[blow] += process.exitcode != 0
+        process = self.start(name, out, rng.choice(numbers))
+        process.join(300)
+        assert process.exitcode == 0, Path(self.stderr).read_text()
+        undisturbed = os.path.join(self.folder, name)
+        there, here = count_records(undisturbed), count_records(out)
+        lost, doubled = (there - here).total(), (here - there).total()
+        return hits, lost, doubled, differences(undisturbed, out)
+
+
+def differences(undisturbed, folder):
+    """Names of the files in which runs of one and of several processes differ.
+
+    Bytes of records must be equal. Weights, and the numbers that come of them, may differ by rounding.
+    """
+    names = {str(p.relative_to(f)) for f in (undisturbed, folder) for p in Path(f).rglob("*.*")}
+    pairs = {name: (Path(undisturbed, name), Path(folder, name)) for name in names - {"args.json"}}
+    return sorted(name for name, (there, here) in pairs.items() if not is_equal(there, here))
+
+
+def is_equal(there, here):
+    if not (there.exists() and here.exists()):
+        return False
+    if there.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        a, b = load_file(there), load_file(here)
+        return a.keys() == b.keys() and all((a[k] - b[k]).norm() <= 1e-3 * a[k].norm() for k in a)
+    if there.name in ("metrics.json", "metrics.jsonl", "rollouts.jsonl"):
+        return is_close(read_rows(there), read_rows(here))
+    # The model card has the losses.
+    return there.name == "README.md" or there.read_bytes() == here.read_bytes()
+
+
+def read_rows(path):
+    """The rows of a JSON file. Of rollouts, whose order and ids depend on the processes, in one order."""
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    rows = [{k: v for k, v in json.loads(line).items() if not k.endswith(VOLATILE)} for line in lines]
+    if path.name == "rollouts.jsonl":
+        rows = [{k: v for k, v in row.items() if k != "id"} for row in rows]
+        rows.sort(key=lambda row: (row["step"], row["record"], row["response"]))
+    return rows
+
+
+def count_records(folder):
+    """Counter of (file, id) of every record in a folder; of rollouts all else that tells them apart."""
+    found = Counter()
+    for path in Path(folder).glob("*.jsonl"):
+        if path.name == "rollouts.jsonl":
+            found.update((row["step"], row["record"], row["response"]) for row in read_rows(path))
+        elif path.name != "metrics.jsonl":
+            found.update((path.name, row["id"]) for row in read_rows(path))
+    return found
+
+
+def is_close(a, b):
+    """Are two JSON values equal up to rounding in their floats?"""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(is_close(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(is_close, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=0.01, abs_tol=1e-3)
+    return a == b
 
 
 def contents(folder):
@@ -237,34 +372,43 @@ def test_a_file_that_differs_and_a_record_that_is_lost_are_counted(runner, monke
     assert runner.disturb("more", 0, random.Random(0)) == (0, ["args.json", "candidates.jsonl"], 1)
 
 
-def soak(kills, how, out):
-    """Kill each stage by the signal `how`, all together at least `kills` times; write the result to `out`.
+def soak(kills, stages, disturb, runner, command, out):
+    """Disturb each stage until all together were hit at least `kills` times; write the result to `out`.
 
-    Returns the disturbed runs that differ from the undisturbed one or lost a record.
+    disturb(runner, name, rng) → (hits, {column: count}, what differs). Returns the disturbed runs that differ
+    from the undisturbed one or lost a record.
     """
     from medgr2 import runs
 
-    fields = ("runs", "kills", "lost records", "differing runs")
-    counts, differences = {name: dict.fromkeys(fields, 0) for name in STAGES}, []
-    with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(folder)
-        for name in STAGES:
-            runner.reference(name)
-        # As many in each stage.
-        while unfinished := {n: count for n, count in counts.items() if count["kills"] * len(STAGES) < kills}:
-            for name, count in unfinished.items():
-                # The seed of the moments of its kills.
-                schedule = f"{name} {count['runs']}"
-                hits, differing, lost = runner.disturb(name, 3, random.Random(schedule), how)
-                for field, more in zip(fields, (1, hits, lost, bool(differing))):
-                    count[field] += more
-                if differing or lost:
-                    differences.append({"schedule": schedule, "differing": differing, "lost": lost})
-            print({name: count["kills"] for name, count in counts.items()}, *differences, flush=True)
-    command = f"python tests/test_kill.py --kills {kills} --signal {how.name}"
-    result = {"command": command, "differences": differences, "stages": counts, **runs.environment()}
-    runs.write_json(out, result)
-    return differences
+    counts, hits, found = {name: Counter() for name in stages}, Counter(), []
+    for name in STAGES:
+        runner.reference(name)
+    # As many in each stage.
+    while unfinished := [name for name in stages if hits[name] * len(stages) < kills]:
+        for name in unfinished:
+            # The seed of the moments of its kills.
+            schedule = f"{name} {counts[name]['runs']}"
+            hit, columns, differing = disturb(runner, name, random.Random(schedule))
+            hits[name] += hit
+            for column, more in {"runs": 1, **columns, "differing runs": int(bool(differing))}.items():
+                counts[name][column] += more
+            if differing or columns["lost records"]:
+                found.append({"schedule": schedule, "differing": differing, **columns})
+        print(dict(hits), *found, flush=True)
+    runs.write_json(out, {"command": command, "differences": found, "stages": counts, **runs.environment()})
+    return found
+
+
+def soak_one(runner, name, rng, how):
+    """For `soak`: a run of one process, three times ended by the signal `how`."""
+    hits, differing, lost = runner.disturb(name, 3, rng, how)
+    return hits, {"kills": hits, "lost records": lost}, differing
+
+
+def soak_several(runner, name, rng, numbers):
+    """For `soak`: a run of several processes, ended in each way."""
+    hits, lost, doubled, differing = runner.disturb_several(name, rng.sample(BLOWS, 3), numbers, rng)
+    return sum(hits.values()), {**hits, "lost records": lost, "doubled records": doubled}, differing
 
 
 def kills_table(path):
@@ -286,16 +430,29 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("--kills", type=int, help="continue until there are so many")
     p.add_argument("--signal", choices=RESULTS, default="SIGKILL", help="what kills it")
+    numbers = "kill runs of several processes, of these numbers in turn"
+    p.add_argument("--processes", type=int, nargs="+", help=numbers)
     cli.add_switch(p, "--readme", "write the tables of docs/reliability.md from the result files")
     return p.parse_args()
 
 
 def main(args):
-    files = {block: ROOT / "benchmarks" / "results" / f"{block}.json" for block in RESULTS.values()}
-    differences = []
+    names = [*RESULTS.values(), PROCESSES_RESULT]
+    files = {block: ROOT / "benchmarks" / "results" / f"{block}.json" for block in names}
+    found = []
     if args.kills:
-        out = files[RESULTS[args.signal]]
-        differences = soak(args.kills, signal.Signals[args.signal], str(out))
+        command = f"python tests/test_kill.py --kills {args.kills} "
+        if args.processes:
+            stages, out = SHARED, files[PROCESSES_RESULT]
+            disturb = functools.partial(soak_several, numbers=args.processes)
+            command += f"--processes {' '.join(map(str, args.processes))}"
+        else:
+            stages, out = STAGES, files[RESULTS[args.signal]]
+            disturb = functools.partial(soak_one, how=signal.Signals[args.signal])
+            command += f"--signal {args.signal}"
+        with tempfile.TemporaryDirectory() as folder:
+            runner = Runner(folder, SHARED if args.processes else {})
+            found = soak(args.kills, stages, disturb, runner, command, str(out))
         print(kills_table(out))
     if args.readme:
         sys.path.append(str(ROOT / "benchmarks"))
@@ -304,7 +461,7 @@ def main(args):
         for block, path in files.items():
             if path.exists():
                 readme.write_block(block, kills_table(path))
-    sys.exit(bool(differences))
+    sys.exit(bool(found))
 
 
 if __name__ == "__main__":
