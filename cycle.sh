@@ -41,12 +41,10 @@ CLINIC_FLAGS=${CLINIC_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
 # A stage runs in the background, because bash handles no signal while a command runs in the foreground. So a
-# signal sent to this shell alone reaches the stage. One process commits and exits; several only exit. A second
-# Ctrl-C kills the stage. accelerate is terminated instead: if killed, it would leave its processes running.
+# signal sent to this shell alone reaches the stage, or its launcher, which passes it on. The stage commits and
+# exits. A second Ctrl-C kills it; the processes of a launcher that was killed end by themselves.
 stop() {
-  local harder=KILL
-  [ -z "$LAUNCH" ] || harder=TERM
-  trap "kill -$harder \$(jobs -p) 2>/dev/null || :; exit 130" INT
+  trap 'kill -KILL $(jobs -p) 2>/dev/null || :; exit 130' INT
   kill $(jobs -p) 2>/dev/null || :
   wait
   echo "cycle.sh: stopped; the same command resumes it" >&2

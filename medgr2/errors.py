@@ -20,8 +20,10 @@ ADVICE = {
     errno.EMFILE: "raise the limit (ulimit -n)",
     errno.EPIPE: "let something read the output, or write it to a file",
 }
-# Flags that say how much is computed at a time.
-SIZES = ("micro_batch", "batch", "prompts", "group", "max_new_tokens")
+# What a stage needs less memory with, those that save most first: switches for the weights and what is kept
+# of each layer; sizes of what is computed at a time; the last ones change the result.
+SWITCHES = ("shard", "lora", "gradient_checkpointing")
+SIZES = ("micro_batch", "micro_group", "rollout_batch", "batch", "max_pixels", "max_new_tokens")
 
 
 class UserError(ValueError):
@@ -58,8 +60,7 @@ def explain_system_error(error, args):
     if re.search("/dev/shm|</torch_", text) and os.strerror(errno.ENOSPC) in text:
         return f"{short}: /dev/shm is full; give it more room (docker run --shm-size=8g)"
     if is_out_of_memory(error):
-        flags = [f"--{name.replace('_', '-')}" for name in SIZES if args.get(name)]
-        return f"{short or 'out of memory'}; lower {' or '.join(flags) or 'the size of the input'}"
+        return f"{short or 'out of memory'}; {advise_memory(args)}"
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object.strip()[:160]!r}: not UTF-8; rename the file or folder"
     # safetensors turns an OSError into an error of its own.
@@ -72,6 +73,21 @@ def explain_system_error(error, args):
     resumes = args.get("resume") and code != errno.ENAMETOOLONG
     advice = ADVICE.get(code, "choose another --out") + ", the same command resumes from here" * bool(resumes)
     return f"{'stdout' if code == errno.EPIPE else path}: {os.strerror(code)}; {advice}"
+
+
+def advise_memory(args):
+    """Which of a stage's flags can still lower what it needs, those that save most first."""
+    # A step's examples come in micro-batches where there are any; one process has nothing to share out.
+    useless = {"batch"} if "micro_batch" in args else set()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        useless.add("shard")
+    add = [name for name in SWITCHES if name in args and not args[name] and name not in useless]
+    lower = [name for name in SIZES if name in args and args[name] != 1 and name not in useless]
+    advice = []
+    for verb, names in (("add", add), ("lower", lower)):
+        flags = [f"--{name.replace('_', '-')}" for name in names]
+        advice += [f"{verb} {' or '.join(flags)}"] * bool(flags)
+    return ", or ".join(advice) or "lower the size of the input"
 
 
 def is_out_of_memory(error):

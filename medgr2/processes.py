@@ -139,7 +139,7 @@ def wait_for_cause():
 
 def leave():
     """Tell the others that this process ends as it should."""
-    if watch():
+    if watch() and watch().is_launched():
         watch().has_left.set()
         watch().store.set(f"left {watch().rank}", "")
 

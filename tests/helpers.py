@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler
 
 import pytest
@@ -43,6 +44,30 @@ def run_in_one_and_two(folder, *stages):
         done = subprocess.run(flags, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in folder.glob("rank?")) == ["rank-", "rank0", "rank1"]
+
+
+def torchrun(processes, *command, stderr):
+    """Start a script in so many processes over gloo → the launcher's Popen."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    output = {"stdout": subprocess.DEVNULL, "stderr": stderr}
+    return subprocess.Popen(
+        [*launcher, str(processes), *map(str, command)], cwd=ROOT, env=environment, **output
+    )
+
+
+def children(pid):
+    path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def wait_until_gone(pids, seconds):
+    """Assert that none of these processes runs any more after so many seconds."""
+    deadline = time.monotonic() + seconds
+    # What a process that has ended leaves until its parent asks for it has no /proc/PID/exe.
+    while left := [pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")]:
+        assert time.monotonic() < deadline, f"{left} of {pids} are left after {seconds} s"
+        time.sleep(0.02)
 
 
 def put_image(path, colour=(10, 20, 30), size=(4, 3), **options):

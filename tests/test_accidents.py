@@ -123,13 +123,6 @@ def test_a_job_in_the_background_still_ignores_ctrl_c(tmp_path):
     assert run.stopping is None
 
 
-def test_of_several_processes_none_waits_for_another_that_stops(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    before = signal.getsignal(signal.SIGTERM)
-    runs.start(args_of(tmp_path))
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 # Disks ----------------------------------------------------------------------------------------------------
 
 
@@ -192,9 +185,9 @@ def test_an_output_folder_that_vanishes_is_one_line(tmp_path, capsys):
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has; lower --micro-batch or --group",
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has; lower --micro-batch",
         ),
-        (MemoryError(), "out of memory; lower --micro-batch or --group"),
+        (MemoryError(), "out of memory; lower --micro-batch"),
     ],
 )
 def test_what_the_machine_lacks_is_said_with_what_to_do(error, says):
@@ -216,6 +209,29 @@ def test_an_error_that_is_not_the_systems_is_not_explained_away(error):
 def test_memory_that_torch_cannot_get_is_one_line(tmp_path, capsys):
     line = leave(lambda args: torch.empty(1 << 60), args_of(tmp_path, batch=8), capsys)
     assert "can't allocate memory" in line and line.endswith("; lower --batch")
+
+
+@pytest.mark.parametrize(
+    "processes, args, says",
+    [
+        # What is in use already, or cannot be lower, is not named; --batch is, where nothing cuts it.
+        (
+            1,
+            {"shard": False, "lora": None, "gradient_checkpointing": False, "micro_batch": 8, "batch": 8},
+            "add --lora or --gradient-checkpointing, or lower --micro-batch",
+        ),
+        (
+            8,
+            {"shard": False, "lora": 8, "micro_batch": 1, "micro_group": None},
+            "add --shard, or lower --micro-group",
+        ),
+        (1, {"batch": 16, "max_new_tokens": 96}, "lower --batch or --max-new-tokens"),
+        (1, {}, "lower the size of the input"),
+    ],
+)
+def test_out_of_memory_names_the_flags_that_can_still_help(processes, args, says, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert explain_system_error(MemoryError(), args) == f"out of memory; {says}"
 
 
 def test_a_model_that_does_not_fit_into_memory_is_not_called_a_broken_one(monkeypatch):

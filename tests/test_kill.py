@@ -33,7 +33,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "tests")]
+
+from helpers import children, torchrun, wait_until_gone
+
 # In order: the inputs of each are outputs of those before it. {d} is their folder.
 STAGES = {
     "clinic": ("toy/clinic.py", "--sizes 8 6 10 4 10"),
@@ -86,41 +89,15 @@ def run_script(script, flags, stderr):
         sys.exit(128 + signal.SIGINT)
 
 
-def launch(processes, *command):
-    """In a forked process: `run_script` in several processes, started by torchrun's own engine."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    output = os.open(command[-1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
-    config = LaunchConfig(1, 1, processes, start_method="fork", monitor_interval=0.1, **place)
-    elastic_launch(config, run_worker)(*command)
-
-
-def run_worker(*command):
-    # Forked from the launcher, with its handlers.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_script(*command)
-
-
-def children(pid):
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()] if path.exists() else []
-
-
 def strike(launcher, blow, rng):
-    """End a run of several processes. Asserts that none is left after 10 seconds."""
-    workers = children(launcher)
-    victims = {"SIGKILL all": [launcher, *workers], "SIGTERM": [launcher]}
-    for pid in victims.get(blow) or [rng.choice(workers or [launcher])]:
+    """End a run of several processes → its status. None may be left after 10 seconds, 30 if it commits."""
+    workers = children(launcher.pid)
+    victims = {"SIGKILL all": [launcher.pid, *workers], "SIGTERM": [launcher.pid]}
+    for pid in victims.get(blow) or [rng.choice(workers or [launcher.pid])]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM if blow == "SIGTERM" else signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while left := [pid for pid in [launcher, *workers] if os.path.exists(f"/proc/{pid}/exe")]:
-        assert time.monotonic() < deadline, f"{blow}: {left} are left of {launcher} and {workers}"
-        time.sleep(0.05)
+    wait_until_gone(workers, 30 if blow == "SIGTERM" else 10)
+    return launcher.wait(60)
 
 
 class Runner:
@@ -138,19 +115,14 @@ class Runner:
         first.start()
         first.join()
 
-    def start(self, name, out, processes=1):
-        """A stage into `out`, in so many processes."""
+    def command(self, name, out):
         script, flags = STAGES[name]
-        flags = [*(flags + self.more.get(name, "")).format(d=self.folder).split(), "--out", str(out)]
-        command = script, flags, self.stderr
-        target, args = (launch, (processes, *command)) if processes > 1 else (run_script, command)
-        process = self.context.Process(target=target, args=args)
-        process.start()
-        return process
+        return script, [*(flags + self.more.get(name, "")).format(d=self.folder).split(), "--out", str(out)]
 
     def run(self, name, out, limit=None, how=signal.SIGKILL):
         """Run a stage into `out`; after `limit` seconds send it the signal `how`. Returns its exit status."""
-        process = self.start(name, out)
+        process = self.context.Process(target=run_script, args=(*self.command(name, out), self.stderr))
+        process.start()
         process.join(limit)
         if process.is_alive():
             os.kill(process.pid, how)
@@ -182,23 +154,30 @@ class Runner:
             differing.append("unfinished")
         return hits, differing, len(record_ids(undisturbed) - record_ids(out))
 
+    def run_several(self, name, out, processes, limit=None, blow=None, rng=None):
+        """The same in several processes; the limit starts once the run has. Returns the launcher's status."""
+        script, flags = self.command(name, out)
+        with open(self.stderr, "w") as stderr:
+            launcher = torchrun(processes, script, *flags, stderr=stderr)
+        while launcher.poll() is None and not os.path.exists(f"{out}.part"):
+            time.sleep(0.02)
+        try:
+            return launcher.wait(limit)
+        except subprocess.TimeoutExpired:
+            return strike(launcher, blow, rng)
+
     def disturb_several(self, name, blows, numbers, rng):
-        """The same with several processes, of a number that each start draws from `numbers`.
+        """As `disturb`, with several processes, of a number that each start draws from `numbers`.
 
         Returns ({blow: how many found it alive}, records lost and doubled, what differs from the undisturbed
         run, which has one process).
         """
         out, hits = os.path.join(self.folder, f"{name}-several-{rng.random()}"), dict.fromkeys(BLOWS, 0)
         for blow in blows:
-            process = self.start(name, out, rng.choice(numbers))
-            process.join(rng.random() * self.seconds[name])
-            if process.is_alive():
-                strike(process.pid, blow, rng)
-                process.join()
-                hits[blow] += process.exitcode != 0
-        process = self.start(name, out, rng.choice(numbers))
-        process.join(300)
-        assert process.exitcode == 0, Path(self.stderr).read_text()
+            limit = rng.random() * self.seconds[name]
+            hits[blow] += self.run_several(name, out, rng.choice(numbers), limit, blow, rng) != 0
+        status = self.run_several(name, out, rng.choice(numbers))
+        assert status == 0, Path(self.stderr).read_text()
         undisturbed = os.path.join(self.folder, name)
         there, here = count_records(undisturbed), count_records(out)
         lost, doubled = (there - here).total(), (here - there).total()
@@ -394,7 +373,7 @@ def soak(kills, stages, disturb, runner, command, out):
                 counts[name][column] += more
             if differing or columns["lost records"]:
                 found.append({"schedule": schedule, "differing": differing, **columns})
-        print(dict(hits), *found, flush=True)
+            print(name, dict(counts[name]), *found, flush=True)
     runs.write_json(out, {"command": command, "differences": found, "stages": counts, **runs.environment()})
     return found
 
