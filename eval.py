@@ -79,6 +79,7 @@ def parse_args():
     p.add_argument("--samples", type=cli.number(int, 0), default=0, help="responses to draw per question")
     p.add_argument("--temperature", type=cli.number(float, 1e-3), default=1.0, help="of --samples")
     cli.add_switch(p, "--markdown", "print tables in Markdown")
+    cli.add_pixel_arguments(p)
     cli.add_run_arguments(p)
     args = p.parse_args()
     endpoint.check_arguments(p, args)
@@ -98,11 +99,16 @@ def parse_args():
 # each image and text in turn. Greedy responses need no seeds.
 
 
-def open_model(name, max_new_tokens):
-    """A model on this machine → (respond, score, find_too_long), as `predict` takes them."""
+def open_model(name, max_new_tokens, pixels=(None, None), images=()):
+    """A model on this machine → (respond, score, find_too_long), as `predict` takes them.
+
+    `images`: the paths of those that it will see, with at least and at most so many `pixels`.
+    """
     from medgr2 import context, loading
 
     vlm_ = loading.load(name, dtype=loading.best_dtype())
+    loading.limit_pixels(vlm_, *pixels)
+    context.tell_image_tokens(vlm_, images)
     parts = {"image_of": itemgetter("image"), "text_of": policy_prompt, "new_of": lambda _: max_new_tokens}
     return (
         functools.partial(ask_model, vlm_, max_new_tokens),
@@ -382,7 +388,8 @@ def answer(args):
         respond = functools.partial(ask_server, endpoint.connect(args), args.max_new_tokens)
         score = find_too_long = None
     else:
-        respond, score, find_too_long = open_model(args.model, args.max_new_tokens)
+        pixels, images = (args.min_pixels, args.max_pixels), [record["image"] for record in questions]
+        respond, score, find_too_long = open_model(args.model, args.max_new_tokens, pixels, images)
     options = {"blind": args.blind, "samples": args.samples, "temperature": args.temperature}
     options |= {"score": score if args.scores else None, "find_too_long": find_too_long, "seed": args.seed}
     run.announce(f"{len(questions)} questions to answer", args.endpoint)

@@ -64,6 +64,7 @@ def parse_args():
     p.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip may leave out")
     cycle = "number of the cycle, kept in each candidate; it also seeds the samples"
     p.add_argument("--cycle", type=cli.number(int, 0), default=1, help=cycle)
+    cli.add_pixel_arguments(p)
     cli.add_run_arguments(p)
     args = p.parse_args()
     endpoint.check_arguments(p, args)
@@ -160,6 +161,8 @@ def open_generator(args, tasks, images):
         sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
         return functools.partial(ask_server, ask=endpoint.connect(args), **sampling), images
     generator = loading.load(args.model, dtype=loading.best_dtype())
+    loading.limit_pixels(generator, args.min_pixels, args.max_pixels)
+    context.tell_image_tokens(generator, [record["image"] for record in images])
     prompts = [generator_prompt(paradigm, task) for paradigm in args.paradigms for task in tasks]
     parts = itemgetter("image"), lambda image: max(prompts, key=len), lambda image: args.max_new_tokens
     images = context.leave_out_too_long(generator, images, *parts, args.on_error == "skip")

@@ -106,6 +106,7 @@ def parse_args():
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
     p.add_argument("--save-every", type=count, default=25, help="steps between checkpoints")
+    cli.add_pixel_arguments(p)
     cli.add_training_arguments(p)
     return p.parse_args()
 
@@ -118,7 +119,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from medgr2 import adapters, loading, rollouts, sharding, vlm
+from medgr2 import adapters, context, loading, rollouts, sharding, vlm
 from medgr2.watch import Watch
 from reward import R_MIN, RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
@@ -396,15 +397,20 @@ def load_models(args, accelerator):
     The reference is a frozen copy of the policy, or with --lora the policy itself, its adapter off.
     """
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
+    reward_model = RewardModel.load(args.reward)
+    for loaded in (policy, reward_model.backbone):
+        loading.limit_pixels(loaded, args.min_pixels, args.max_pixels)
     if args.shard:
         sharding.shard(policy)
-    return policy, load_reference(policy, args) if args.kl else None, RewardModel.load(args.reward)
+    return policy, load_reference(policy, args) if args.kl else None, reward_model
 
 
 def load_reference(policy, args):
     if args.lora:
         return policy
-    return sharding.load_frozen(args.model, policy.device) if args.shard else loading.frozen_copy(policy)
+    if not args.shard:
+        return loading.frozen_copy(policy)
+    return replace(sharding.load_frozen(args.model, policy.device), processor=policy.processor)
 
 
 def main(args):
@@ -434,6 +440,7 @@ def main(args):
     batches = rollouts.prefetch_batches(policy, examples, cursor, *sizes, args.seed, accelerator)
 
     work = f"{args.steps} steps of {args.prompts} questions x {args.group} responses"
+    context.tell_image_tokens(policy, [r["image"] for r in examples])
     run.announce(f"{work} out of {len(examples)} questions")
     for step in run.progress(range(run.state.get("step", 0), args.steps), "grpo"):
         # A sharded policy is gathered once to sample.

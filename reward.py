@@ -103,6 +103,7 @@ def parse_args():
     s.add_argument("--per", nargs="*", choices=fields, default=fields, help=per)
     for command in (t, s):
         command.add_argument("--batch", type=count, default=32, help="questions at a time")
+        cli.add_pixel_arguments(command)
     cli.add_training_arguments(t)
     cli.add_run_arguments(s)
     args = p.parse_args()
@@ -418,12 +419,14 @@ def train(args):
     # A frozen backbone has the dtype that it scores in. Weights that learn stay fp32.
     dtype = loading.best_dtype() if args.freeze == "backbone" else torch.float32
     backbone = loading.load(args.model, dtype=dtype)
+    loading.limit_pixels(backbone, args.min_pixels, args.max_pixels)
     if args.freeze == "nothing":
         loading.freeze(backbone, "nothing")
     groups, held_out = (leave_out_too_long(backbone, part, args.on_error) for part in (groups, held_out))
     heads = Heads(feature_width(backbone, args.likelihood), args.hidden).to(backbone.device)
     model = RewardModel(backbone, heads, args.likelihood)
     work = f"{args.steps} steps on the responses to {len(groups)} questions and reports"
+    context.tell_image_tokens(backbone, [record["image"] for record, _ in groups + held_out])
     run.announce(f"{work}, then {len(held_out)} held out")
     skipped = fit(model, groups, args, run)
     progress = functools.partial(run.progress, description="held out")
@@ -496,6 +499,7 @@ def score(args):
     if args.answered:
         rows = selection.with_pass_rates(rows, args.answered)
     model = RewardModel.load(args.model)
+    loading.limit_pixels(model.backbone, args.min_pixels, args.max_pixels)
     rows, too_long = split_too_long(model.backbone, rows, args.on_error)
     rejected += too_long
 
@@ -512,6 +516,7 @@ def score(args):
         rewards = [{head: round(scores[head][k], 4) for head in HEADS} for k in range(len(part))]
         return [row | {"reward": reward} for row, reward in zip(part, rewards)]
 
+    context.tell_image_tokens(model.backbone, [row["image"] for row in rows])
     run.announce(f"{len(rows)} candidates to score")
     steps = range(run.state.get("step", 0), len(rows), args.batch)
     # Score the candidates, a batch at a time. Processes take turns.

@@ -62,6 +62,7 @@ def parse_args():
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
     p.add_argument("--save-every", type=count, default=200, help="steps between checkpoints")
+    cli.add_pixel_arguments(p)
     cli.add_training_arguments(p)
     return p.parse_args()
 
@@ -183,6 +184,7 @@ def main(args):
         raise RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")
     examples = load_examples(args.data, weights, args.role, args.image_root)
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
+    loading.limit_pixels(policy, args.min_pixels, args.max_pixels)
     examples = leave_out_too_long(policy, examples, args.on_error)
     if args.gradient_checkpointing:
         # It needs train(). Otherwise the model stays in eval(), so that it computes as it does when sampling.
@@ -195,6 +197,7 @@ def main(args):
 
     steps = args.steps or math.ceil(args.epochs * len(examples) / args.batch)
     loss, skipped = run.state.get("loss"), training.Skipped(run.state.get("skipped", 0))
+    context.tell_image_tokens(policy, [example.image for example in examples])
     run.announce(f"{steps} steps of {args.batch} examples out of {len(examples)}")
     for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
         # Collect the batch. Each epoch is another permutation of the examples.

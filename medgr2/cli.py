@@ -137,6 +137,14 @@ def add_training_arguments(parser):
     parser.add_argument("--report-to", nargs="+", choices=trackers.NAMES, default=[], help=report)
 
 
+def add_pixel_arguments(parser):
+    """Add the flags of the stages that show images to a model (loading.limit_pixels)."""
+    for flag, which in (("--min-pixels", "fewest"), ("--max-pixels", "most")):
+        note = "a larger image is made smaller" if which == "most" else "a smaller image is made larger"
+        help = f"{which} pixels of an image, width x height: {note} (the model's processor decides)"
+        parser.add_argument(flag, type=number(int, 784), metavar="N", help=help)
+
+
 def tell_cut(replies, cut, limit):
     """Say so if more than half of the replies were cut at --max-new-tokens."""
     if 2 * cut > replies:

@@ -1,5 +1,8 @@
 """Records that do not fit into a model's context: refused or left out before a stage computes anything."""
 
+import functools
+import os
+
 from PIL import Image
 
 from medgr2 import vlm
@@ -33,8 +36,8 @@ def find_too_long(loaded, rows, image_of, text_of, new_of):
     """
     if loaded.context is None or not rows:
         return {}
-    sizes = sorted({read_size(path) for path in {image_of(row) for row in rows}}, key=area)
-    most = max(count_tokens(loaded, Image.new("RGB", size), "?") for size in sizes[-SIZES:])
+    sizes = largest_sizes(map(image_of, rows))
+    most = max(count_tokens(loaded, Image.new("RGB", size), "?") for size in sizes)
     found = {}
     for i, row in enumerate(rows):
         text, new = text_of(row), new_of(row)
@@ -47,10 +50,29 @@ def find_too_long(loaded, rows, image_of, text_of, new_of):
     return found
 
 
+def tell_image_tokens(loaded, paths):
+    """Print how many tokens the largest of the images at these paths costs the model."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    image_token, costs = loaded.model.config.image_token_id, []
+    for size in largest_sizes(paths):
+        inputs = vlm.encode_prompts(loaded, [Image.new("RGB", size)], ["?"], "cpu")
+        costs.append((int((inputs["input_ids"] == image_token).sum()), size))
+    if costs:
+        tokens, (width, height) = max(costs)
+        print(f"an image has up to {tokens:,} tokens (one of {width} x {height} pixels)", flush=True)
+
+
+def largest_sizes(paths):
+    """The SIZES largest sizes, (width, height), of the images at these paths."""
+    return sorted({read_size(path) for path in set(paths)}, key=area)[-SIZES:]
+
+
 def area(size):
     return size[0] * size[1], size
 
 
+@functools.cache
 def read_size(path):
     """(width, height) from an image's header; a small size if none: opening it will raise the error."""
     try:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 import os
 import pathlib
 import sys
@@ -107,6 +108,23 @@ def to_rgb(image):
     # A colour profile would be copied into every PNG made of the image.
     image.info = {}
     return image
+
+
+def fit_pixels(image, least=None, most=None):
+    """The PIL image resized to at least `least` and at most `most` pixels, in proportion. None: any."""
+    from PIL import Image
+
+    width, height = image.size
+    pixels = width * height
+    if most and pixels > most:
+        shrink = math.sqrt(most / pixels)
+        size = max(1, math.floor(width * shrink)), max(1, math.floor(height * shrink))
+    elif least and pixels < least:
+        grow = math.sqrt(least / pixels)
+        size = math.ceil(width * grow), math.ceil(height * grow)
+    else:
+        return image
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def scale_to_8_bits(values):

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from medgr2 import training, vlm
-from medgr2.errors import ModelError, is_out_of_memory
+from medgr2.errors import ModelError, RunError, is_out_of_memory
 from medgr2.prompts import TAG
 from medgr2.vlm import VLM, encode_continuations, encode_prompts
 
@@ -149,6 +149,26 @@ def load_without_video(name):
     attributes = [a for a in cls.get_attributes() if a != "video_processor"]
     without_video = type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: attributes)})
     return without_video.from_pretrained(name, backend="pil")
+
+
+def limit_pixels(loaded, least=None, most=None):
+    """Let the model see images of at least `least` and at most `most` pixels; None leaves its own limit.
+
+    Qwen's processors (and others of their kind) round a size to whole patches, so they get the limits
+    themselves. For other models an image is resized before its processor sees it. `save` keeps neither.
+    Raises RunError if no image can be both.
+    """
+    if least and most and least > most:
+        raise RunError(f"--min-pixels {least} is above --max-pixels {most}: give a smaller one")
+    processor = loaded.processor.image_processor
+    size = dict(processor.size or {})
+    if not hasattr(processor, "merge_size") or not size.get("longest_edge"):
+        loaded.pixels = least, most
+        return
+    # Their `edges` are pixels. The limit that is given counts more than the processor's other one.
+    shortest, longest = size["shortest_edge"], size["longest_edge"]
+    shortest, longest = least or min(shortest, most or shortest), most or max(longest, least or longest)
+    processor.size = type(processor.size)(**size | {"shortest_edge": shortest, "longest_edge": longest})
 
 
 def best_device():

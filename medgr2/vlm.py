@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 from medgr2.errors import ModelError, RecordError
+from medgr2.images import fit_pixels
 from triton_ops import linear_logprob
 
 # How the template of a thinking model ends a prompt.
@@ -53,6 +54,8 @@ class VLM:
     lora: object = None
     # The most tokens that the model has positions for, prompt and reply together; None if it does not say.
     context: int | None = None
+    # The fewest and the most pixels of an image, where the processor takes any (loading.limit_pixels).
+    pixels: tuple = (None, None)
     # The folder that the model was loaded from; None if it was made in memory.
     source: str | None = None
 
@@ -113,7 +116,7 @@ def encode_prompts(vlm, images, texts, device=None):
     chats = [OPEN_THINK.sub("", chat) for chat in chats]
     # Some templates write <bos>; the tokenizer must not write a second one.
     has_bos = vlm.tokenizer.bos_token is not None and chats[0].startswith(vlm.tokenizer.bos_token)
-    images = [[image] for image in images]
+    images = [[fit_pixels(image, *vlm.pixels)] for image in images]
     settings = {"padding": True, "padding_side": "left", "add_special_tokens": not has_bos}
     tensors = vlm.processor(text=chats, images=images, return_tensors="pt", **settings)
     return Inputs({key: x.to(device or vlm.device) for key, x in tensors.items()}, prompts)

@@ -122,6 +122,7 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
     fake = types.SimpleNamespace(
         load=lambda name, dtype: types.SimpleNamespace(stop_ids=[stop]),
         best_dtype=lambda: None,
+        limit_pixels=lambda *_: None,
         encode_prompts=lambda vlm_, images, texts: [text.split("\n")[0] for text in texts],
         sample=lambda vlm_, prompts, seeds, n, temperature, group: (
             ids[: len(prompts)],
