@@ -43,15 +43,13 @@ import numpy as np
 
 from medgr2 import cli, endpoint, measures, records, runs, scorers
 from medgr2.errors import require
-from medgr2.images import hash_image, open_image
+from medgr2.images import blank_like, hash_image, open_image
 from medgr2.prompts import format_response, is_match, normalise, parse_response, policy_prompt
 
 # Fields that this stage adds to a record.
 ADDED = ("response", "prediction", "reason", "correct", "image_hash")
 # Fields that it adds with --blind, --scores and --samples.
 OPTIONAL = ("blind", "option_logps", "option_tokens", "samples")
-# The image of --blind: mid-grey.
-BLANK_COLOUR = (128, 128, 128)
 # The k of pass@k, as far as there are samples.
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # The reason of a response without a prediction that was cut.
@@ -174,13 +172,6 @@ def answer_batch(respond, batch, score=None, blind=False, samples=0, temperature
         drawn = [replies[i : i + samples] for i in range(0, len(replies), samples)]
         rows = [row | {"samples": parse_predictions(row, own)} for row, own in zip(rows, drawn)]
     return score(images, rows) if score else rows
-
-
-def blank_like(image):
-    """An image that shows nothing, of the same size and so of as many tokens."""
-    from PIL import Image
-
-    return Image.new("RGB", image.size, BLANK_COLOUR)
 
 
 def parse_prediction(record, response):

@@ -121,7 +121,7 @@ from accelerate.utils import gather_object
 
 from medgr2 import adapters, context, loading, rollouts, sharding, vlm
 from medgr2.watch import Watch
-from reward import R_MIN, RewardModel, normalise_reward
+from reward import RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
 
 # A step samples at most this many batches before it makes do with fewer informative groups.
@@ -248,7 +248,7 @@ def score_groups(reward_model, groups, args):
         R = torch.tensor(own["overall"])  # (G,)
         well_formed = torch.tensor([p.well_formed for p in g.parsed])
         match = torch.tensor(g.match, dtype=torch.float32)
-        R_bar, lowest = (R, R_MIN) if args.reward_scale == "raw" else (normalise_reward(R), 0)
+        R_bar, lowest = (R, records.R_MIN) if args.reward_scale == "raw" else (normalise_reward(R), 0)
         rewards = torch.where(well_formed, args.alpha * R_bar + args.beta * match, args.alpha * lowest)
         informative = rewards.std().item() > args.min_spread
         scored.append(replace(g, scores=own, rewards=rewards, informative=informative))
@@ -434,7 +434,7 @@ def main(args):
     training.restore_state(run.state, policy.model, optimizer)
     watch = Watch(policy, reward_model, args, accelerator, run.state)
     cursor, skipped = run.state.get("cursor", 0), training.Skipped(run.state.get("skipped", 0))
-    lowest = args.alpha * (R_MIN if args.reward_scale == "raw" else 0)
+    lowest = args.alpha * (records.R_MIN if args.reward_scale == "raw" else 0)
     patience = rollouts.Patience(args.patience, lowest, run.main)
     sizes = args.prompts, args.rollout_batch
     batches = rollouts.prefetch_batches(policy, examples, cursor, *sizes, args.seed, accelerator)

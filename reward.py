@@ -38,7 +38,7 @@ from operator import itemgetter
 
 from medgr2 import cli, measures, records, runs, selection, training
 from medgr2.errors import ModelError, require
-from medgr2.images import find_unreadable, open_image
+from medgr2.images import blank_like, find_unreadable, open_image
 from medgr2.levels import (
     LEVELS,
     build_levels,
@@ -48,15 +48,12 @@ from medgr2.levels import (
     print_evaluation,
 )
 from medgr2.prompts import policy_prompt, reference_response, report_prompt
+from medgr2.records import R_MAX, R_MIN
 
-# The range of R.
-R_MIN, R_MAX = -6, 10
 HEADS = ("overall", "relevant", "coherent", "faithful")
 # The likelihood features: three series over the tokens of two parts of a response, five statistics each.
 LOWEST = 3
 LIKELIHOOD_FEATURES = 3 * 2 * (2 + LOWEST)
-# The blank image's colour.
-GREY = (128, 128, 128)
 # Responses per step of training the heads on precomputed features, and steps between lines of the log.
 HEADS_BATCH, LOG_EVERY = 512, 50
 # Levels whose answer is right, and wrong. The answer of a perturbed response may be either.
@@ -119,7 +116,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss, pad
@@ -168,7 +164,7 @@ def compute_features(backbone, images, prompts, responses, likelihood):
     if not likelihood:
         # The state after the end of turn.
         return states[torch.arange(len(ids)), mask.sum(1)].float()  # (N, D)
-    blank_images = [Image.new("RGB", image.size, GREY) for image in images]
+    blank_images = [blank_like(image) for image in images]
     blank_inputs = vlm.encode_prompts(backbone, blank_images, prompts)
     logps, entropy = vlm.token_logps(backbone, inputs, ids, mask, states=states)  # (N, C)
     blank_logps, _ = vlm.token_logps(backbone, blank_inputs, ids, mask)  # (N, C)
@@ -456,27 +452,28 @@ def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None,
     pass rates near one half, and among equal ones the highest R. A random draw breaks ties; `tied` counts the
     candidates in a tie that it broke.
     """
-    index = {}
+    cells = {}
     for i, row in enumerate(rows):
-        index.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
+        cells.setdefault(tuple(row.get(field, "") for field in per), []).append(i)
     overall = [row["reward"]["overall"] for row in rows]
     # A random order, which sorting keeps among equals.
     draw = random.Random(runs.seed_of(seed, "ties"))
-    cells = [draw.sample(cell, len(cell)) for cell in index.values()]
+    eligible = [draw.sample(cell, len(cell)) for cell in cells.values()]
     order = [(0, -R) for R in overall]
     if threshold is not None:
-        good = [[i for i in cell if overall[i] >= threshold] for cell in cells]
+        eligible = [[i for i in cell if overall[i] >= threshold] for cell in eligible]
         # What the policy always answers right teaches it nothing.
         order = [(abs(row.get("pass_rate", 0.5) - 0.5), -R) for row, R in zip(rows, overall)]
-        cells, places = good, [cap if cap else len(cell) for cell in good]
+        places = [cap if cap else len(cell) for cell in eligible]
     else:
         total = round(keep * len(rows)) if top_k is None else top_k
-        places = selection.allocate([len(cell) for cell in cells], min(len(rows), total))
-    ranked = [sorted(cell, key=lambda i: order[i]) for cell in cells]
+        places = selection.allocate([len(cell) for cell in eligible], min(len(rows), total))
+    ranked = [sorted(cell, key=lambda i: order[i]) for cell in eligible]
     best = [cell[:n] for cell, n in zip(ranked, places)]
     tied = sum(selection.count_tied([order[i] for i in cell], n) for cell, n in zip(ranked, places))
+    # The control: as many of all candidates of each cell.
     rng = random.Random(runs.seed_of(seed, "random"))
-    drawn = [i for cell, chosen in zip(index.values(), best) for i in rng.sample(cell, len(chosen))]
+    drawn = [i for cell, chosen in zip(cells.values(), best) for i in rng.sample(cell, len(chosen))]
     return sorted(itertools.chain(*best)), sorted(drawn), tied
 
 

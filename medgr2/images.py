@@ -86,6 +86,13 @@ def open_image(path):
         raise RecordError(f"{path}: not a readable image ({reason}): {advice}") from None
 
 
+def blank_like(image):
+    """A grey image, which shows nothing, of the same size and so of as many tokens."""
+    from PIL import Image
+
+    return Image.new("RGB", image.size, (128, 128, 128))
+
+
 def require_size(path, width, height):
     """Raise RecordError if an image of this size, in pixels, is too large or too narrow."""
     size = f"{path}: {width} x {height} pixels"

@@ -43,8 +43,8 @@ FIELDS = {
 FILLED = ("id", "image", "question", "answer", "report")
 # What a question record must have: read_records(path, QUESTION).
 QUESTION = ("id", "image", "question", "answer")
-# The lowest and highest overall reward.
-MIN_REWARD, MAX_REWARD = -6, 10
+# The range of R, the overall reward.
+R_MIN, R_MAX = -6, 10
 MAX_LINE_BYTES = 16 << 20
 # Characters of a field that `show` prints.
 SHOWN = 600
@@ -112,8 +112,8 @@ def validate_options(options, answer):
 def validate_reward(reward):
     """Raise RecordError unless `reward` holds numbers and an `overall` reward in its range."""
     is_numeric = all(type(value) in (int, float) for value in reward.values())
-    is_valid = is_numeric and "overall" in reward and MIN_REWARD <= reward["overall"] <= MAX_REWARD
-    form = f"{{overall: a number in [{MIN_REWARD}, {MAX_REWARD}], a head: a number}}"
+    is_valid = is_numeric and "overall" in reward and R_MIN <= reward["overall"] <= R_MAX
+    form = f"{{overall: a number in [{R_MIN}, {R_MAX}], a head: a number}}"
     require(is_valid, f"`reward` is not {form}: score the record again")
 
 

@@ -119,7 +119,7 @@ def reward_metrics(groups):
         for k, parsed in enumerate(g.parsed):
             R = g.scores["overall"][k]
             row = {"reward": rewards[k], "reward_model": R, "match": g.match[k]}
-            row |= {"saturated": R in (records.MIN_REWARD, records.MAX_REWARD)}
+            row |= {"saturated": R in (records.R_MIN, records.R_MAX)}
             row |= {"length": lengths[k], "truncated": truncated[k], "unparsed": parsed.prediction is None}
             rows.append(row)
     rows = gather_object(rows)

@@ -315,7 +315,7 @@ def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbo
         features = reward.compute_features(backbone, [image], [prompt], [response], True)
         return features[0, -10:].abs().max()
 
-    blank = Image.new("RGB", (64, 64), reward.GREY)
+    blank = Image.new("RGB", (64, 64), (128, 128, 128))
     assert image_difference(blank) < 1e-4 < image_difference(open_image(rows[0]["image"]))
 
 
