@@ -1,6 +1,6 @@
 """Does --shard change what is learned, and what does a process hold? Against one plain process, on a CPU.
 
-Two small models with random weights (LLaVA with a tied head, Qwen2.5-VL), each case of tests/test_sharding.py,
+Two small models with random weights (LLaVA, its head tied; Qwen2.5-VL), the cases of test_sharding.py, over
 1, 2 and 3 processes (gloo), ten updates. It takes minutes, so tests/run.sh computes a few of these only.
 
     python benchmarks/sharding.py              into benchmarks/results/sharding.json and docs/scale.md
@@ -35,9 +35,12 @@ def measure():
         for model in MODELS:
             source = Path(folder, model)
             BUILD[model](source)
-            steps = dict.fromkeys(CASES, STEPS)
-            data = Path(folder, "expert.jsonl")
-            found[model] = {str(n): compare(str(source), data, n, steps) for n in PROCESSES}
+            found[model] = {str(n): {} for n in PROCESSES}
+            for n in PROCESSES:
+                for case in CASES:
+                    of_case = compare(str(source), Path(folder, "expert.jsonl"), n, {case: STEPS})
+                    found[model][str(n)] |= of_case
+                    print(model, n, of_case, flush=True)
     return found
 
 

@@ -38,7 +38,9 @@ def make_mesh(device):
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     world = dist.get_world_size()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return init_device_mesh(device, (world,) if per_node == world else (world // per_node, per_node))
+    if per_node == world:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (world // per_node, per_node), mesh_dim_names=("node", "shard"))
 
 
 def shard(loaded):
