@@ -362,6 +362,7 @@ def policy_gradient(policy, groups, counts, args, accelerator):
     # first is kept, so that there is a gradient, of zeros.
     learning = [i for i, g in enumerate(groups) if args.kl or g.advantages.any()] or [0]
     batches = rollouts.micro_batches(groups, args.micro_batch, learning)
+    # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
     dummies = sharding.dummy_passes(policy, len(batches))
     for index in batches:
         with accelerator.autocast():

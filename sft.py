@@ -145,6 +145,7 @@ def compute_gradient(policy, parameters, examples, micro_batch, accelerator):
     """Leave the gradient of the whole batch in the parameters → (loss, response tokens of the batch)."""
     tokens = int(vlm.encode_continuations(policy, [example.response for example in examples])[1].sum())
     own = examples[accelerator.process_index :: accelerator.num_processes]
+    # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
     dummies = sharding.dummy_passes(policy, math.ceil(len(own) / micro_batch))
     total = 0.0
     for loss, _ in micro_batch_losses(policy, own, micro_batch):

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from medgr2 import loading, runs
-from medgr2.errors import ModelError
+from medgr2.errors import ModelError, RunError, in_one_line
 
 
 def make_mesh(device):
@@ -107,10 +107,7 @@ def gathered(loaded):
 
 
 def dummy_passes(loaded, passes):
-    """How many passes of no weight a process must add to its own `passes`: 0 if the model is not sharded.
-
-    A pass gathers the weights from all processes, so all make as many as the one that has the most.
-    """
+    """By how many passes this process has fewer than the one that has the most; 0 without sharding."""
     return max(gather_object([passes])) - passes if units(loaded) else 0
 
 
@@ -142,7 +139,8 @@ def tensors_to_commit(parameters, optimizer):
 def save(tensors, folder):
     """Write each process's part of the tensors into `folder` → {file: SHA-256}. All processes call it.
 
-    They need not be on one machine, but `folder` must be one folder for all. Raises OSError.
+    They need not be on one machine, but `folder` must be one folder for all. Raises RunError if it cannot be
+    written.
     """
     if dist.get_rank() == 0:
         # Of a commit that was not completed.
@@ -151,8 +149,11 @@ def save(tensors, folder):
     try:
         dcp.save(tensors, checkpoint_id=folder)
     except CheckpointException as error:
-        # The error of one process comes to all.
-        raise next(iter(error.failures.values()))[0] from None
+        # All processes get the errors of all, which torch may have covered with its own.
+        first = next(iter(error.failures.values()))[0]
+        cause = in_one_line(first if isinstance(first, OSError) else first.__context__ or first)
+        advice = "make room, the same command resumes from the commit before"
+        raise RunError(f"{folder}: a commit was not written ({cause}); {advice}") from None
     return hash_files(folder)
 
 
