@@ -1,7 +1,8 @@
 """Does --shard change what is learned, and what does a process hold? Against one plain process, on a CPU.
 
-Two small models with random weights (LLaVA, its head tied; Qwen2.5-VL), the cases of test_sharding.py, over
-1, 2 and 3 processes (gloo), ten updates. It takes minutes, so tests/run.sh computes a few of these only.
+Two small models with random weights (LLaVA, its head tied; Qwen2.5-VL), the cases of tests/test_sharding.py,
+over 1, 2 and 3 processes (gloo) and over two pretended nodes of two. Two cases make ten updates, the others
+one. It takes minutes, so tests/run.sh computes a few of these only.
 
     python benchmarks/sharding.py              into benchmarks/results/sharding.json and docs/scale.md
     python benchmarks/sharding.py --readme     writes the table from the committed result file
@@ -20,11 +21,14 @@ import readme
 from medgr2 import cli, runs
 
 RESULT = os.path.join(ROOT, "benchmarks", "results", "sharding.json")
-MODELS, PROCESSES, STEPS = ("llava", "qwen2_5_vl"), (1, 2, 3), 10
+MODELS = ("llava", "qwen2_5_vl")
+# {name: (processes, processes of a node)}.
+PLACES = {"1": (1, 1), "2": (2, 2), "3": (3, 3), "2 nodes of 2": (4, 2)}
+LONG, STEPS = ("sft", "grpo --micro-group --kl"), 10
 
 
 def measure():
-    """{model: {number of processes: {case: what test_sharding.compare finds}}}."""
+    """{model: {place: {case: what test_sharding.compare finds}}}."""
     import clinic
     from test_sharding import CASES, compare
     from test_vlm import BUILD
@@ -35,24 +39,27 @@ def measure():
         for model in MODELS:
             source = Path(folder, model)
             BUILD[model](source)
-            found[model] = {str(n): {} for n in PROCESSES}
-            for n in PROCESSES:
+            found[model] = {place: {} for place in PLACES}
+            for place, (processes, per_node) in PLACES.items():
                 for case in CASES:
-                    of_case = compare(str(source), Path(folder, "expert.jsonl"), n, {case: STEPS})
-                    found[model][str(n)] |= of_case
-                    print(model, n, of_case, flush=True)
+                    steps = {case: STEPS if case in LONG else 1}
+                    data = Path(folder, "expert.jsonl")
+                    of_case = compare(str(source), data, processes, steps, LOCAL_WORLD_SIZE=str(per_node))
+                    found[model][place] |= of_case
+                    print(model, place, of_case, flush=True)
     return found
 
 
 def format_table(result):
-    """Per case the largest differences over models and numbers of processes, and what a process holds."""
+    """Per case the largest differences over models and places, and what a process holds."""
     found, rows = result["models"], []
     for case in found[MODELS[0]]["1"]:
-        of_case = {n: [found[model][str(n)][case] for model in MODELS] for n in PROCESSES}
+        of_case = {place: [found[model][place][case] for model in MODELS] for place in PLACES}
         every = [differs for several in of_case.values() for differs in several]
-        row = [case, *(f"{max(max(d[key] for d in every), 0):.0e}" for key in ("gradient", "update"))]
-        rows.append(row + [f"{max(d['bytes'] for d in of_case[n]):.2f}" for n in (2, 3)])
-    headers = ["case", "gradients, 1 - cosine", "ten updates, 1 - cosine", "bytes of 2", "bytes of 3"]
+        gradient, update = (max(0, *(d[key] for d in every)) for key in ("gradient", "update"))
+        row = [case, f"{gradient:.0e}", f"{update:.0e}" if case in LONG else ""]
+        rows.append(row + [f"{max(d['bytes'] for d in of_case[place]):.2f}" for place in ("2", "3")])
+    headers = ["case", "gradient, 1 - cosine", f"{STEPS} updates, 1 - cosine", "bytes of 2", "bytes of 3"]
     note = f"Command `{result['command']}`; commit `{(result['git']['commit'] or '?')[:10]}`."
     return readme.format_table(headers, rows) + "\n\n" + note
 

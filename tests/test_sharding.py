@@ -193,16 +193,16 @@ def difference(found, wanted):
     return 1 - torch.nn.functional.cosine_similarity(a, b, 0).item(), largest
 
 
-def compare(source, data, world, steps):
+def compare(source, data, world, steps, **more):
     """{case: how sharded training over `world` processes differs from one plain process}.
 
-    steps: {case: how many}.
+    steps: {case: how many}; more: added to the processes' environment.
     """
 
     def work(accelerator):
         return {case: train(source, data, case, accelerator, n, shard=True) for case, n in steps.items()}
 
-    result, found = {}, over(world, work)
+    result, found = {}, over(world, work, **more)
     for case, n in steps.items():
         plain = train(source, data, case, Accelerator(cpu=True), n)
         assert sorted(found[case]["gradient"]) == sorted(plain["gradient"])
