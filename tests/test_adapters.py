@@ -69,6 +69,16 @@ def test_the_gradient_of_an_adapter_is_that_of_the_weights_projected(source):
         assert b.grad.norm() > 0
 
 
+def test_an_adapter_learns_in_fp32_beside_frozen_weights_in_bf16(monkeypatch):
+    monkeypatch.setattr(loading, "best_dtype", lambda: torch.bfloat16)
+    loaded = adapters.load_to_train(str(ROOT / "toy" / "policy"), "cpu", "images", 4)
+    dtypes = {p.requires_grad: p.dtype for p in loaded.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        compute_logps(loaded).sum().backward()
+    assert all(p.grad is not None for p in loaded.model.parameters() if p.requires_grad)
+
+
 def test_without_its_adapter_the_model_computes_as_before(source):
     plain, adapted = loading.load(source), with_random_adapter(source)
     with torch.no_grad():
