@@ -783,25 +783,38 @@ import triton_ops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+GPUS = [*(GPUTarget("cuda", arch, 32) for arch in (75, 80, 90)), GPUTarget("hip", "gfx942", 64)]
+
+
+def build(kernel, gpu, grad, constants):
+    types = {"targets_ptr": "*i64", "grad_ptr": grad, "temperature": "fp32", "softcap": "fp32", "V": "i32"}
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+    code = compile(source, target=gpu, options={"num_warps": 8}).asm
+    if gpu.backend == "cuda":
+        assert f".target sm_{gpu.arch}" in code["ptx"]
+        assert "atom." not in code["ptx"] and "red.global" not in code["ptx"]
+    # The machine's own code.
+    assert code["cubin" if gpu.backend == "cuda" else "hsaco"]
+    print("compiled", kernel.__name__, gpu.arch, grad, constants)
+
+
 for kernel in (triton_ops._statistics_kernel, triton_ops._gradient_kernel):
     assert [p.name for p in kernel.params if p.is_constexpr] == ["BLOCK"]
-    types = {"targets_ptr": "*i64", "grad_ptr": "*bf16", "temperature": "fp32", "softcap": "fp32"}
-    types |= {"V": "i32", "BLOCK": "constexpr"}
-    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    for arch in (80, 90):
-        # Triton makes a V of 1 a constant.
-        for constants in ({"BLOCK": triton_ops.MAX_BLOCK}, {"BLOCK": 1, "V": 1}):
-            source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-            ptx = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8}).asm["ptx"]
-            assert f".target sm_{arch}" in ptx and "atom." not in ptx and "red.global" not in ptx
-            print("compiled", kernel.__name__, arch, constants)
+    for gpu in GPUS:
+        # The gradient of fp32 logits takes their place; that for bf16 GEMMs is written in bf16.
+        for grad in ("*bf16", "*fp32") if "grad_ptr" in kernel.arg_names else (None,):
+            build(kernel, gpu, grad, {"BLOCK": triton_ops.MAX_BLOCK})
+    # Triton makes a V of 1 a constant.
+    build(kernel, GPUS[1], "*bf16", {"BLOCK": 1, "V": 1})
 """
 
 
 @pytest.mark.skipif(TRITON is None, reason="triton is not installed")
-def test_kernels_compile_for_ampere_and_hopper_without_a_gpu_and_without_atomics(tmp_path):
+def test_kernels_compile_for_gpus_that_are_not_there_and_without_atomics(tmp_path):
+    """Turing, Ampere, Hopper and AMD's MI300."""
     out = run_python("-c", COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert out.count("compiled") == 8
+    assert out.count("compiled") == 14
 
 
 @pytest.mark.skipif(INTERPRETED or TRITON is None, reason="they ran in this process")
