@@ -102,6 +102,7 @@ def pair(request, qwen):
 
 @pytest.fixture(scope="module")
 def planted(qwen):
+    """The model that meets what is planted."""
     return adapters.load_to_train(str(qwen), DEVICE, "images")
 
 
@@ -184,14 +185,17 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_one_tensor_that_is_left_on_the_cpu_is_found(planted, monkeypatch, name):
-    module, function, own, other, meet = PLANTED[name]
-    source = inspect.getsource(getattr(module, function))
+def plant(monkeypatch, module, function, own, other):
+    source, scope = inspect.getsource(getattr(module, function)), {}
     assert own in source
-    scope = {}
     exec(source.replace(own, other), vars(module), scope)
     monkeypatch.setattr(module, function, scope[function])
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_one_tensor_that_is_left_on_the_cpu_is_found(planted, monkeypatch, name):
+    *where, meet = PLANTED[name]
+    plant(monkeypatch, *where)
     with pytest.raises(RuntimeError, match=MIXED):
         meet(planted)
 
@@ -226,15 +230,14 @@ def on_device(monkeypatch, call):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, qwen):
+    """Records, and a reward model whose heads are random."""
     folder = tmp_path_factory.mktemp("stages")
     clinic.write_clinic(str(folder / "data"), (3, 3, 2, 2, 1), seed=8)
+    backbone = loading.load(str(qwen), "cpu")
+    (folder / "rm").mkdir()
+    reward.RewardModel(backbone, reward.Heads(reward.LIKELIHOOD_FEATURES, 8), True).save(str(folder / "rm"))
     return folder
-
-
-GRPO = (
-    "--steps 2 --prompts 1 --group 2 --min-spread -1 --max-new-tokens 8 --patience 0 --kl 0.1 --save-every 1"
-)
 
 
 def test_generate_and_the_reward_model(on_device, folder, qwen):
@@ -243,7 +246,7 @@ def test_generate_and_the_reward_model(on_device, folder, qwen):
     on_device(generate, f"{images} --paradigms direct --max-new-tokens 4", "none of 2 candidates is kept")
     train = f"train --model {qwen} --data {folder}/data/expert.jsonl"
     few = "--resamples 1 --hidden 8 --batch 4"
-    on_device(reward, f"{train} --out {folder}/rm {few} --steps 2")
+    on_device(reward, f"{train} --out {folder}/rm_heads {few} --steps 2")
     whole = "--freeze nothing --no-likelihood --lr 1e-5"
     on_device(reward, f"{train} --out {folder}/rm_whole {few} --steps 1 {whole}")
     scored = f"score --model {folder}/rm --data {folder}/data/expert.jsonl --keep 1"
@@ -282,6 +285,11 @@ def test_grpo(on_device, folder, qwen, monkeypatch):
     more = "--micro-group 1 --iterations 2 --scale-rewards batch --mask-truncated"
     run_twice(on_device, monkeypatch, grpo, f"{models} {small} {watch} {more} --out {folder}/grpo")
     on_device(grpo, f"{models} {small} --lora 2 --loss gspo --freeze vision --out {folder}/grpo_lora")
+    plant(
+        monkeypatch, grpo, "accumulate_gradient", "for g in groups]).to(policy.device)", "for g in groups])"
+    )
+    with pytest.raises(RuntimeError, match=MIXED):
+        on_device(grpo, f"{models} {small} --out {folder}/grpo_planted")
 
 
 def test_eval(on_device, folder, qwen):
