@@ -5,7 +5,6 @@ A tensor that is left on the CPU raises here as on CUDA. What is computed is com
 
 import inspect
 from dataclasses import replace
-from pathlib import Path
 
 import clinic
 import emulated_device
@@ -24,7 +23,6 @@ from medgr2 import adapters, loading, vlm
 from triton_ops import LossInputs, linear_cross_entropy, linear_grpo_loss, linear_logprob
 
 evaluate = __import__("eval")
-TOY = Path(__file__).parent.parent / "toy"
 MIXED = "same device"
 
 # ---------------------------------------------------------------------------------------------------------
@@ -93,11 +91,18 @@ def qwen(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["toy", "qwen"])
-def pair(request, qwen):
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    BUILD["llava"](folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def pair(request):
     """A model on the device and on the CPU, with features that are kept."""
-    source = {"toy": TOY / "policy", "qwen": qwen}[request.param]
-    return [adapters.load_to_train(str(source), device, "images") for device in (DEVICE, "cpu")]
+    source = str(request.getfixturevalue(request.param))
+    return [adapters.load_to_train(source, device, "images") for device in (DEVICE, "cpu")]
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +224,7 @@ def on_device(monkeypatch, call):
     # The checks at loading, which `pair` has passed.
     monkeypatch.setattr(loading, "find_prefix_sharing", lambda loaded, learns: "always")
     monkeypatch.setattr(loading, "find_processor_fault", lambda loaded: None)
+    monkeypatch.setattr(loading, "can_reuse_features", lambda loaded: True)
 
     def run(module, flags, error=""):
         before = emulated_device.count
@@ -272,26 +278,27 @@ def run_twice(on_device, monkeypatch, module, flags):
 
 def test_sft(on_device, folder, qwen, monkeypatch):
     data = f"--data {folder}/data/expert.jsonl --val {folder}/data/val.jsonl --batch 2"
-    flags = f"--model {qwen} {data} --steps 2 --save-every 1 --out {folder}"
-    run_twice(on_device, monkeypatch, sft, f"{flags}/sft")
-    on_device(sft, f"{flags}/sft_whole --gradient-checkpointing --freeze nothing")
-    on_device(sft, f"{flags}/sft_lora --lora 2")
+    flags = f"--model {qwen} {data} --save-every 1 --out {folder}"
+    run_twice(on_device, monkeypatch, sft, f"{flags}/sft --steps 2")
+    on_device(sft, f"{flags}/sft_whole --steps 1 --gradient-checkpointing --freeze nothing")
+    on_device(sft, f"{flags}/sft_lora --steps 1 --lora 2")
 
 
 def test_grpo(on_device, folder, qwen, monkeypatch):
     models = f"--model {qwen} --reward {folder}/rm --data {folder}/data/expert.jsonl --patience 0"
-    small = "--steps 2 --prompts 1 --group 2 --max-new-tokens 8 --min-spread -1 --kl 0.1 --save-every 1"
+    small = "--prompts 1 --group 2 --max-new-tokens 4 --min-spread -1 --save-every 1"
     watch = f"--val {folder}/data/val.jsonl --watch-items 1"
-    more = "--micro-group 1 --iterations 2 --scale-rewards batch --mask-truncated"
+    more = "--steps 2 --kl 0.1 --micro-group 1 --iterations 2 --scale-rewards batch --mask-truncated"
     run_twice(on_device, monkeypatch, grpo, f"{models} {small} {watch} {more} --out {folder}/grpo")
-    on_device(grpo, f"{models} {small} --lora 2 --loss gspo --freeze vision --out {folder}/grpo_lora")
+    more = "--steps 1 --kl 0.1 --lora 2 --loss gspo --freeze vision"
+    on_device(grpo, f"{models} {small} {more} --out {folder}/grpo_lora")
     plant(
         monkeypatch, grpo, "accumulate_gradient", "for g in groups]).to(policy.device)", "for g in groups])"
     )
     with pytest.raises(RuntimeError, match=MIXED):
-        on_device(grpo, f"{models} {small} --out {folder}/grpo_planted")
+        on_device(grpo, f"{models} {small} --steps 1 --out {folder}/grpo_planted")
 
 
 def test_eval(on_device, folder, qwen):
     data = f"--model {qwen} --data {folder}/data/test.jsonl --out {folder}/eval"
-    on_device(evaluate, f"{data} --scores --blind --samples 2 --max-new-tokens 8")
+    on_device(evaluate, f"{data} --scores --blind --samples 2 --max-new-tokens 4")
