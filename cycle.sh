@@ -40,6 +40,9 @@ EVAL_FLAGS=${EVAL_FLAGS:-}
 CLINIC_FLAGS=${CLINIC_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
 
+# How many seconds a launcher that got a signal gives its processes to end a step and commit; else 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
 # A stage runs in the background, because bash handles no signal while a command runs in the foreground. So a
 # signal sent to this shell alone reaches the stage, or its launcher, which passes it on. The stage commits and
 # exits. A second Ctrl-C kills it; the processes of a launcher that was killed end by themselves.

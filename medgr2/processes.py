@@ -33,6 +33,11 @@ def largest(number):
     return max(gather_object([number])) if torch.distributed.is_initialized() else number
 
 
+def wait_for_all():
+    """Return once all processes have called it."""
+    largest(0)
+
+
 def from_first(function, *args):
     """What the first process gets from function(*args), on each. All must call it."""
     import torch.distributed

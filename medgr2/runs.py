@@ -362,6 +362,9 @@ def start(args, inputs=(), main=True, free=()):
         if main:
             print(f"{folder}: complete already")
         sys.exit(0)
+    # The others read what the first has found intact, and do not hash it again.
+    if not main:
+        processes.wait_for_all()
     state = {}
     if args.resume and os.path.isdir(os.path.join(part, "state")):
         require_same_run(part, metadata, free)
@@ -370,6 +373,8 @@ def start(args, inputs=(), main=True, free=()):
     if main and not state:
         clear(part)
         write_json(os.path.join(part, "args.json"), metadata)
+    if main:
+        processes.wait_for_all()
     trackers = None
     if main and report_to:
         trackers = Trackers(report_to, folder, part, metadata["args"], state.get("step", 0))
@@ -487,7 +492,7 @@ def load_newest_state(part, main):
             continue
         path = os.path.join(folder, name)
         checksum = name.removesuffix(".pt").partition("-")[2]
-        if checksum and sha256(path).startswith(checksum):
+        if not main or checksum and sha256(path).startswith(checksum):
             # Every process loads it; without map_location all of them would load it onto GPU 0.
             state = torch.load(path, map_location="cpu", weights_only=True)
             if "shards" not in state:

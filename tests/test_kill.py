@@ -31,6 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "tests")]
@@ -294,6 +295,19 @@ def test_a_stage_that_got_sigterm_or_ctrl_c_ends_like_an_undisturbed_one(runner,
     assert runner.disturb(name, 1, random.Random(f"term {name}"), how)[1:] == ([], 0)
 
 
+def test_two_processes_that_got_sigterm_commit_and_one_resumes(runner, tmp_path):
+    out = str(tmp_path / "out")
+    assert runner.run_several("sft", out, 2, 0.5, "SIGTERM") == 1
+    # Their own line is below the launcher's.
+    for _ in range(100):
+        last = Path(runner.stderr).read_text().splitlines()[-1]
+        time.sleep(0.05 * (not last.startswith(out)))
+    assert re.fullmatch(rf"{out}.part: stopped by SIGTERM at step \d+; the same command resumes it", last)
+    assert len(list(Path(out + ".part", "state").iterdir())) in (1, 2)
+    assert runner.run("sft", out) == 0
+    assert differences(os.path.join(runner.folder, "sft"), out) == []
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A function that makes a disk of so many KiB, or changes its size, and returns its folder."""
@@ -349,6 +363,27 @@ def test_a_file_that_differs_and_a_record_that_is_lost_are_counted(runner, monke
     monkeypatch.setitem(STAGES, "more", STAGES["candidates"])
     # args.json differs because its --out does.
     assert runner.disturb("more", 0, random.Random(0)) == (0, ["args.json", "candidates.jsonl"], 1)
+
+
+def test_a_record_a_number_and_a_weight_that_differ_are_found(tmp_path):
+    from safetensors.torch import save_file
+
+    for folder, record, loss, weight in (
+        ("a", "x", 1.0, 1.0),
+        ("b", "x", 1.001, 1.0001),
+        ("c", "y", 1.1, 1.1),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "predictions.jsonl").write_text(json.dumps({"id": record}))
+        (tmp_path / folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss}))
+        save_file({"w": torch.full((9,), weight)}, tmp_path / folder / "model.safetensors")
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert differences(tmp_path / "a", tmp_path / "c") == [
+        "metrics.jsonl",
+        "model.safetensors",
+        "predictions.jsonl",
+    ]
+    assert (count_records(tmp_path / "a") - count_records(tmp_path / "c")).total() == 1
 
 
 def soak(kills, stages, disturb, runner, command, out):
