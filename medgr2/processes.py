@@ -25,12 +25,20 @@ def several():
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def are_connected():
+    """Does an Accelerator connect this process with others?"""
+    # Not imported here: a stage that computes in several processes has imported it.
+    distributed = sys.modules.get("torch.distributed")
+    return several() and distributed is not None and distributed.is_initialized()
+
+
 def largest(number):
     """The largest of the numbers that the processes give. All must call it."""
-    import torch.distributed
+    if not are_connected():
+        return number
     from accelerate.utils import gather_object
 
-    return max(gather_object([number])) if torch.distributed.is_initialized() else number
+    return max(gather_object([number]))
 
 
 def wait_for_all():
@@ -40,12 +48,11 @@ def wait_for_all():
 
 def from_first(function, *args):
     """What the first process gets from function(*args), on each. All must call it."""
-    import torch.distributed
+    if not are_connected():
+        return function(*args)
     from accelerate.utils import broadcast_object_list
 
-    if not torch.distributed.is_initialized():
-        return function(*args)
-    return broadcast_object_list([None if torch.distributed.get_rank() else function(*args)])[0]
+    return broadcast_object_list([function(*args) if os.environ["RANK"] == "0" else None])[0]
 
 
 @functools.cache
