@@ -7,8 +7,11 @@
 
 A stage runs in a process forked from a server that has imported torch. It is killed, or interrupted as by
 Ctrl-C, at a random time within the duration of the undisturbed run, and is started again by the same command.
-After some signals it is left to finish. With --processes each start draws how many processes it has, and each
-signal who gets it: SIGKILL one of them or all, SIGTERM the launcher. The undisturbed run has one process.
+After some signals it is left to finish.
+
+With --processes each start draws how many processes it has. SIGKILL goes to one of them, or to all and the
+launcher; SIGTERM and SIGINT go to the launcher, once a random share of the records or steps is written. The
+undisturbed run has one process.
 """
 
 import contextlib
@@ -67,10 +70,18 @@ STAGES = {
     ),
     "eval": ("eval.py", "--model {d}/grpo --data {d}/clinic/test.jsonl --batch 4"),
 }
-# The stages that several processes share. Without --min-spread each refills its own share of GRPO's groups.
-SHARED = {"candidates": "", "scored": "", "sft": "", "grpo": " --min-spread -1", "eval": ""}
-# How a run of several processes is ended.
-BLOWS = ("SIGKILL one", "SIGKILL all", "SIGTERM")
+# The stages that several processes share, and the file that grows while each works.
+SHARED = {
+    "candidates": "candidates.jsonl",
+    "scored": "scored.jsonl",
+    "sft": "metrics.jsonl",
+    "grpo": "metrics.jsonl",
+    "eval": "predictions.jsonl",
+}
+# GRPO's groups: without this each process refills its own share.
+ALIKE = {"grpo": " --min-spread -1"}
+# How a run of several processes is ended: whom SIGKILL gets; the others are for the launcher.
+BLOWS = ("SIGKILL one", "SIGKILL all", "SIGTERM", "SIGINT")
 # The names of the result files, without .json, and of the tables in docs/reliability.md.
 RESULTS = {"SIGKILL": "kills", "SIGINT": "interrupts"}
 PROCESSES_RESULT = "kills_processes"
@@ -93,11 +104,12 @@ def run_script(script, flags, stderr):
 def strike(launcher, blow, rng):
     """End a run of several processes → its status. None may be left after 10 seconds, 30 if it commits."""
     workers = children(launcher.pid)
-    victims = {"SIGKILL all": [launcher.pid, *workers], "SIGTERM": [launcher.pid]}
-    for pid in victims.get(blow) or [rng.choice(workers or [launcher.pid])]:
+    name, _, victims = blow.partition(" ")
+    victims = {"one": [rng.choice(workers)], "all": [launcher.pid, *workers], "": [launcher.pid]}[victims]
+    for pid in victims:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM if blow == "SIGTERM" else signal.SIGKILL)
-    wait_until_gone(workers, 30 if blow == "SIGTERM" else 10)
+            os.kill(pid, signal.Signals[name])
+    wait_until_gone(workers, 10 if name == "SIGKILL" else 30)
     return launcher.wait(60)
 
 
@@ -155,34 +167,40 @@ class Runner:
             differing.append("unfinished")
         return hits, differing, len(record_ids(undisturbed) - record_ids(out))
 
-    def run_several(self, name, out, processes, limit=None, blow=None, rng=None):
-        """The same in several processes; the limit starts once the run has. Returns the launcher's status."""
+    def run_several(self, name, out, processes, blow=None, share=0.0, rng=random):
+        """The same in several processes; the blow falls once a share of the stage's file is written.
+
+        Returns the launcher's status.
+        """
         script, flags = self.command(name, out)
+        growing, enough = Path(out + ".part", SHARED[name]), share * self.size(name)
         with open(self.stderr, "w") as stderr:
             launcher = torchrun(processes, script, *flags, stderr=stderr)
-        while launcher.poll() is None and not os.path.exists(f"{out}.part"):
+        while launcher.poll() is None:
+            if blow and growing.exists() and growing.stat().st_size > enough:
+                return strike(launcher, blow, rng)
             time.sleep(0.02)
-        try:
-            return launcher.wait(limit)
-        except subprocess.TimeoutExpired:
-            return strike(launcher, blow, rng)
+        return launcher.returncode
 
-    def disturb_several(self, name, blows, numbers, rng):
-        """As `disturb`, with several processes, of a number that each start draws from `numbers`.
+    def size(self, name):
+        return Path(self.folder, name, SHARED[name]).stat().st_size
+
+    def disturb_several(self, name, numbers, rng):
+        """Start the stage, end it in each way and let it finish; each start draws its number of processes.
 
         Returns ({blow: how many found it alive}, records lost and doubled, what differs from the undisturbed
         run, which has one process).
         """
-        out, hits = os.path.join(self.folder, f"{name}-several-{rng.random()}"), dict.fromkeys(BLOWS, 0)
-        for blow in blows:
-            limit = rng.random() * self.seconds[name]
-            hits[blow] += self.run_several(name, out, rng.choice(numbers), limit, blow, rng) != 0
+        out, hits = os.path.join(self.folder, f"{name}-several-{rng.random()}"), {}
+        for k, blow in enumerate(rng.sample(BLOWS, len(BLOWS))):
+            share = (k + rng.random()) / (len(BLOWS) + 1)
+            hits[blow] = int(self.run_several(name, out, rng.choice(numbers), blow, share, rng) != 0)
         status = self.run_several(name, out, rng.choice(numbers))
         assert status == 0, Path(self.stderr).read_text()
         undisturbed = os.path.join(self.folder, name)
         there, here = count_records(undisturbed), count_records(out)
         lost, doubled = (there - here).total(), (here - there).total()
-        return hits, lost, doubled, differences(undisturbed, out)
+        return {blow: hits[blow] for blow in BLOWS}, lost, doubled, differences(undisturbed, out)
 
 
 def differences(undisturbed, folder):
@@ -297,7 +315,7 @@ def test_a_stage_that_got_sigterm_or_ctrl_c_ends_like_an_undisturbed_one(runner,
 
 def test_two_processes_that_got_sigterm_commit_and_one_resumes(runner, tmp_path):
     out = str(tmp_path / "out")
-    assert runner.run_several("sft", out, 2, 0.5, "SIGTERM") == 1
+    assert runner.run_several("sft", out, 2, "SIGTERM") == 1
     # Their own line is below the launcher's.
     for _ in range(100):
         last = Path(runner.stderr).read_text().splitlines()[-1]
@@ -421,7 +439,7 @@ def soak_one(runner, name, rng, how):
 
 def soak_several(runner, name, rng, numbers):
     """For `soak`: a run of several processes, ended in each way."""
-    hits, lost, doubled, differing = runner.disturb_several(name, rng.sample(BLOWS, 3), numbers, rng)
+    hits, lost, doubled, differing = runner.disturb_several(name, numbers, rng)
     return sum(hits.values()), {**hits, "lost records": lost, "doubled records": doubled}, differing
 
 
@@ -465,7 +483,7 @@ def main(args):
             disturb = functools.partial(soak_one, how=signal.Signals[args.signal])
             command += f"--signal {args.signal}"
         with tempfile.TemporaryDirectory() as folder:
-            runner = Runner(folder, SHARED if args.processes else {})
+            runner = Runner(folder, ALIKE if args.processes else {})
             found = soak(args.kills, stages, disturb, runner, command, str(out))
         print(kills_table(out))
     if args.readme:
