@@ -6,6 +6,7 @@ another inside a collective handles no signal. So a thread of each process watch
 other what happened through the launcher's key-value store.
 """
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -68,7 +69,7 @@ class Peers:
     def __init__(self):
         from torch.distributed import PrefixStore, TCPStore
 
-        self.rank, self.size, self.launcher = os.environ["RANK"], os.environ["WORLD_SIZE"], os.getppid()
+        self.rank, self.launcher = os.environ["RANK"], os.getppid()
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         # The launcher may start all processes anew.
         self.store = PrefixStore(f"medgr2/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -90,7 +91,7 @@ class Peers:
                 fail(f"{script}: {killed} was killed; the same command resumes from the last commit", ENDED)
             if has_failed:
                 time.sleep(WAIT)
-                os._exit(ENDED)
+                end(ENDED)
 
     def find_killed(self):
         """Which process has ended without `leave`, as a text; None if none has."""
@@ -99,24 +100,28 @@ class Peers:
         self.neighbours = self.neighbours or self.find_neighbours()
         for rank, pid in self.neighbours.items():
             if not is_alive(pid) and not self.store.check([f"left {rank}"]):
-                return f"process {rank} of {self.size}"
+                return f"the process with rank {rank}"
 
     def find_neighbours(self):
         """{rank: process id} of those that this launcher has started; {} until all have started."""
-        keys = [f"process {rank}" for rank in range(int(self.size))]
+        keys = [f"process {rank}" for rank in range(int(os.environ["WORLD_SIZE"]))]
         if not self.store.check(keys):
             return {}
-        started = [self.store.get(key).decode().split() for key in keys]
-        return {
-            rank: int(pid) for rank, (group, pid) in enumerate(started) if group == os.environ["GROUP_RANK"]
-        }
+        started = enumerate(self.store.get(key).decode().split() for key in keys)
+        return {rank: int(pid) for rank, (launcher, pid) in started if launcher == os.environ["GROUP_RANK"]}
 
     def is_launched(self):
         """Is the launcher, which holds the store, still there?"""
         return os.getppid() == self.launcher
 
     def is_first_to_fail(self):
-        return self.store.add("failed", 1) == 1 if self.is_launched() else self.rank == "0"
+        try:
+            if self.is_launched():
+                return self.store.add("failed", 1) == 1
+        except RuntimeError:
+            # As above.
+            pass
+        return os.environ["LOCAL_RANK"] == "0"
 
 
 def is_alive(pid):
@@ -139,7 +144,13 @@ def fail(text, status):
         print_last(text.rstrip().splitlines()[-1])
     else:
         time.sleep(WAIT)
-    # Not sys.exit: it could wait for the others.
+    end(status)
+
+
+def end(status):
+    """Exit at once: sys.exit could wait for the others, and ends no process from a thread."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)
 
 

@@ -2,7 +2,7 @@
 
     python tests/test_kill.py --kills 300                  at least so many; benchmarks/results/kills.json
     python tests/test_kill.py --kills 140 --signal SIGINT  by Ctrl-C; benchmarks/results/interrupts.json
-    python tests/test_kill.py --kills 60 --processes 2 3 1 in several; benchmarks/results/kills_processes.json
+    python tests/test_kill.py --kills 20 --processes 2 3 1 in several; benchmarks/results/kills_processes.json
     python tests/test_kill.py --readme                     writes the tables of docs/reliability.md from them
 
 A stage runs in a process forked from a server that has imported torch. It is killed, or interrupted as by
@@ -105,12 +105,23 @@ def strike(launcher, blow, rng):
     """End a run of several processes → its status. None may be left after 10 seconds, 30 if it commits."""
     workers = children(launcher.pid)
     name, _, victims = blow.partition(" ")
-    victims = {"one": [rng.choice(workers)], "all": [launcher.pid, *workers], "": [launcher.pid]}[victims]
+    victims = {
+        "one": rng.sample(workers, min(1, len(workers))),
+        "all": [launcher.pid, *workers],
+        "": [launcher.pid],
+    }[victims]
     for pid in victims:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.Signals[name])
     wait_until_gone(workers, 10 if name == "SIGKILL" else 30)
     return launcher.wait(60)
+
+
+def size(path):
+    """In bytes; 0 if there is no such file (a run that is done has moved it)."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 class Runner:
@@ -173,17 +184,17 @@ class Runner:
         Returns the launcher's status.
         """
         script, flags = self.command(name, out)
-        growing, enough = Path(out + ".part", SHARED[name]), share * self.size(name)
+        growing, enough = (
+            Path(out + ".part", SHARED[name]),
+            share * size(Path(self.folder, name, SHARED[name])),
+        )
         with open(self.stderr, "w") as stderr:
             launcher = torchrun(processes, script, *flags, stderr=stderr)
         while launcher.poll() is None:
-            if blow and growing.exists() and growing.stat().st_size > enough:
+            if blow and size(growing) > enough:
                 return strike(launcher, blow, rng)
             time.sleep(0.02)
         return launcher.returncode
-
-    def size(self, name):
-        return Path(self.folder, name, SHARED[name]).stat().st_size
 
     def disturb_several(self, name, numbers, rng):
         """Start the stage, end it in each way and let it finish; each start draws its number of processes.
@@ -462,7 +473,7 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("--kills", type=int, help="continue until there are so many")
     p.add_argument("--signal", choices=RESULTS, default="SIGKILL", help="what kills it")
-    numbers = "kill runs of several processes, of these numbers in turn"
+    numbers = "kill runs of several processes; each start draws one of these numbers"
     p.add_argument("--processes", type=int, nargs="+", help=numbers)
     cli.add_switch(p, "--readme", "write the tables of docs/reliability.md from the result files")
     return p.parse_args()
