@@ -179,7 +179,7 @@ class Runner:
         return hits, differing, len(record_ids(undisturbed) - record_ids(out))
 
     def run_several(self, name, out, processes, blow=None, share=0.0, rng=random):
-        """The same in several processes; the blow falls once a share of the stage's file is written.
+        """The same in several processes; the blow falls once a share of the stage's file is written, or more.
 
         Returns the launcher's status.
         """
@@ -438,7 +438,8 @@ def soak(kills, stages, disturb, runner, command, out):
             if differing or columns["lost records"]:
                 found.append({"schedule": schedule, "differing": differing, **columns})
             print(name, dict(counts[name]), *found, flush=True)
-    runs.write_json(out, {"command": command, "differences": found, "stages": counts, **runs.environment()})
+            result = {"command": command, "differences": found, "stages": counts, **runs.environment()}
+            runs.write_json(out, result)
     return found
 
 
