@@ -179,7 +179,7 @@ def main(args):
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
     paths = [args.model, *args.data, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
-    run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch",))
+    run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch", "gradient_checkpointing"))
     weights = args.weights or [1.0] * len(args.data)
     if len(weights) != len(args.data):
         raise RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")
