@@ -426,9 +426,8 @@ def main(args):
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
     paths = [args.model, args.reward, *args.data, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
-    run = runs.start(
-        args, paths, accelerator.is_main_process, free=("micro_batch", "micro_group", "rollout_batch")
-    )
+    free = ("micro_batch", "micro_group", "rollout_batch")
+    run = runs.start(args, paths, accelerator.is_main_process, free=free)
     examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]
     policy, reference, reward_model = load_models(args, accelerator)
     examples = rollouts.leave_out_too_long(policy, examples, args.max_new_tokens, args.on_error)

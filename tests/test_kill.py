@@ -2,7 +2,7 @@
 
     python tests/test_kill.py --kills 300                  at least so many; benchmarks/results/kills.json
     python tests/test_kill.py --kills 140 --signal SIGINT  by Ctrl-C; benchmarks/results/interrupts.json
-    python tests/test_kill.py --kills 20 --processes 2 3 1 in several; benchmarks/results/kills_processes.json
+    python tests/test_kill.py --kills 20 --processes 2 1   in several; benchmarks/results/kills_processes.json
     python tests/test_kill.py --readme                     writes the tables of docs/reliability.md from them
 
 A stage runs in a process forked from a server that has imported torch. It is killed, or interrupted as by
@@ -10,7 +10,7 @@ Ctrl-C, at a random time within the duration of the undisturbed run, and is star
 After some signals it is left to finish.
 
 With --processes each start draws how many processes it has. SIGKILL goes to one of them, or to all and the
-launcher; SIGTERM and SIGINT go to the launcher, once a random share of the records or steps is written. The
+launcher; SIGTERM and SIGINT go to the launcher. All come soon after the first commit of the start. The
 undisturbed run has one process.
 """
 
@@ -78,8 +78,9 @@ SHARED = {
     "grpo": "metrics.jsonl",
     "eval": "predictions.jsonl",
 }
-# GRPO's groups: without this each process refills its own share.
-ALIKE = {"grpo": " --min-spread -1"}
+# Enough commits for several kills; and without --min-spread each process refills its own share of the groups.
+ALIKE = {name: " --batch 1" for name in ("candidates", "scored", "eval")}
+ALIKE |= {"grpo": " --min-spread -1 --steps 8"}
 # How a run of several processes is ended: whom SIGKILL gets; the others are for the launcher.
 BLOWS = ("SIGKILL one", "SIGKILL all", "SIGTERM", "SIGINT")
 # The names of the result files, without .json, and of the tables in docs/reliability.md.
@@ -178,20 +179,21 @@ class Runner:
             differing.append("unfinished")
         return hits, differing, len(record_ids(undisturbed) - record_ids(out))
 
-    def run_several(self, name, out, processes, blow=None, share=0.0, rng=random):
-        """The same in several processes; the blow falls once a share of the stage's file is written, or more.
+    def run_several(self, name, out, processes, blow=None, delay=0.0, rng=random):
+        """The same in several processes; the blow falls `delay` seconds after the first new commit.
 
         Returns the launcher's status.
         """
         script, flags = self.command(name, out)
-        growing, enough = (
-            Path(out + ".part", SHARED[name]),
-            share * size(Path(self.folder, name, SHARED[name])),
-        )
+        growing = Path(out + ".part", SHARED[name])
+        before = size(growing)
         with open(self.stderr, "w") as stderr:
             launcher = torchrun(processes, script, *flags, stderr=stderr)
         while launcher.poll() is None:
-            if blow and size(growing) > enough:
+            # A resumed run first drops what was not committed.
+            before = min(before, size(growing))
+            if blow and size(growing) > before:
+                time.sleep(delay)
                 return strike(launcher, blow, rng)
             time.sleep(0.02)
         return launcher.returncode
@@ -203,9 +205,9 @@ class Runner:
         run, which has one process).
         """
         out, hits = os.path.join(self.folder, f"{name}-several-{rng.random()}"), {}
-        for k, blow in enumerate(rng.sample(BLOWS, len(BLOWS))):
-            share = (k + rng.random()) / (len(BLOWS) + 1)
-            hits[blow] = int(self.run_several(name, out, rng.choice(numbers), blow, share, rng) != 0)
+        for blow in rng.sample(BLOWS, len(BLOWS)):
+            delay = rng.random() * 0.3
+            hits[blow] = int(self.run_several(name, out, rng.choice(numbers), blow, delay, rng) != 0)
         status = self.run_several(name, out, rng.choice(numbers))
         assert status == 0, Path(self.stderr).read_text()
         undisturbed = os.path.join(self.folder, name)
