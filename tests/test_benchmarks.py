@@ -249,7 +249,7 @@ def test_the_table_of_losses_has_multiples_of_the_plain_way_and_empty_cells_for_
 # The tables of README.md and docs/.
 
 BLOCK = re.compile(r"(?<=<!-- )([\w-]+)( -->\n)(.*?)(?=<!-- /\1 -->)", re.DOTALL)
-NAMES = "seeds", "grpo_step", "logprob", "cycle", "authors_file", "collect"
+NAMES = "seeds", "grpo_step", "memory", "logprob", "cycle", "authors_file", "collect"
 WRITERS = [f"benchmarks/{name}.py" for name in NAMES]
 WRITERS += ["tests/test_kill.py"]
 
@@ -703,58 +703,3 @@ def test_a_run_that_fails_is_an_error_that_names_its_log_and_a_folder_that_is_th
     with pytest.raises(RunError, match="seed9: there already"):
         seeds.run_cycles([8, 9], 1)
     assert not (waiting / "runs" / "seed8").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# recipes/
-
-# The command that each variable's flags go to.
-FLAGS_OF = {
-    "GENERATE_FLAGS": "generate.py --images i --model m --out o",
-    "REWARD_FLAGS": "reward.py train --model m --data d --out o",
-    "SCORE_FLAGS": "reward.py score --model m --data d --out o",
-    "SFT_FLAGS": "sft.py --model m --data d --out o",
-    "GENERATOR_FLAGS": "sft.py --role generator --model m --data d --out o",
-    "GRPO_FLAGS": "grpo.py --model m --reward r --data d --out o",
-    "EVAL_FLAGS": "eval.py --model m --data d --out o",
-}
-
-
-@pytest.mark.parametrize("recipe", sorted(os.listdir(os.path.join(ROOT, "recipes"))))
-def test_a_recipe_prepares_its_data_and_gives_the_cycle_flags_that_the_stages_know(copy, recipe):
-    shutil.copytree(os.path.join(ROOT, "recipes"), copy / "recipes")
-    shutil.copy(os.path.join(ROOT, "setup.sh"), copy)
-    dump = "import json, os, sys; json.dump(dict(os.environ), sys.stdout)"
-    (copy / "cycle.sh").write_text(f"\"$PYTHON\" -c '{dump}' > settings.json\n")
-    rows, source = [], copy / "source"
-    (source / "Images").mkdir(parents=True)
-    for i in range(100):
-        (source / "Images" / f"{i}.png").write_bytes(str(i).encode())
-        row = {
-            "question_id": str(i),
-            "question": "Which?",
-            "gt_answer": "CT",
-            "option_A": "CT",
-            "option_B": "MRI",
-        }
-        row |= {
-            "question_type": "Modality Recognition",
-            "modality_type": "X-Ray",
-            "image_path": f"Images/{i}.png",
-        }
-        rows.append(row)
-    write_json(source / "QA_information" / "x.json", rows)
-    env = os.environ | {"PYTHON": sys.executable, "OMNIMEDVQA": "source"}
-    done = subprocess.run(["bash", f"recipes/{recipe}"], cwd=copy, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    settings = json.loads((copy / "settings.json").read_text())
-    counts = {
-        name: len((copy / settings[name]).read_text().splitlines()) for name in ("EXPERT", "VAL", "TEST")
-    }
-    assert counts == {"EXPERT": 5, "VAL": 1, "TEST": 20} and settings["IMAGE_ROOT"] == "source"
-    assert len((copy / settings["IMAGES"]).read_text().splitlines()) == 74
-    for name, command in FLAGS_OF.items():
-        # All flags that are not known are named.
-        words = [*command.split(), *settings[name].split(), "--no-such-flag"]
-        done = subprocess.run([sys.executable, *words], cwd=copy, capture_output=True, text=True)
-        assert "unrecognized arguments: --no-such-flag;" in done.stderr, done.stderr
