@@ -4,6 +4,7 @@
 #   bash cycle.sh                                  about 20 minutes on 2 CPU cores
 #   OUT=runs/seed1 SEED=1 bash cycle.sh            another seed
 #   GRPO=my_grpo.py OUT=runs/mine bash cycle.sh    an ablation: any stage's script can be replaced by another
+#   DRY_RUN=1 ... bash cycle.sh                    shows every command and checks it; runs none
 #
 # A stage's output folder is final once it exists, so the same command resumes a run that was stopped and does
 # nothing if the run is complete. A real run sets the variables below: docs/scale.md has an example.
@@ -39,6 +40,11 @@ CEILING_FLAGS=${CEILING_FLAGS:---steps 3000}
 EVAL_FLAGS=${EVAL_FLAGS:-}
 CLINIC_FLAGS=${CLINIC_FLAGS:-}
 LAUNCH=${LAUNCH:-}            # for several GPUs: LAUNCH="accelerate launch --num_processes 8"
+DRY_RUN=${DRY_RUN:-}          # if not empty, run no stage: check files, flags, DISK_GB and PLANS
+DISK_GB=${DISK_GB:-0}         # free disk that OUT needs
+GPU_GB=${GPU_GB:-} PLANS=${PLANS:-}    # memory of a GPU, and rows of benchmarks/memory.py that must fit it
+
+fail() { echo "cycle.sh: $1" >&2; exit 2; }
 
 # How many seconds a launcher that got a signal gives its processes to end a step and commit; else 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
@@ -69,6 +75,30 @@ launch() {
   [ -e "$folder" ] || run ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 
+# In a dry run, in place of `run`: show the command and let its script read the flags. It stops at the last one,
+# before it imports torch.
+read_flags() {
+  local said
+  shift
+  echo "$*"
+  said=$("$PYTHON" "$@" --no-such-flag 2>&1) || :
+  [[ $said == *"unrecognized arguments: --no-such-flag;"* ]] || fail "${said##*$'\n'}"
+}
+
+# What a dry run checks beside files and flags.
+check() {
+  local place=$OUT free
+  for v in POLICY GENERATOR REWARD_BACKBONE; do
+    # What is not there is a name on the Hub.
+    [ ! -e "${!v}" ] || [ -f "${!v}/config.json" ] || fail "$v=${!v}: no config.json in it; give a model's folder"
+  done
+  [ -z "$LAUNCH" ] || command -v "${LAUNCH%% *}" > /dev/null || fail "LAUNCH: no command ${LAUNCH%% *}; install it"
+  while [ ! -e "$place" ]; do place=$(dirname "$place"); done
+  free=$(df -Pk "$place" | awk 'NR == 2 {print int($4 * 1024 / 1e9)}')
+  [ "$free" -ge "$DISK_GB" ] || fail "OUT=$OUT: $free GB of disk are free and it needs $DISK_GB; make room"
+  [ -z "$PLANS" ] || "$PYTHON" benchmarks/memory.py --fits "$GPU_GB" --rows $PLANS || exit 2
+}
+
 # [FROM=MODEL] [MORE=FLAGS] sft FOLDER DATA...: train the policy, from its base unless FROM is given, and
 # evaluate it. --test refuses data with test images.
 sft() {
@@ -84,10 +114,10 @@ evaluate() {
 
 case $FILTER in
   accepted | random) ;;
-  *) echo "cycle.sh: FILTER=$FILTER: give accepted or random" >&2; exit 2 ;;
+  *) fail "FILTER=$FILTER: give accepted or random" ;;
 esac
 [ "$FILTER" = accepted ] || [ -z "$CONTROLS" ] ||
-  { echo "cycle.sh: FILTER=$FILTER: the CONTROLS compare with accepted; leave one of them out" >&2; exit 2; }
+  fail "FILTER=$FILTER: the CONTROLS compare with accepted; leave one of them out"
 
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
@@ -98,11 +128,11 @@ if [ -z "$EXPERT" ]; then
   IMAGE_ROOT=$OUT/data PLENTY=${CONTROLS:+$OUT/data/plenty.jsonl}
 fi
 for v in IMAGES VAL TEST IMAGE_ROOT; do
-  [ -n "${!v}" ] || { echo "cycle.sh: EXPERT is given and $v is not; give $v too" >&2; exit 2; }
+  [ -n "${!v}" ] || fail "EXPERT is given and $v is not; give $v too"
 done
 # Checked now, not when a stage needs the file days later.
 for v in EXPERT REPORTS IMAGES VAL TEST PLENTY; do
-  [ -z "${!v}" ] || [ -f "${!v}" ] || { echo "cycle.sh: $v=${!v}: no such file; correct it" >&2; exit 2; }
+  [ -z "${!v}" ] || [ -f "${!v}" ] || fail "$v=${!v}: no such file; correct it"
 done
 
 # Stages whose folders exist are skipped, so a folder must hold only one cycle.
@@ -113,15 +143,18 @@ settings=$(
     echo "$v=${!v}"
   done
 )
-mkdir -p "$OUT"
-if [ ! -e "$OUT/settings" ]; then
+if [ -n "$DRY_RUN" ]; then
+  check
+  run() { read_flags "$@"; }
+  LAUNCH= CONTROLS= TRUTH=
+elif [ ! -e "$OUT/settings" ]; then
+  mkdir -p "$OUT"
   # Renamed when complete, so that it is never half written.
   echo "$settings" > "$OUT/settings.tmp"
   mv "$OUT/settings.tmp" "$OUT/settings"
 fi
-if [ "$settings" != "$(cat "$OUT/settings")" ]; then
-  echo "cycle.sh: $OUT holds a cycle with other settings ($OUT/settings); choose another OUT or remove it" >&2
-  exit 2
+if [ -e "$OUT/settings" ] && [ "$settings" != "$(cat "$OUT/settings")" ]; then
+  fail "$OUT holds a cycle with other settings ($OUT/settings); choose another OUT or remove it"
 fi
 
 evaluate "$POLICY" "$OUT/eval_base"
@@ -189,6 +222,10 @@ for c in $(seq "$CYCLES"); do
   fi
 done
 
+if [ -n "$DRY_RUN" ]; then
+  echo "dry run: files, flags, disk and memory plan are in order; nothing was run"
+  exit 0
+fi
 fields=(accuracy low high auroc ${TRUTH:+right_scored right_accepted})
 if [ -n "$TRUTH" ]; then
   on="on the candidates, and the fractions of right candidates of all scored and of the accepted."
