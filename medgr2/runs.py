@@ -500,7 +500,7 @@ def load_newest_state(part, main):
             from medgr2 import sharding
 
             shards = os.path.join(folder, f"{name[:8]}.shards")
-            if sharding.is_intact(shards, state["shards"]):
+            if not main or sharding.is_intact(shards, state["shards"]):
                 return state | {"shards": shards}
         if main:
             print(f"{path}: damaged, set aside; taking the commit before it")
