@@ -116,7 +116,6 @@ if __name__ == "__main__":
     ARGS = parse_args()
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from medgr2 import adapters, context, loading, rollouts, sharding, vlm
@@ -415,9 +414,7 @@ def load_reference(policy, args):
 
 
 def main(args):
-    precision = "bf16" if loading.best_dtype() == torch.bfloat16 else "no"
-    # Otherwise accelerate would take a Mac's GPU, which has no float64.
-    accelerator = Accelerator(mixed_precision=precision, cpu=loading.best_device() == "cpu")
+    accelerator = loading.start_accelerator()
     if args.prompts < accelerator.num_processes:
         processes = f"{accelerator.num_processes} processes"
         raise RunError(f"--prompts {args.prompts}: {processes} need at least one each")

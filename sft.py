@@ -72,7 +72,6 @@ if __name__ == "__main__":
     ARGS = parse_args()
 
 import torch
-from accelerate import Accelerator
 
 from medgr2 import adapters, context, loading, sharding, vlm
 from triton_ops import linear_cross_entropy
@@ -171,9 +170,7 @@ def mean_loss(policy, examples, micro_batch, progress=iter):
 
 
 def main(args):
-    precision = "bf16" if loading.best_dtype() == torch.bfloat16 else "no"
-    # Otherwise accelerate would take a Mac's GPU, which has no float64.
-    accelerator = Accelerator(mixed_precision=precision, cpu=loading.best_device() == "cpu")
+    accelerator = loading.start_accelerator()
     if args.test:
         leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
         leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)

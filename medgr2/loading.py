@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 
 import torch
 import transformers
+from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch.nn.functional import pad
@@ -181,6 +182,13 @@ def best_dtype():
     # GPUs before Ampere (V100, T4) only emulate it, much slower than fp32.
     in_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if in_bf16 else torch.float32
+
+
+def start_accelerator():
+    """The Accelerator of a stage that trains, on the device that all stages compute on."""
+    precision = "bf16" if best_dtype() == torch.bfloat16 else "no"
+    # Otherwise accelerate would take a Mac's GPU, which has no float64.
+    return Accelerator(mixed_precision=precision, cpu=best_device() == "cpu")
 
 
 def in_one_line(error):
