@@ -97,12 +97,14 @@ PLANS = {
     "sft-3b": Plan("3b", "sft"),
     "sft-3b-checkpointing": Plan("3b", "sft", checkpointing=True, micro_batch=4),
     "sft-3b-lora": Plan("3b", "sft", lora=32, micro_batch=2),
+    "sft-3b-shard-1": Plan("3b", "sft", shard=True, checkpointing=True, micro_batch=4),
     "sft-3b-shard-8": Plan("3b", "sft", gpus=8, shard=True, checkpointing=True, micro_batch=4),
     "sft-7b": Plan("7b", "sft", checkpointing=True),
     "sft-7b-lora": Plan("7b", "sft", lora=32, micro_batch=1),
     "sft-7b-shard-8": Plan("7b", "sft", gpus=8, shard=True),
     "sft-7b-shard-8-checkpointing": Plan("7b", "sft", gpus=8, shard=True, checkpointing=True, micro_batch=4),
     "grpo-3b": Plan("3b", "grpo", prompts=16, rollout_batch=4, micro_group=1),
+    "grpo-3b-shard-1": Plan("3b", "grpo", shard=True, prompts=16, rollout_batch=4, micro_group=2),
     "grpo-3b-lora": Plan("3b", "grpo", lora=32, kl=True, prompts=16, rollout_batch=4, micro_group=2),
     "grpo-3b-shard-8": Plan("3b", "grpo", gpus=8, shard=True, micro_group=2),
     "grpo-3b-shard-8-kl": Plan("3b", "grpo", gpus=8, shard=True, micro_group=2, kl=True),
@@ -321,9 +323,7 @@ def head_loss(policy, states, ids, with_entropy=True):
     hidden, weight, head = vlm.lm_head(policy, states[:, :-1])
     hidden, targets = hidden.flatten(0, 1).clone(), ids.flatten()
     row_bytes = len(weight) * 4
-    device = (
-        "cuda" if policy.head.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu") else "cpu"
-    )
+    device = "cuda" if hidden.dtype == torch.bfloat16 else "cpu"
     size = max(1, min(triton_ops.CHUNK_ROWS[device], triton_ops.CHUNK_BYTES[device] // row_bytes))
     # On a GPU the rows' operations are Triton kernels, which allocate less (plan_kernels).
     options = triton_ops._Options(1.0, 0.0, "triton" if device == "cuda" else "torch", size)
@@ -359,14 +359,15 @@ def estimate(plan, build=None, bf16=True):
 
     build, half = build or build_qwen, torch.bfloat16 if bf16 else torch.float32
     trained = half if plan.shard or plan.lora else torch.float32
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        phases = fixed_sizes(build, trained, half, plan)
+    with FakeTensorMode():
+        fixed = fixed_sizes(build, trained, half, plan)
         few, more = (moving_sizes(plan, build, trained, half, layers) for layers in (FEW, MORE))
-        layers = len(build(plan.model, trained).model.get_decoder().layers)
+        names = {phase: plan.reward if phase == "score" else plan.model for phase in few}
+        layers = {name: len(build(name, half).model.get_decoder().layers) for name in set(names.values())}
     for phase in few:
         by_layer = (more[phase] - few[phase]) / (MORE - FEW)
-        phases[phase] += few[phase] + by_layer * (layers - FEW)
-    return phases
+        fixed[phase] += few[phase] + by_layer * (layers[names[phase]] - FEW)
+    return fixed
 
 
 def moving_sizes(plan, build, trained, half, layers):
@@ -376,13 +377,20 @@ def moving_sizes(plan, build, trained, half, layers):
     policy, found = build(plan.model, trained, layers), {}
     if plan.lora:
         add_lora(policy, plan.lora)
+
+    def autocast():
+        # One per phase, as in the stages: it keeps the weights that it has cast.
+        return torch.autocast("cpu", torch.bfloat16, enabled=half == torch.bfloat16)
+
+    rows = plan.rollout_batch or plan.prompts
     if plan.stage == "grpo":
-        rows = plan.rollout_batch or plan.prompts
-        found["sample"] = growth(sample, policy, plan, rows)
-        with torch.autocast("cpu", enabled=False):
-            if plan.reward:
-                found["score"] = growth(score, build(plan.reward, half, layers), plan, rows)
-    return found | {"learn": learning_growth(policy, plan)}
+        with autocast():
+            found["sample"] = growth(sample, policy, plan, rows)
+    if plan.stage == "grpo" and plan.reward:
+        found["score"] = growth(score, build(plan.reward, half, layers), plan, rows)
+    with autocast():
+        found["learn"] = learning_growth(policy, plan)
+    return found
 
 
 def add_lora(policy, rank):
@@ -410,20 +418,16 @@ def fixed_sizes(build, trained, half, plan):
     if plan.kl and not plan.lora:
         # The reference. With --lora it is the policy itself.
         other += learning * (half.itemsize if plan.shard else 4) / n
-    if plan.stage == "sft":
-        gathered = (4 * layer + layer + 2 * ends) * half.itemsize + 4 * layer if plan.shard else 0
-        return {"learn": other + 16 * learning / n + gathered, "optimizer": other + 20 * learning / n}
-    if plan.reward:
+    # To learn, and to sample.
+    units = (5 * layer + 2 * ends) * half.itemsize + 4 * layer if plan.shard else 0
+    whole = learning * half.itemsize if plan.shard else 0
+    if plan.stage == "grpo" and plan.reward:
         other += count(build(plan.reward, half).model.parameters()) * half.itemsize
-    gathered = learning * half.itemsize if plan.shard else 0
-    working = (4 * layer + layer + 2 * ends) * half.itemsize + 4 * layer if plan.shard else 0
-    rollout = other + 12 * learning / n + gathered
-    return {
-        "sample": rollout,
-        "score": rollout,
-        "learn": other + 16 * learning / n + working,
-        "optimizer": other + 20 * learning / n,
-    }
+    found = {"learn": other + 16 * learning / n + units, "optimizer": other + 20 * learning / n}
+    if plan.stage == "sft":
+        return found
+    rollout = other + 12 * learning / n + whole
+    return {"sample": rollout, "score": rollout} | found
 
 
 def learning_growth(policy, plan):
@@ -609,7 +613,7 @@ def hours(plan, card, gpus):
 TIMES = {
     "7B, 8 x 48 GB, `--shard`": ("grpo-7b-shard-8", "L40, 48 GB", 8),
     "7B, 1 x 48 GB, `--lora`": ("grpo-7b-lora", "L40, 48 GB", 1),
-    "3B, 1 x 80 GB": ("grpo-3b", "A100, 80 GB", 1),
+    "3B, 1 x 80 GB, `--shard`": ("grpo-3b-shard-1", "A100, 80 GB", 1),
 }
 
 # ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ export SCORE_FLAGS="--keep 0.5 --batch 4 $pixels"
 export GENERATOR_FLAGS="$SFT_FLAGS --epochs 1 $pixels"
 export SFT_FLAGS="$SFT_FLAGS --epochs 2 $pixels"
 export GRPO_FLAGS="$GRPO_FLAGS --steps 500 --max-new-tokens 512 --watch-every 50 $pixels"
+export MORE_FLAGS="--lr 3e-6"
 export EVAL_FLAGS="--max-new-tokens 512 --batch 16 $pixels"
 
 records() { "$PYTHON" -m medgr2.records "$@"; }
