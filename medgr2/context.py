@@ -52,7 +52,7 @@ def find_too_long(loaded, rows, image_of, text_of, new_of):
 
 def tell_image_tokens(loaded, paths):
     """Print how many tokens the largest of the images at these paths costs the model."""
-    if os.environ.get("RANK", "0") != "0":
+    if not paths or os.environ.get("RANK", "0") != "0":
         return
     image_token, costs = loaded.model.config.image_token_id, []
     for size in largest_sizes(paths):

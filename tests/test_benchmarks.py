@@ -591,6 +591,10 @@ def test_every_table_that_a_script_collects_has_its_place_in_the_docs():
     assert sorted(collected) == [
         "ablations",
         "large",
+        "real_headline",
+        "real_held_out",
+        "real_label",
+        "real_omnimed",
         "transfer_diagnosis",
         "transfer_heldout",
         "transfer_mri",

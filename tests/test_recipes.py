@@ -82,13 +82,16 @@ def test_what_would_fail_later_ends_a_dry_run_in_one_line(source, change, told):
     assert "Traceback" not in done.stderr and not (source / "run").exists()
 
 
-# Runs a JSON list of command lines, each when the one before has written its folder. Only the first process
-# trains the reward model, as in cycle.sh.
-RUNNER = """import json, os, runpy, sys, time
+# Runs a JSON list of command lines, each when the one before has written its folder. One process alone trains
+# the reward model, as in cycle.sh.
+RUNNER = """import json, os, runpy, subprocess, sys, time
 sys.path.insert(0, os.getcwd())
+alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
 for sys.argv in json.load(open(sys.argv[1])):
-    if sys.argv[:2] != ["reward.py", "train"] or os.environ["RANK"] == "0":
+    if sys.argv[:2] != ["reward.py", "train"]:
         runpy.run_path(sys.argv[0], run_name="__main__")
+    elif os.environ["RANK"] == "0":
+        subprocess.run([sys.executable, *sys.argv], env=alone, check=True)
     while not os.path.exists(sys.argv[sys.argv.index("--out") + 1]):
         time.sleep(0.1)
 """

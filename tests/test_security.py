@@ -165,7 +165,7 @@ def test_a_redirect_is_not_followed_so_key_and_images_stay(status, serve, stage,
     flags = (*endpoint, "--retries", 0, "--out", tmp_path / "out")
     code, _, error = stage("--images", tmp_path / "r.jsonl", *flags)
     server.shutdown()
-    assert code == 2 and "a redirect is not followed" in error and error.count("\n") == 1 and KEY not in error
+    assert code == 2 and "redirects are not followed" in error and error.count("\n") == 1 and KEY not in error
     assert keys and set(keys) == {f"Bearer {KEY}"} and not elsewhere.seen
     assert not any(KEY.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
