@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Qwen2.5-VL-7B on OmniMedVQA, three cycles, LoRA adapters learn (pip install peft): one GPU of 48 GB.
 #
-# Estimated, not measured: 27.7 GB in SFT, 35.5 GB in GRPO, 62 hours a cycle of 50,000 samples.
+# Estimated, not measured: 27.7 GB in SFT, 35.6 GB in GRPO, 62 hours a cycle of 50,000 samples.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}
