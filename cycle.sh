@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The self-improving cycle: the stages in sequence, CYCLES times. By default on the toy clinic, into runs/toy.
 #
-#   bash cycle.sh                                  about 20 minutes on 2 CPU cores
+#   bash cycle.sh                                  20 to 40 minutes on 2 CPU cores
 #   OUT=runs/seed1 SEED=1 bash cycle.sh            another seed
 #   GRPO=my_grpo.py OUT=runs/mine bash cycle.sh    an ablation: any stage's script can be replaced by another
 #   DRY_RUN=1 ... bash cycle.sh                    shows every command and checks it; runs none
@@ -75,30 +75,6 @@ launch() {
   [ -e "$folder" ] || run ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
 
-# In a dry run, in place of `run`: show the command and let its script read the flags. It stops at the last one,
-# before it imports torch.
-read_flags() {
-  local said
-  shift
-  echo "$*"
-  said=$("$PYTHON" "$@" --no-such-flag 2>&1) || :
-  [[ $said == *"unrecognized arguments: --no-such-flag;"* ]] || fail "${said##*$'\n'}"
-}
-
-# What a dry run checks beside files and flags.
-check() {
-  local place=$OUT free
-  for v in POLICY GENERATOR REWARD_BACKBONE; do
-    # What is not there is a name on the Hub.
-    [ ! -e "${!v}" ] || [ -f "${!v}/config.json" ] || fail "$v=${!v}: no config.json in it; give a model's folder"
-  done
-  [ -z "$LAUNCH" ] || command -v "${LAUNCH%% *}" > /dev/null || fail "LAUNCH: no command ${LAUNCH%% *}; install it"
-  while [ ! -e "$place" ]; do place=$(dirname "$place"); done
-  free=$(df -Pk "$place" | awk 'NR == 2 {print int($4 * 1024 / 1e9)}')
-  [ "$free" -ge "$DISK_GB" ] || fail "OUT=$OUT: $free GB of disk are free and it needs $DISK_GB; make room"
-  [ -z "$PLANS" ] || "$PYTHON" benchmarks/memory.py --fits "$GPU_GB" --rows $PLANS || exit 2
-}
-
 # [FROM=MODEL] [MORE=FLAGS] sft FOLDER DATA...: train the policy, from its base unless FROM is given, and
 # evaluate it. --test refuses data with test images.
 sft() {
@@ -121,7 +97,7 @@ esac
 
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
-  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes about 20 minutes on 2 CPU cores."
+  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes 20 to 40 minutes on 2 CPU cores."
   "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CONTROLS:+--plenty 1000} $CLINIC_FLAGS
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
@@ -144,9 +120,7 @@ settings=$(
   done
 )
 if [ -n "$DRY_RUN" ]; then
-  check
-  run() { read_flags "$@"; }
-  LAUNCH= CONTROLS= TRUTH=
+  . recipes/dry_run.sh
 elif [ ! -e "$OUT/settings" ]; then
   mkdir -p "$OUT"
   # Renamed when complete, so that it is never half written.

@@ -68,7 +68,7 @@ def parse_args():
     which.add_argument("--predictions", help="third-party file of predictions to score, without a model")
     p.add_argument("--answers", help="file with the right answers, if --predictions lacks them")
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a bad prediction row")
-    p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="names of fields there")
+    p.add_argument("--fields", nargs="+", default=[], metavar="OURS=THEIRS", help="names of their fields")
     p.add_argument("--data", help="question records to answer, unless --predictions is given")
     p.add_argument("--batch", type=cli.number(int, 1), default=64, help="questions per batch")
     p.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, help="longest response")

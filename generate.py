@@ -58,8 +58,7 @@ def parse_args():
     p.add_argument("--temperature", type=cli.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=count, default=160, help="longer replies are rejected")
     p.add_argument("--batch", type=count, default=16, help="images per batch; each batch is committed")
-    skip = "at an unreadable image (skip: rejected.jsonl), a bad line, or an image too large for the model's "
-    skip += "context (skip: left out)"
+    skip = "at a bad line, or an unreadable or too large image: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip may leave out")
     cycle = "number of the cycle, kept in each candidate; it also seeds the samples"

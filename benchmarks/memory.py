@@ -703,6 +703,8 @@ def check_fits(names, card):
     """
     plans = runs.read_json(RESULTS, "run benchmarks/memory.py")["plans"]
     for name in names:
+        if name not in plans:
+            raise RunError(f"{RESULTS}: no row {name} yet; run benchmarks/memory.py")
         row, variable = plans[name], f"{plans[name]['stage'].upper()}_FLAGS"
         print(f"plan {name}: {row['peak']:.1f} GB of {card:g} (estimated), with {row['flags']}")
         if row["peak"] + RESERVE > card:

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from medgr2 import loading, runs
+from medgr2 import loading, processes, runs
 from medgr2.errors import ModelError, RunError, in_one_line
 
 
@@ -108,7 +108,7 @@ def gathered(loaded):
 
 def dummy_passes(loaded, passes):
     """By how many passes this process has fewer than the one that has the most; 0 without sharding."""
-    return max(gather_object([passes])) - passes if units(loaded) else 0
+    return processes.largest(passes) - passes if units(loaded) else 0
 
 
 def collect(loaded, main):

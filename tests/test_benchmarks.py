@@ -568,6 +568,17 @@ def test_questions_like_the_training_data_are_told_from_the_others(tmp_path, fla
     assert cells["start"][column] == "0.000" and cells["start"][5 - column] == "0.500"
 
 
+def test_only_the_questions_asked_for_count_and_are_reported_by_a_field(tmp_path):
+    status, shown, error = collect_rows(
+        tmp_path, *ROWS, "--against", "start", "--only", "task=A", "--kind", "modality"
+    )
+    assert status == 0, error
+    cells = cells_of(shown.split("\n\n")[0])
+    # Two of the three questions of a run are of task A; all are CTs.
+    assert cells[""][2:] == ["CT"] and cells["start"][0].startswith("**0.500** (")
+    assert cells["start"][2] == "0.500" and "2 test questions" in shown
+
+
 @pytest.mark.parametrize(
     "rows, against, message",
     [
@@ -580,6 +591,17 @@ def test_questions_like_the_training_data_are_told_from_the_others(tmp_path, fla
 def test_rows_that_cannot_be_compared_are_refused_in_one_line(tmp_path, rows, against, message):
     status, _, error = collect_rows(tmp_path, *rows, "--against", against)
     assert status == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_result_file_names_commits_of_this_history():
+    git = ["git", "-C", ROOT]
+    shallow = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True)
+    if shallow.stdout.strip() != "false":
+        pytest.skip("no repository with its whole history")
+    for path in Path(ROOT, "benchmarks", "results").glob("*.json"):
+        for commit in set(re.findall(r'"commit": "(\w+)"', path.read_text())):
+            found = subprocess.run([*git, "merge-base", "--is-ancestor", commit, "HEAD"], capture_output=True)
+            assert found.returncode == 0, (path.name, commit)
 
 
 def test_every_table_that_a_script_collects_has_its_place_in_the_docs():

@@ -483,6 +483,8 @@ def parse_args():
 
 
 def main(args):
+    # A job in the background ignores Ctrl-C, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     names = [*RESULTS.values(), PROCESSES_RESULT]
     files = {block: ROOT / "benchmarks" / "results" / f"{block}.json" for block in names}
     found = []
