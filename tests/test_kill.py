@@ -94,8 +94,8 @@ def run_script(script, flags, stderr):
     """In a forked process: the script, as if from the command line, with stderr into the file `stderr`."""
     os.chdir(ROOT)
     sys.argv = [script, *flags]
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(stderr, "w")
     try:
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(stderr, "w")
         runpy.run_path(script, run_name="__main__")
     except KeyboardInterrupt:
         # As sys.excepthook does it, which the module multiprocessing does not call.
@@ -145,20 +145,28 @@ class Runner:
         return script, [*(flags + self.more.get(name, "")).format(d=self.folder).split(), "--out", str(out)]
 
     def run(self, name, out, limit=None, how=signal.SIGKILL):
-        """Run a stage into `out`; after `limit` seconds send it the signal `how`. Returns its exit status."""
+        """Run a stage into `out`; `limit` seconds after its script starts send it the signal `how`.
+
+        Returns its exit status. Sets `took`, the seconds since the script started.
+        """
+        Path(self.stderr).unlink(missing_ok=True)
         process = self.context.Process(target=run_script, args=(*self.command(name, out), self.stderr))
         process.start()
+        # run_script opens the file first. What the process does before that is not the stage.
+        while process.is_alive() and not os.path.exists(self.stderr):
+            time.sleep(0.002)
+        started = time.monotonic()
         process.join(limit)
         if process.is_alive():
             os.kill(process.pid, how)
             process.join()
+        self.took = time.monotonic() - started
         return process.exitcode
 
     def reference(self, name):
         """Run a stage undisturbed."""
-        started = time.monotonic()
         assert self.run(name, os.path.join(self.folder, name)) == 0, name
-        self.seconds[name] = time.monotonic() - started
+        self.seconds[name] = self.took
 
     def disturb(self, name, kills, rng, how=signal.SIGKILL):
         """Start the stage and kill it `kills` times by the signal `how`, then let it finish.
