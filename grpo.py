@@ -52,7 +52,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from medgr2 import cli, leakage, records, runs, training
+from medgr2 import cli, records, runs, training
 from medgr2.errors import RunError
 from medgr2.prompts import is_match, parse_response
 
@@ -101,7 +101,7 @@ def parse_args():
     p.add_argument("--patience", type=cli.number(int, 0), default=20, help=f"{patience}; 0 never")
     p.add_argument("--watch-every", type=count, default=10, help="steps between accuracy checks on --val")
     p.add_argument("--watch-items", type=count, default=200, help="records of --val to check")
-    skip = "at a record that is longer than the model's context: skip leaves it out"
+    skip = "at a bad line, an unreadable image, or a record longer than the context: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
@@ -418,14 +418,12 @@ def main(args):
     if args.prompts < accelerator.num_processes:
         processes = f"{accelerator.num_processes} processes"
         raise RunError(f"--prompts {args.prompts}: {processes} need at least one each")
-    if args.test:
-        leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
-        leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
+    data = training.read_data(args, records.QUESTION, accelerator.is_main_process)
     paths = [args.model, args.reward, *args.data, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
     free = ("micro_batch", "micro_group", "rollout_batch")
     run = runs.start(args, paths, accelerator.is_main_process, free=free)
-    examples = [r for f in args.data for r in records.read_records(f, records.QUESTION, args.image_root)]
+    examples = [record for _, rows in data for record in rows]
     policy, reference, reward_model = load_models(args, accelerator)
     examples = rollouts.leave_out_too_long(policy, examples, args.max_new_tokens, args.on_error)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}

@@ -90,7 +90,7 @@ def parse_args():
     s.add_argument("--cap", type=count, help="with --threshold: at most this many per cell of --per")
     answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`, which --cap uses"
     s.add_argument("--answered", help=answered)
-    skip = "at a record that is longer than the backbone's context: skip leaves it out"
+    skip = "at a bad line, an unreadable image, or a record longer than the context: skip leaves it out"
     t.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     skip = "at an unreadable image or a candidate longer than the context (skip: rejected.jsonl), or a bad "
     skip += "line (skip: left out)"
@@ -274,7 +274,8 @@ class RewardModel:
 
 def load_groups(args):
     """(training groups, held-out groups), split by image: levels of expert records, and labelled rollouts."""
-    rows = [r for file in args.data for r in records.read_records(file, ("image",), args.image_root)]
+    skip = args.on_error == "skip"
+    rows = [r for f in args.data for r in training.read_usable(f, ("image",), args.image_root, skip)]
     rows = [r for r in rows if "answer" in r or "report" in r]
     require(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
     parts = records.split_records(rows, (1 - args.holdout, 0, args.holdout), args.seed)

@@ -22,7 +22,7 @@ import math
 from operator import attrgetter
 from typing import NamedTuple
 
-from medgr2 import cli, leakage, records, runs, training
+from medgr2 import cli, runs, training
 from medgr2.errors import RunError, require
 from medgr2.images import open_image
 from medgr2.prompts import (
@@ -57,7 +57,7 @@ def parse_args():
     p.add_argument("--lora", type=count, metavar="R", help=lora)
     cli.add_switch(p, "--shard", "hold weights, gradients and moments in parts, one per process (FSDP2)")
     cli.add_switch(p, "--gradient-checkpointing", "recompute activations: less memory, more time")
-    skip = "at a record that is longer than the model's context: skip leaves it out"
+    skip = "at a bad line, an unreadable image, or a record longer than the context: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
@@ -86,14 +86,14 @@ class Example(NamedTuple):
     response: str
 
 
-def load_examples(files, weights, role, root=None):
-    """The Examples of each file, repeated by its weight: 2.5 is twice all of them and once the first half."""
+def load_examples(data, weights, role):
+    """The Examples of each (file, records), by weight: 2.5 is all of them twice and the first half once."""
     examples = []
-    for file, weight in zip(files, weights):
-        own = [make_example(record, role, file) for record in records.read_records(file, ("image",), root)]
+    for (file, rows), weight in zip(data, weights):
+        own = [make_example(record, role, file) for record in rows]
         times, rest = divmod(round(weight * len(own)), len(own))
         examples += own * times + own[:rest]
-    require(examples, f"{files[0]}: nothing to learn from; give another file, or a larger --weights")
+    require(examples, f"{data[0][0]}: nothing to learn from; give another file, or a larger --weights")
     return examples
 
 
@@ -171,16 +171,14 @@ def mean_loss(policy, examples, micro_batch, progress=iter):
 
 def main(args):
     accelerator = loading.start_accelerator()
-    if args.test:
-        leaks, main_process = args.out.rstrip("/") + ".leaks.jsonl", accelerator.is_main_process
-        leakage.refuse_leakage(args.data, args.test, args.allow_leakage, leaks, args.image_root, main_process)
+    data = training.read_data(args, ("image",), accelerator.is_main_process)
     paths = [args.model, *args.data, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
     run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch", "gradient_checkpointing"))
     weights = args.weights or [1.0] * len(args.data)
     if len(weights) != len(args.data):
         raise RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")
-    examples = load_examples(args.data, weights, args.role, args.image_root)
+    examples = load_examples(data, weights, args.role)
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
     loading.limit_pixels(policy, args.min_pixels, args.max_pixels)
     examples = leave_out_too_long(policy, examples, args.on_error)
@@ -217,7 +215,8 @@ def main(args):
 
     result = {"steps": steps, "examples": len(examples), "train_loss": loss, "skipped": skipped.total}
     if args.val:
-        held_out = load_examples([args.val], [1.0], args.role, args.image_root)
+        val = args.val, training.read_usable(args.val, ("image",), args.image_root)
+        held_out = load_examples([val], [1.0], args.role)
         with accelerator.autocast(), sharding.gathered(policy):
             progress = functools.partial(run.progress, description="validation")
             result["val_loss"] = mean_loss(policy, held_out, args.micro_batch, progress)

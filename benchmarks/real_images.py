@@ -104,7 +104,7 @@ def thin_out(rows, seed):
 
 def find_near_copies(train, test):
     """The groups of training records with an image equal or near to a test image (medgr2/leakage.py)."""
-    findings, _ = leakage.audit([test], [train], leakage.NEAR_BITS)
+    findings, _ = leakage.audit(leakage.read_side([test]), leakage.read_side([train]), leakage.NEAR_BITS)
     near = {f["image"] for f in findings if f["kind"] in (*leakage.LEAKS, leakage.NEAR)}
     return {r["group"] for r in records.read_records(train) if r["image"] in near}
 

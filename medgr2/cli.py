@@ -9,6 +9,7 @@ import traceback
 
 from medgr2 import processes, trackers
 from medgr2.errors import RunError, UserError, explain_system_error
+from medgr2.progress import is_first, tell
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -92,7 +93,7 @@ def leave_at_once(message):
 
     Only what a signal handler may do at any moment.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         os.write(2, f"{os.path.basename(sys.argv[0])}: {message}\n".encode(errors="backslashreplace"))
     os._exit(128 + signal.SIGINT)
 
@@ -149,7 +150,7 @@ def tell_cut(replies, cut, limit):
     """Say so if more than half of the replies were cut at --max-new-tokens."""
     if 2 * cut > replies:
         advice = "raise it, or check that the model's stop tokens include its chat template's end of turn"
-        print(f"{cut} of {replies} replies were cut at --max-new-tokens {limit}: {advice}", flush=True)
+        tell(f"{cut} of {replies} replies were cut at --max-new-tokens {limit}: {advice}")
 
 
 def format_table(rows, headers, markdown=False):

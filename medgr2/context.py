@@ -1,13 +1,13 @@
 """Records that do not fit into a model's context: refused or left out before a stage computes anything."""
 
 import functools
-import os
 
 from PIL import Image
 
 from medgr2 import vlm
 from medgr2.errors import require
 from medgr2.images import open_image
+from medgr2.progress import is_first, tell
 
 # Tokens are counted for this many of the largest image sizes.
 SIZES = 8
@@ -25,7 +25,7 @@ def leave_out_too_long(loaded, rows, image_of, text_of, new_of, skip):
             f"{len(too_long)} of {len(rows)} records are too long, the first: {min(too_long.items())[1]}"
         )
         require(skip and kept, f"{counted}; or leave them out with --on-error skip")
-        print(f"left out: {counted}", flush=True)
+        tell(f"left out: {counted}")
     return kept
 
 
@@ -52,7 +52,7 @@ def find_too_long(loaded, rows, image_of, text_of, new_of):
 
 def tell_image_tokens(loaded, paths):
     """Print how many tokens the largest of the images at these paths costs the model."""
-    if not paths or os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     image_token, costs = loaded.model.config.image_token_id, []
     for size in largest_sizes(paths):
@@ -60,7 +60,7 @@ def tell_image_tokens(loaded, paths):
         costs.append((int((inputs["input_ids"] == image_token).sum()), size))
     if costs:
         tokens, (width, height) = max(costs)
-        print(f"an image has up to {tokens:,} tokens (one of {width} x {height} pixels)", flush=True)
+        tell(f"an image has up to {tokens:,} tokens (one of {width} x {height} pixels)")
 
 
 def largest_sizes(paths):

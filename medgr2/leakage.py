@@ -179,9 +179,8 @@ def near_findings(train, test, fingerprints, distance):
             yield finding(NEAR, item, train[index], distance=int(bits))
 
 
-def audit(train_files, test_files, distance=None, root=None):
-    """(findings, {"records": n, "images": n} of the test files); near ones only if a `distance` is given."""
-    train, test = read_side(train_files, root), read_side(test_files, root)
+def audit(train, test, distance=None):
+    """(findings, {"records": n, "images": n} of the test side); near ones only if a `distance` is given."""
     fingerprints = fingerprint_images(train, test)
     findings = list(exact_findings(train, test, fingerprints))
     if distance is not None:
@@ -196,12 +195,12 @@ def write_leaks(path, findings):
     records.write_records(path, rows)
 
 
-def refuse_leakage(train_files, test_file, allow, path, root=None, main=True):
+def refuse_leakage(train, test_file, allow, path, root=None, main=True):
     """Raise RunError if test records leak exactly, unless `allow`; return the number of these records.
 
     For the training scripts. One process (`main`) writes the findings to `path`. Near-duplicates are ignored.
     """
-    findings = [f for f in audit(train_files, [test_file], root=root)[0] if f["kind"] in LEAKS]
+    findings = [f for f in audit(train, read_side([test_file], root))[0] if f["kind"] in LEAKS]
     first_findings = {}
     for f in findings:
         first_findings.setdefault(f["test"], f)
@@ -260,7 +259,8 @@ def parse_args():
 def main(args):
     if not 0 <= args.distance <= BITS:
         raise RunError(f"--distance {args.distance}: give 0 to {BITS} bits")
-    findings, totals = audit(args.train, args.test, args.distance, args.image_root)
+    sides = [read_side(files, args.image_root) for files in (args.train, args.test)]
+    findings, totals = audit(*sides, args.distance)
     result = summarize_findings(findings, totals)
     print(format_findings(result, args.distance))
     path = os.path.join(args.out, "leaks.jsonl")

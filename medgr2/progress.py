@@ -1,4 +1,4 @@
-"""The progress of a long loop: a bar on a terminal, one line a minute in a log file. Both on stderr."""
+"""What a stage shows while it works. Of several processes only the first shows anything."""
 
 import datetime
 import os
@@ -9,12 +9,23 @@ import time
 EVERY = 60
 
 
+def is_first():
+    """Is this the first of several processes, or the only one?"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell(line):
+    """Print a line on stdout."""
+    if is_first():
+        print(line, flush=True)
+
+
 def progress(items, description):
     """Yield the items of a sequence and show how many are done, how fast, and how long the rest will take.
 
-    Of several processes only the first shows it.
+    On stderr: a bar on a terminal, one line a minute in a log file.
     """
-    if int(os.environ.get("RANK", 0)):
+    if not is_first():
         yield from items
     elif sys.stderr.isatty():
         from tqdm import tqdm

@@ -20,7 +20,7 @@ from collections import Counter
 from medgr2 import cli
 from medgr2.errors import RecordError, require
 from medgr2.images import find_file, hash_image, is_under, open_image, require_file
-from medgr2.progress import progress
+from medgr2.progress import progress, tell
 from medgr2.prompts import MAX_OPTIONS, TAG, normalise
 
 FIELDS = {
@@ -189,7 +189,7 @@ def read_kept(path, fields=("id",), root=None, limit=0):
         more = f"(and {len(problems) - 1} more of {lines}: above --max-rejected {limit})"
         require(len(problems) <= limit * lines, f"{problems[0]} {more}")
     for problem in problems:
-        print(f"left out: {problem}")
+        tell(f"left out: {problem}")
     return rows
 
 

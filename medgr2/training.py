@@ -1,14 +1,43 @@
-"""What the training loops share: the batches of a step, prefetching, gradients over processes, resuming."""
+"""What training loops share: records, batches, prefetching, gradients over processes, resuming."""
 
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+from medgr2 import leakage, records
 from medgr2.errors import RunError
+from medgr2.images import find_unreadable
+from medgr2.progress import tell
 from medgr2.runs import seed_of
 
 # This many steps in a row whose gradient is not finite stop a run.
 MAX_SKIPPED = 5
+
+
+def read_usable(path, fields, root=None, skip=False):
+    """The records of a training file. `skip`: leave out and print a bad line or an unreadable image.
+
+    Raises RecordError as records.read_records, and if nothing is left.
+    """
+    rows = records.read_kept(path, fields, root, float(skip))
+    unreadable = find_unreadable(rows, 1.0) if skip else {}
+    for row in rows:
+        if row["image"] in unreadable:
+            tell(f"left out: {path}: record {row['id']}: {unreadable[row['image']]}")
+    return [row for row in rows if row["image"] not in unreadable]
+
+
+def read_data(args, fields, main):
+    """[(file, its records)] of --data. Raises RunError if one of --test leaks into it; `main` says where."""
+    skip = args.on_error == "skip"
+    data = [(file, read_usable(file, fields, args.image_root, skip)) for file in args.data]
+    if args.test:
+        train, path = (
+            [(file, row) for file, rows in data for row in rows],
+            args.out.rstrip("/") + ".leaks.jsonl",
+        )
+        leakage.refuse_leakage(train, args.test, args.allow_leakage, path, args.image_root, main)
+    return data
 
 
 def batch_indices(step, size, n, seed):

@@ -43,8 +43,12 @@ def side(folder, name, rows):
     return str(folder / f"{name}.jsonl")
 
 
+def audit_files(train, test, distance=None, root=None):
+    return leakage.audit(leakage.read_side([train], root), leakage.read_side([test], root), distance)
+
+
 def found(train, test, distance=None):
-    return [(f["kind"], f["test"], f["train"]) for f in leakage.audit([train], [test], distance)[0]]
+    return [(f["kind"], f["test"], f["train"]) for f in audit_files(train, test, distance)[0]]
 
 
 def test_the_same_bytes_under_another_name_are_one_image(tmp_path):
@@ -88,7 +92,7 @@ def test_a_near_duplicate_names_the_closest_and_the_distance_is_a_limit(tmp_path
     close, far = image.copy(), image.copy()
     close.paste(255, (0, 0, 16, 12)), far.paste(255, (0, 0, 40, 40))
     train, test = side(tmp_path, "train", [(far, ""), (close, "")]), side(tmp_path, "test", [(image, "")])
-    (near,) = leakage.audit([train], [test], 128)[0]
+    (near,) = audit_files(train, test, 128)[0]
     assert near["train"] == "train1" and near["distance"] > 0
     assert found(train, test, near["distance"]) and not found(train, test, near["distance"] - 1)
 
@@ -158,7 +162,7 @@ def test_training_is_refused_with_a_count_the_first_pairs_and_a_list(tmp_path):
     train = side(tmp_path, "train", [(scan(i), "Which organ?") for i in range(5)])
     test = side(tmp_path, "test", [(scan(i), "Which organ?") for i in range(1, 6)])
     with pytest.raises(RunError) as error:
-        leakage.refuse_leakage([train], test, False, tmp_path / "out" / "leaks.jsonl")
+        leakage.refuse_leakage(leakage.read_side([train]), test, False, tmp_path / "out" / "leaks.jsonl")
     message = str(error.value)
     assert "4 of its records" in message and "test0 = train1 (same file)" in message
     assert "test3" not in message and "\n" not in message
@@ -172,16 +176,19 @@ def test_training_is_refused_with_a_count_the_first_pairs_and_a_list(tmp_path):
 
 def test_allowed_leakage_is_printed_and_counted_and_other_processes_are_silent(tmp_path, capsys):
     train, test = (side(tmp_path, name, [(scan(1), "Which organ?")]) for name in ("train", "test"))
-    assert leakage.refuse_leakage([train], test, True, tmp_path / "quiet.jsonl", main=False) == 1
+    assert (
+        leakage.refuse_leakage(leakage.read_side([train]), test, True, tmp_path / "quiet.jsonl", main=False)
+        == 1
+    )
     assert not capsys.readouterr().out and not (tmp_path / "quiet.jsonl").exists()
-    assert leakage.refuse_leakage([train], test, True, tmp_path / "leaks.jsonl") == 1
+    assert leakage.refuse_leakage(leakage.read_side([train]), test, True, tmp_path / "leaks.jsonl") == 1
     assert "1 of its records" in capsys.readouterr().out
 
 
 def test_shared_questions_and_near_duplicates_refuse_nothing(tmp_path):
     train = side(tmp_path, "train", [(scan(1), "Which organ?")])
     test = side(tmp_path, "test", [(scan(1).resize((48, 40)), "Which organ?")])
-    assert leakage.refuse_leakage([train], test, False, tmp_path / "leaks.jsonl") == 0
+    assert leakage.refuse_leakage(leakage.read_side([train]), test, False, tmp_path / "leaks.jsonl") == 0
     assert not (tmp_path / "leaks.jsonl").exists()
 
 
@@ -254,9 +261,8 @@ def test_every_test_image_of_the_official_split_of_vqa_rad_is_in_train(vqa_rad, 
         records.write_records(
             tmp_path / f"{name}.jsonl", [r for r in rows if (r["id"] in official) == (name == "test")]
         )
-    findings, totals = leakage.audit(
-        [tmp_path / "train.jsonl"], [tmp_path / "test.jsonl"], 4, rows[0]["image"].rpartition("/")[0]
-    )
+    root = rows[0]["image"].rpartition("/")[0]
+    findings, totals = audit_files(tmp_path / "train.jsonl", tmp_path / "test.jsonl", 4, root)
     result = leakage.summarize_findings(findings, totals)
     assert result["same file"]["records_share"] == result["same file"]["images_share"] == 1
     same_image, other_image = (

@@ -326,3 +326,26 @@ def test_if_no_image_can_be_read_nothing_is_skipped(some_unreadable, hostile, ca
         (folder / f"{i}.png").write_text("no image")
     assert call(READERS["reward.py score"] + " --on-error skip --max-rejected 1", folder) == 2
     assert "and 7 more of 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["reward.py train", "sft.py", "grpo.py"])
+def test_training_leaves_out_bad_lines_and_unreadable_images_and_is_as_without_them(
+    name, some_unreadable, hostile, capsys
+):
+    folder, file = some_unreadable, some_unreadable / "r.jsonl"
+    (folder / "rm").symlink_to(hostile / "rm")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:4], "{", *lines[4:]]) + "\n")
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(folder / "test.png")
+    (folder / "test.jsonl").write_text(lines[0].replace("q0", "t").replace("0.png", "test.png") + "\n")
+    command = READERS[name] + ("" if name == "reward.py train" else " --test {d}/test.jsonl")
+    assert call(command, folder) == 2 and "r.jsonl:5: not JSON" in capsys.readouterr().err
+    assert call(command.replace("{o}", "{d}/skipped") + " --on-error skip", folder) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    starts = ("r.jsonl:5: not JSON", "r.jsonl: record q2: ", "r.jsonl: record q5: ")
+    assert len(said) == 3 and all(start in line for start, line in zip(starts, said))
+    file.write_text("\n".join(line for i, line in enumerate(lines) if i not in (2, 5)) + "\n")
+    assert call(command.replace("{o}", "{d}/rest"), folder) == 0
+    weights = "heads.safetensors" if name == "reward.py train" else "model.safetensors"
+    there, here = (folder / out / weights for out in ("skipped", "rest"))
+    assert there.read_bytes() == here.read_bytes()

@@ -38,6 +38,11 @@ class OneProcess:
         return tensor
 
 
+def load(paths, weights, role="policy"):
+    data = [(str(path), list(records.read_records(path, ("image",)))) for path in paths]
+    return sft.load_examples(data, weights, role)
+
+
 def gradient(policy, examples, micro_batch, accelerator=None):
     policy.model.zero_grad()
     parameters, accelerator = list(policy.model.parameters()), accelerator or OneProcess()
@@ -48,7 +53,7 @@ def gradient(policy, examples, micro_batch, accelerator=None):
 
 
 def test_the_loss_is_cross_entropy_over_the_response_and_its_end_of_turn_only(policy, data):
-    examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")[:5]
+    examples = load([data / "expert.jsonl"], [1.0])[:5]
     total, count = 0.0, 0
     # One at a time, without padding, through the model's own logits.
     for path, prompt, response in examples:
@@ -69,16 +74,14 @@ def test_the_loss_is_cross_entropy_over_the_response_and_its_end_of_turn_only(po
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(policy, data):
-    examples = sft.load_examples(
-        [str(data / "expert.jsonl"), str(data / "reports.jsonl")], [1.0, 1.0], "policy"
-    )[:13]
+    examples = load([data / "expert.jsonl", data / "reports.jsonl"], [1.0, 1.0])[:13]
     whole, loss, _ = gradient(policy, examples, 13)
     parts, again, _ = gradient(policy, examples, 3)
     assert (whole - parts).norm() <= 1e-5 * whole.norm() and again == pytest.approx(loss, rel=1e-5)
 
 
 def test_the_gradient_is_the_sum_over_processes_even_if_one_has_no_example(policy, data):
-    examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "policy")[:3]
+    examples = load([data / "expert.jsonl"], [1.0])[:3]
     whole, loss, _ = gradient(policy, examples, 4)
     # Three examples, four processes.
     parts = [gradient(policy, examples, 4, OneProcess(i, 4)) for i in range(4)]
@@ -87,15 +90,14 @@ def test_the_gradient_is_the_sum_over_processes_even_if_one_has_no_example(polic
 
 
 def test_weights_say_how_often_each_file_is_repeated(data):
-    expert, reports = str(data / "expert.jsonl"), str(data / "reports.jsonl")
-    one = sft.load_examples([expert], [1.0], "policy")
-    weighted = sft.load_examples([expert, reports], [2.5, 0.5], "policy")
+    expert, reports = data / "expert.jsonl", data / "reports.jsonl"
+    one, weighted = load([expert], [1.0]), load([expert, reports], [2.5, 0.5])
     assert len(one) == 18 and len(weighted) == 45 + 2
     assert [weighted.count(e) for e in one[:9]] == [3] * 9 and [weighted.count(e) for e in one[9:]] == [2] * 9
 
 
 def test_the_generator_learns_what_its_parser_accepts(data):
-    examples = sft.load_examples([str(data / "expert.jsonl")], [1.0], "generator")
+    examples = load([data / "expert.jsonl"], [1.0], "generator")
     for record, (_, prompt, response) in zip(records.read_records(data / "expert.jsonl"), examples):
         candidate, reason = parse_candidate(response)
         assert reason is None and {k: record[k] for k in candidate} == candidate and record["task"] in prompt
@@ -249,13 +251,13 @@ def test_a_record_that_teaches_nothing_is_one_line(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "r.jsonl").write_text('{"id": "7", "image": "a.png"}\n')
     with pytest.raises(RecordError, match="r.jsonl: record 7 has neither"):
-        sft.load_examples([str(tmp_path / "r.jsonl")], [1.0], "policy")
+        load([tmp_path / "r.jsonl"], [1.0])
 
 
 def test_no_examples_at_all_are_refused(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"id": "7", "image": "a.png", "question": "q", "answer": "a"}\n')
     with pytest.raises(RecordError, match="nothing to learn"):
-        sft.load_examples([str(tmp_path / "r.jsonl")], [0.0], "policy")
+        load([tmp_path / "r.jsonl"], [0.0])
 
 
 def test_an_example_longer_than_the_context_is_refused_or_left_out(policy, tmp_path, capsys):

@@ -146,7 +146,7 @@ def whole(tensors):
 
 
 def sft_gradient(source, policy, data, options, accelerator, shard):
-    examples = sft.load_examples([str(data)], [1.0], "policy")[:5]
+    examples = sft.load_examples([(str(data), list(records.read_records(data)))], [1.0], "policy")[:5]
 
     def compute(parameters):
         # In micro-batches of one, so that the processes' numbers of passes differ: 5, 3 + 2, 2 + 2 + 1.
