@@ -53,7 +53,7 @@ MOST_TRIVIAL = 20
 # The modalities that the policy's decoder has learned from.
 KNOWN = ("X-Ray", "Microscopy")
 # Pixels of a side, hidden size of the tower and of the decoders, tokens of the vocabulary.
-SIZE, TOWER_WIDTH, WIDTH, TOKENS = 96, 128, 192, 2048
+SIZE, TOWER_WIDTH, WIDTH, TOKENS = 96, 128, 128, 2048
 # Steps and batch of the tower, and of each decoder; decoder layers.
 TOWER_STEPS, TOWER_BATCH = 1500, 64
 ROLES = {
@@ -61,7 +61,7 @@ ROLES = {
     "generator": dict(layers=3, steps=800),
     "backbone": dict(layers=4, steps=800),
 }
-BATCH = 32
+BATCH = 16
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -262,10 +262,17 @@ def models(args):
     for seed, roles in ((0, ("generator", "policy")), (1, ("backbone",))):
         torch.manual_seed(seed)
         tower = pretrain.build_model(processor, 1, WIDTH, SIZE, TOWER_WIDTH).model.vision_tower
-        steps = args.steps[0] if args.steps else TOWER_STEPS
-        pretrain_tower(tower, processor, parts["shown"], parts["val"], seed, steps)
+        folder = os.path.join(args.out, f"tower{seed}")
+        if os.path.exists(folder):
+            tower = type(tower).from_pretrained(folder)
+        else:
+            steps = args.steps[0] if args.steps else TOWER_STEPS
+            pretrain_tower(tower, processor, parts["shown"], parts["val"], seed, steps)
+            tower.save_pretrained(folder)
         towers |= dict.fromkeys(roles, tower)
     for role, settings in ROLES.items():
+        if os.path.exists(os.path.join(args.out, role)):
+            continue
         torch.manual_seed(args.seed)
         model = pretrain.build_model(processor, settings["layers"], WIDTH, SIZE, TOWER_WIDTH)
         vlm_ = loading.wrap(model, processor)
