@@ -45,15 +45,15 @@ def load(name, device=None, dtype=torch.float32, learns=False):
     fault = find_folder_fault(folder)
     if fault:
         raise ModelError(f"{name}: {fault}")
-    # A quantised model is put on its device as it is loaded.
     quantisation = find_quantisation(folder)
-    place = {"device_map": device} if quantisation else {}
+    # A quantised model is put on its device as it is loaded, and the rest of its weights keep their own dtype.
+    place = {"device_map": device, "dtype": "auto"} if quantisation else {"dtype": dtype}
     try:
         processor = load_processor(name)
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, **settings, **place
+            name, trust_remote_code=False, **settings, **place
         )
-        loaded = wrap((model if place else model.to(device)).eval(), processor, folder)
+        loaded = wrap((model if quantisation else model.to(device)).eval(), processor, folder)
     except Exception as error:
         # The library raises all kinds of exceptions at a folder that is not what it expects.
         if is_out_of_memory(error):
@@ -306,24 +306,28 @@ def save(loaded, folder):
             f"{folder}: the model needs {size:.3f} MiB and {free:.3f} MiB are free; "
             "make room, the same command resumes from here"
         )
+    if loaded.source and find_quantisation(loaded.source):
+        # They cannot learn, so these are the source's, and the library cannot write every kind anew.
+        return carry_over(loaded.source, folder, RUN_FILES)
     loaded.model.save_pretrained(folder)
     if loaded.source is None:
         loaded.processor.save_pretrained(folder)
     else:
-        carry_over(loaded.source, folder)
+        carry_over(loaded.source, folder, (*WEIGHTS, *RUN_FILES))
 
 
-def carry_over(source, folder):
+def carry_over(source, folder, but):
     """Copy what the source has and no stage changes: tokenizer, processors, templates, licence, README.
 
-    They are not saved anew, because the processor in memory is not all of it (load_processor).
+    They are not saved anew, because the processor in memory is not all of it (load_processor). Files named like
+    the patterns `but` are not copied.
     """
     templates = os.path.join("additional_chat_templates", "")
     for parent in ("", templates):
         for name in sorted(os.listdir(os.path.join(source, parent)) if has(source, parent) else ()):
             path = parent + name
-            is_ours = any(fnmatch(name, pattern) for pattern in (*WEIGHTS, *RUN_FILES, ".*"))
-            if os.path.isfile(os.path.join(source, path)) and not is_ours and not has(folder, path):
+            is_out = any(fnmatch(name, pattern) for pattern in (*but, ".*"))
+            if os.path.isfile(os.path.join(source, path)) and not is_out and not has(folder, path):
                 os.makedirs(os.path.join(folder, parent), exist_ok=True)
                 shutil.copyfile(os.path.join(source, path), os.path.join(folder, path))
 

@@ -2,7 +2,7 @@
 
     python tests/test_kill.py --kills 300                  at least so many; benchmarks/results/kills.json
     python tests/test_kill.py --kills 140 --signal SIGINT  by Ctrl-C; benchmarks/results/interrupts.json
-    python tests/test_kill.py --kills 20 --processes 2 1   in several; benchmarks/results/kills_processes.json
+    python tests/test_kill.py --kills 20 --processes 2 3   in several; benchmarks/results/kills_processes.json
     python tests/test_kill.py --readme                     writes the tables of docs/reliability.md from them
 
 A stage runs in a process forked from a server that has imported torch. It is killed, or interrupted as by
