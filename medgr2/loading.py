@@ -46,7 +46,7 @@ def load(name, device=None, dtype=torch.float32, learns=False):
     if fault:
         raise ModelError(f"{name}: {fault}")
     quantisation = find_quantisation(folder)
-    # A quantised model is put on its device as it is loaded, and the rest of its weights keep their own dtype.
+    # A quantised model is put on its device as it is loaded; its other weights keep their dtype.
     place = {"device_map": device, "dtype": "auto"} if quantisation else {"dtype": dtype}
     try:
         processor = load_processor(name)
@@ -319,8 +319,8 @@ def save(loaded, folder):
 def carry_over(source, folder, but):
     """Copy what the source has and no stage changes: tokenizer, processors, templates, licence, README.
 
-    They are not saved anew, because the processor in memory is not all of it (load_processor). Files named like
-    the patterns `but` are not copied.
+    They are not saved anew, because the processor in memory is not all of it (load_processor). `but`:
+    patterns of names that are not copied.
     """
     templates = os.path.join("additional_chat_templates", "")
     for parent in ("", templates):
