@@ -246,6 +246,7 @@ def pretrain_language(vlm_, role, rows, steps, seed):
 def models(args):
     import pretrain
     import torch
+    from safetensors.torch import load_file, save_file
 
     from medgr2 import loading
 
@@ -262,13 +263,14 @@ def models(args):
     for seed, roles in ((0, ("generator", "policy")), (1, ("backbone",))):
         torch.manual_seed(seed)
         tower = pretrain.build_model(processor, 1, WIDTH, SIZE, TOWER_WIDTH).model.vision_tower
-        folder = os.path.join(args.out, f"tower{seed}")
-        if os.path.exists(folder):
-            tower = type(tower).from_pretrained(folder)
+        file = os.path.join(args.out, f"tower{seed}.safetensors")
+        if os.path.exists(file):
+            tower.load_state_dict(load_file(file))
         else:
             steps = args.steps[0] if args.steps else TOWER_STEPS
             pretrain_tower(tower, processor, parts["shown"], parts["val"], seed, steps)
-            tower.save_pretrained(folder)
+            os.makedirs(args.out, exist_ok=True)
+            save_file(tower.state_dict(), file)
         towers |= dict.fromkeys(roles, tower)
     for role, settings in ROLES.items():
         if os.path.exists(os.path.join(args.out, role)):

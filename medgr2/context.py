@@ -52,7 +52,7 @@ def find_too_long(loaded, rows, image_of, text_of, new_of):
 
 def tell_image_tokens(loaded, paths):
     """Print how many tokens the largest of the images at these paths costs the model."""
-    if not is_first():
+    if not (paths and is_first()):
         return
     image_token, costs = loaded.model.config.image_token_id, []
     for size in largest_sizes(paths):

@@ -80,11 +80,11 @@ def test_steps_that_a_resumed_run_does_again_are_reported_once(data, call, tmp_p
     assert_same(out)
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
+def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_nothing(data, tmp_path, monkeypatch, call):
     # What Python does with a package that is not there.
     monkeypatch.setitem(sys.modules, "wandb", None)
     out = tmp_path / "out"
-    words = f"--model {ROOT}/toy/policy --data none --report-to wandb --out {out}"
+    words = f"--model {ROOT}/toy/policy --data {data}/expert.jsonl --report-to wandb --out {out}"
     status, _, err = call(sft, words)
     assert status == 2
     assert err == "sft.py: --report-to wandb: not installed; pip install wandb\n"
