@@ -1,15 +1,19 @@
 """What several test files share: paths, small records and images, and a server of chat completions."""
 
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler
 
 import pytest
 from hypothesis import settings
+
+from medgr2 import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -27,6 +31,19 @@ for command in " ".join(sys.argv[2:]).split(" then "):
     sys.argv = command.split()
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def run_here(module, *words):
+    """Run a module as its command line does, but in this process → a subprocess.CompletedProcess."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    words = [os.path.basename(module.__file__), *map(str, words)]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", words)
+        try:
+            cli.run_main(module.main, module.parse_args())
+        except SystemExit as leaving:
+            status = leaving.code or 0
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def run_in_one_and_two(folder, *stages):

@@ -1,5 +1,6 @@
 """analysis: runs on the same items; their numbers against counts by hand, the figures, the commands."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import run_here
 
 import eval as evaluation
 from analysis import compare, efficiency, figures, run_files, transfer
@@ -49,8 +51,7 @@ def folder(tmp_path):
 
 
 def command(module, *arguments):
-    flags = [sys.executable, "-m", f"analysis.{module}", *map(str, arguments)]
-    return subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return run_here(importlib.import_module(f"analysis.{module}"), *arguments)
 
 
 def assert_refused(done, *words):

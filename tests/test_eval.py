@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import functools
 import io
 import json
 import os
@@ -18,9 +19,11 @@ import types
 import clinic
 import numpy as np
 import pytest
+from helpers import run_here
 from PIL import Image
 
 import eval as evaluation
+import medgr2.context
 import medgr2.loading
 import medgr2.vlm
 from medgr2 import measures, records
@@ -51,9 +54,7 @@ def row(name, prediction, answer="CT", options=("CT", "MRI", "OCT"), image="a", 
     )
 
 
-def command(*arguments):
-    flags = [sys.executable, ROOT / "eval.py", *arguments]
-    return subprocess.run(list(map(str, flags)), capture_output=True, text=True, timeout=120, cwd=ROOT)
+command = functools.partial(run_here, evaluation)
 
 
 def assert_refused(done, *words):

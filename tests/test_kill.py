@@ -133,7 +133,11 @@ class Runner:
         self.folder, self.seconds, self.stderr = str(folder), {}, os.path.join(folder, "stderr")
         self.more = dict(more)
         self.context = multiprocessing.get_context("forkserver")
-        modules = ["torch", "transformers", "accelerate", "medgr2.vlm", "medgr2.records", "medgr2.runs"]
+        # All that the stages import, and the toy's architecture.
+        toy = [f"transformers.models.{name}.modeling_{name}" for name in ("llava", "siglip", "qwen2")]
+            f"transformers.models.{name}.modeling_{name}" for name in ("llava", "siglip", "qwen2")
+        ]
+        modules = ["generate", "reward", "sft", "grpo", "eval", *architecture]
         self.context.set_forkserver_preload(modules)
         # Starts the server here, so that its start does not count as time of a stage.
         first = self.context.Process(target=int)

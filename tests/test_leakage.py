@@ -1,13 +1,13 @@
 """What a test file shares with its training files: each kind is found, and nothing else."""
 
+import functools
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import run_here
 from PIL import Image
 
 from medgr2 import formats, leakage, records
@@ -192,10 +192,7 @@ def test_shared_questions_and_near_duplicates_refuse_nothing(tmp_path):
     assert not (tmp_path / "leaks.jsonl").exists()
 
 
-def audit(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "medgr2.leakage", *map(str, flags)], cwd=ROOT, capture_output=True, text=True
-    )
+audit = functools.partial(run_here, leakage)
 
 
 def test_the_command_prints_the_table_that_it_writes(tmp_path):

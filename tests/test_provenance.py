@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_here
 
 from analysis import provenance
 from medgr2.errors import RunError
@@ -19,8 +18,7 @@ def read_lines(path):
 
 
 def command(*words):
-    flags = [sys.executable, "-m", "analysis.provenance", *map(str, words)]
-    done = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True)
+    done = run_here(provenance, *words)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -8,14 +8,14 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_here
 from PIL import Image
 
 import eval as evaluation
+from analysis import report
 from medgr2 import records
 from medgr2.prompts import format_response
 
@@ -151,12 +151,7 @@ def parse(page):
 
 
 def make(out, *flags):
-    return subprocess.run(
-        [sys.executable, "-m", "analysis.report", "--out", str(out), *map(str, flags)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    return run_here(report, "--out", out, *flags)
 
 
 def made(out, *flags):

@@ -1,13 +1,13 @@
 """analysis/walkthrough.py: its numbers are those of the run, its code is that of the functions it names."""
 
+import functools
 import json
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_here
 
 from analysis import walkthrough
 from medgr2 import prompts
@@ -22,9 +22,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def call(*flags):
-    command = [sys.executable, "-m", "analysis.walkthrough", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+call = functools.partial(run_here, walkthrough)
 
 
 def read_table(text, header):
