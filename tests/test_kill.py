@@ -135,9 +135,7 @@ class Runner:
         self.context = multiprocessing.get_context("forkserver")
         # All that the stages import, and the toy's architecture.
         toy = [f"transformers.models.{name}.modeling_{name}" for name in ("llava", "siglip", "qwen2")]
-            f"transformers.models.{name}.modeling_{name}" for name in ("llava", "siglip", "qwen2")
-        ]
-        modules = ["generate", "reward", "sft", "grpo", "eval", *architecture]
+        modules = ["generate", "reward", "sft", "grpo", "eval", *toy]
         self.context.set_forkserver_preload(modules)
         # Starts the server here, so that its start does not count as time of a stage.
         first = self.context.Process(target=int)
