@@ -58,8 +58,8 @@ SIZE, TOWER_WIDTH, WIDTH, TOKENS = 96, 128, 128, 2048
 TOWER_STEPS, TOWER_BATCH = 1500, 64
 ROLES = {
     "policy": dict(layers=3, steps=300),
-    "generator": dict(layers=3, steps=800),
-    "backbone": dict(layers=4, steps=800),
+    "generator": dict(layers=3, steps=2500),
+    "backbone": dict(layers=4, steps=1500),
 }
 BATCH = 16
 
