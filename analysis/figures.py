@@ -90,6 +90,32 @@ def changes(path, pairs):
     draw(path, len(pairs), max(5.0, 0.62 * len(names) + 1) * len(pairs), 3.6, fill)
 
 
+def stages(path, panels, baselines):
+    """Accuracy after each stage with its 95% interval, axes per panel; baselines as lines.
+
+    `panels`: {title: {stage: {"mean", "low", "high"}}}, all of the same stages; `baselines` are some of them.
+    """
+    names = [name for name in next(iter(panels.values())) if name not in baselines]
+
+    def fill(figure, axes):
+        for ax, (title, found) in zip(axes, panels.items()):
+            points = [found[name] for name in names]
+            mean = [point["mean"] for point in points]
+            wide = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
+            places = range(len(names))
+            ax.errorbar(mean, places, xerr=wide, fmt="o", color=CORRECTED, ms=5, capsize=2)
+            for name, style in zip(baselines, ("--", ":", "-.")):
+                ax.axvline(found[name]["mean"], color=GREY, lw=1, ls=style, label=name)
+            ax.set_yticks(places, names if ax is axes[0] else [])
+            ax.invert_yaxis()
+            ax.set(title=title, xlabel="accuracy")
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3
+        )
+
+    draw(path, len(panels), 3.2 * len(panels) + 2.4, 0.3 * len(names) + 1.5, fill)
+
+
 def transfer(path, result):
     """The paper's Figure 4: accuracy of runs trained on one modality or task each (rows) on each (columns).
 

@@ -80,3 +80,4 @@ collect real_label all "$against" --rows "${rows[@]}" --only kind=label --kind d
 collect real_held_out held_out "ours: + GRPO" --unseen "modality=$UNSEEN_MODALITY" "task=$UNSEEN_TASK" --rows \
   "base=eval_base" "SFT on expert data=eval_sft_expert" "GRPO on it, rule reward=eval_rule" \
   "ours: SFT=cycle1/eval_sft" "ours: + GRPO=cycle1/eval_grpo"
+[ -n "$SMALLEST" ] || "$PYTHON" benchmarks/real_report.py --runs $(for s in $SEEDS; do echo "$OUT/seed$s/all"; done)

@@ -30,6 +30,7 @@ import math
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -320,7 +321,7 @@ class Run:
         # The stages that train.
         if "report_to" in self.metadata["args"]:
             write_card(self.part, self.folder, self.metadata, metrics)
-        self.metadata["ended"] = now()
+        self.metadata |= {"ended": now(), "peak_bytes": peak_bytes()}
         write_json(self.path("metrics.json"), metrics)
         write_json(self.path("args.json"), self.metadata)
         shutil.rmtree(self.path("state"), ignore_errors=True)
@@ -332,6 +333,18 @@ class Run:
         print(f"{self.folder}: {line or 'done'}", flush=True)
         if self.metadata["args"].get("push_to_hub"):
             push(self.folder, self.metadata["args"]["push_to_hub"])
+
+
+def peak_bytes():
+    """The most memory that this process has held so far: resident, and on its GPU if it has one."""
+    import torch
+
+    # In bytes on macOS, else in KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 def start(args, inputs=(), main=True, free=()):

@@ -13,6 +13,7 @@ from PIL import Image
 
 sys.path.append(os.path.join(ROOT, "benchmarks"))
 import real_images
+import real_report
 
 from medgr2 import records
 
@@ -130,3 +131,44 @@ def test_the_baselines_answer_by_the_training_questions_and_without_the_image(tm
         "position": [("mass", False), ("none", False), ("mass", False)],
         "blind": [("cyst", True), ("cyst", False), ("cyst", True)],
     }
+
+
+def write_run(folder, auroc, right, minutes):
+    """A finished run with one cycle: its reward model, marks, and a stage and an evaluation of so long."""
+    marks = {"judged": 4, "right": right, "auroc": 0.75}
+    marks = {
+        name: marks | {"by_task": {"Disease Diagnosis": marks}} for name in ("scored", "random", "accepted")
+    }
+    level = {"mean": 7.0, "n": 1, "mae": 3.0}
+    files = {
+        "cycle1/marks.json": marks,
+        "cycle1/reward/metrics.json": {"levels": {"original": level}, "auroc": auroc, "image_swap_drop": 8.0},
+    }
+    for name in ("eval_base", "cycle1/eval_sft", "cycle1/reward"):
+        files[f"{name}/args.json"] = {
+            "args": {"seed": 0, "out": f"{folder}/{name}"},
+            "started": "2026-01-01T10:00:00+00:00",
+            "ended": f"2026-01-01T10:{minutes:02}:00+00:00",
+            "peak_bytes": {"resident": minutes * 10**9},
+        } | {"versions": {}, "git": {"commit": "a" * 40}, "hardware": {"cpus": 2, "machine": "x86_64"}}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+
+
+def test_the_report_has_means_and_ranges_of_the_seeds_and_time_and_memory_by_stage(tmp_path):
+    write_run(tmp_path / "0", 0.9, 0.5, 2)
+    write_run(tmp_path / "1", 0.8, None, 4)
+    result = real_report.gather([str(tmp_path / "0"), str(tmp_path / "1")])
+    line = real_report.reward_table(result["reward"]).splitlines()[-1]
+    assert line == "| cycle1 | 7.0 (7.0 to 7.0) | 0.850 (0.800 to 0.900) | 8.0 (8.0 to 8.0) |"
+    lines = real_report.marks_table(result["marks"]).splitlines()[2:]
+    right = "0.500 (0.500 to 0.500)"
+    rest = f"4 (4 to 4) | {right} | {right} | {right} | 0.750 (0.750 to 0.750) |"
+    assert lines == [f"| cycle1, all | {rest}", f"| cycle1, Disease Diagnosis | {rest}"]
+    lines = real_report.stages_table(result["stages"]).splitlines()[2:]
+    assert sorted(lines) == [
+        "| all | 3 | 9.0 | 4.00 |",
+        "| evaluations | 2 | 6.0 | 4.00 |",
+        "| reward | 1 | 3.0 | 4.00 |",
+    ]
