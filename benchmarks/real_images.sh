@@ -19,7 +19,7 @@ DATA=${DATA:-}
 # A modality and a task that the held-out setting trains nothing on.
 UNSEEN_MODALITY=Ultrasound UNSEEN_TASK="Lesion Grading"
 STEPS="" RULE_FLAGS=${RULE_FLAGS:---steps 100}
-export SFT_FLAGS=${SFT_FLAGS:---steps 1000} CEILING_FLAGS=${CEILING_FLAGS:---steps 3000} CONTROLS=1
+export SFT_FLAGS=${SFT_FLAGS:---steps 500} CEILING_FLAGS=${CEILING_FLAGS:---steps 1500} CONTROLS=1
 export GRPO_FLAGS=${GRPO_FLAGS:---steps 50 --max-new-tokens 48} EVAL_FLAGS="--max-new-tokens 48"
 export SCORE_FLAGS=${SCORE_FLAGS:---threshold 8} CYCLES=${CYCLES:-2} REWARD_FLAGS=""
 ASKING="--paradigms direct --per-image 4"
