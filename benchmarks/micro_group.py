@@ -97,7 +97,8 @@ def write_table(result):
         line = [variant, f"{cells[0] / 1e6:.0f}", f"{cells[1]:.2f}"]
         for key in ("activation_bytes", "seconds"):
             ratio = ratios(result, variant, key)
-            line.append(f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
+            cell = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            line.append("" if variant == "whole" else cell)
         lines.append(line)
     headers = ["", "activations MB", "seconds", "memory / whole", "time / whole"]
     source = (
