@@ -63,14 +63,8 @@ trap 'stop 143' TERM
 trap 'stop 130' INT
 run() { "$@" & wait $!; }
 
-# stage FOLDER SCRIPT FLAGS...: run the script unless its output folder exists.
+# stage FOLDER SCRIPT FLAGS...: run the script, started by LAUNCH if given, unless its output folder exists.
 stage() {
-  local folder=$1; shift
-  [ -e "$folder" ] || run "$PYTHON" "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
-}
-
-# launch FOLDER SCRIPT FLAGS...: the same, started by LAUNCH if given. The reward model trains on one GPU.
-launch() {
   local folder=$1; shift
   [ -e "$folder" ] || run ${LAUNCH:-"$PYTHON"} "$@" --image-root "$IMAGE_ROOT" --out "$folder" --seed "$SEED"
 }
@@ -79,13 +73,13 @@ launch() {
 # evaluate it. --test refuses data with test images.
 sft() {
   local folder=$1; shift
-  launch "$folder" "$SFT" --model "${FROM:-$POLICY}" --data "$@" --test "$TEST" $SFT_FLAGS ${MORE:-}
+  stage "$folder" "$SFT" --model "${FROM:-$POLICY}" --data "$@" --test "$TEST" $SFT_FLAGS ${MORE:-}
   evaluate "$folder"
 }
 
 # evaluate MODEL [FOLDER]: by default into the folder beside the model with eval_ before its name.
 evaluate() {
-  launch "${2:-$(dirname "$1")/eval_$(basename "$1")}" "$EVAL" --model "$1" --data "$TEST" $EVAL_FLAGS
+  stage "${2:-$(dirname "$1")/eval_$(basename "$1")}" "$EVAL" --model "$1" --data "$TEST" $EVAL_FLAGS
 }
 
 case $FILTER in
@@ -146,15 +140,15 @@ for c in $(seq "$CYCLES"); do
   d=$OUT/cycle$c
   stage "$d/reward" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" ${REPORTS:+"$REPORTS"} \
     --rollouts ${rollouts[@]+"${rollouts[@]}"} $REWARD_FLAGS
-  launch "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
+  stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
     $GENERATE_FLAGS
-  launch "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
+  stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
   # SFT, then GRPO, on all that was accepted so far and the expert questions. The next cycle starts from this
   # policy.
   accepted+=("$d/scored/$FILTER.jsonl") random+=("$d/scored/random.jsonl")
   FROM=$policy sft "$d/sft" "${accepted[@]}" "$EXPERT"
   rows+=("cycle $c: SFT on $FILTER=$d/eval_sft/metrics.json")
-  launch "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "${accepted[@]}" "$EXPERT" \
+  stage "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "${accepted[@]}" "$EXPERT" \
     --val "$VAL" --test "$TEST" $GRPO_FLAGS
   evaluate "$d/grpo"
   policy=$d/grpo
@@ -182,7 +176,7 @@ for c in $(seq "$CYCLES"); do
     frozen=$d/scored
     [ "$c" -eq 1 ] || {
       frozen=$d/frozen_scored
-      launch "$frozen" "$REWARD" score --model "$d/reward" --data "$OUT/cycle1/candidates/candidates.jsonl" \
+      stage "$frozen" "$REWARD" score --model "$d/reward" --data "$OUT/cycle1/candidates/candidates.jsonl" \
         $SCORE_FLAGS
     }
     [ -z "$TRUTH" ] || [ -e "$d/frozen.json" ] ||
@@ -190,7 +184,7 @@ for c in $(seq "$CYCLES"); do
   fi
   # The next cycle's generator learns from what this one accepted.
   if [ "$c" -lt "$CYCLES" ]; then
-    launch "$d/generator" "$SFT" --role generator --model "$generator" --data "$d/scored/$FILTER.jsonl" \
+    stage "$d/generator" "$SFT" --role generator --model "$generator" --data "$d/scored/$FILTER.jsonl" \
       $GENERATOR_FLAGS
     generator=$d/generator
   fi

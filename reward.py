@@ -31,6 +31,7 @@ Departs from the paper:
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import textwrap
@@ -71,6 +72,7 @@ def parse_args():
     t.add_argument("--holdout", type=share, default=0.2, help="share of the images held out to evaluate on")
     freeze = ("backbone", "nothing")
     t.add_argument("--freeze", choices=freeze, default="backbone", help="what does not learn")
+    cli.add_switch(t, "--shard", "with --freeze nothing: hold weights in parts, one per process (FSDP2)")
     cli.add_switch(
         t, "--likelihood", "the heads take token log-probabilities, not the last hidden state", default=True
     )
@@ -106,6 +108,8 @@ def parse_args():
     args = p.parse_args()
     if args.command == "score" and args.cap and args.threshold is None:
         s.error("--cap goes with --threshold; --top-k and --keep already set a number")
+    if args.command == "train" and args.shard and args.freeze != "nothing":
+        t.error("--shard goes with --freeze nothing; a frozen backbone has no gradients to shard")
     return args
 
 
@@ -120,7 +124,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss, pad
 
-from medgr2 import context, loading, parallel, vlm
+from medgr2 import context, loading, parallel, sharding, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # The features.
@@ -306,23 +310,32 @@ def leave_out_too_long(backbone, groups, on_error):
     return context.leave_out_too_long(backbone, groups, image, prompt, count_longest, on_error == "skip")
 
 
-def collect_features(model, groups, batch, progress=iter):
+def group_features(model, groups):
     """Features of all responses, (n, F), and the (record, level) of each. Each prompt is encoded once."""
-    features, rows = [], []
-    for i in progress(range(0, len(groups), batch)):
-        # The smallest groups first: `fit` samples from the rows in this order.
-        part = sorted(groups[i : i + batch], key=lambda group: len(group[1]))
-        # The model takes equally many responses to each prompt, so a smaller group repeats its own.
-        G = max(len(labelled) for _, labelled in part)
-        responses = []
-        for _, labelled in part:
-            responses += [response for _, response in itertools.islice(itertools.cycle(labelled), G)]
-        images = [open_image(record["image"]) for record, _ in part]
-        found = model.features(images, [prompt_of(record) for record, _ in part], responses)  # (B·G, F)
-        for b, (record, labelled) in enumerate(part):
-            features.append(found[b * G : b * G + len(labelled)])
-            rows += [(record, level) for level, _ in labelled]
-    return torch.cat(features), rows
+    # The smallest groups first: `fit` samples from the rows in this order.
+    groups = sorted(groups, key=lambda group: len(group[1]))
+    # The model takes equally many responses to each prompt, so a smaller group repeats its own.
+    G = max(len(labelled) for _, labelled in groups)
+    responses = []
+    for _, labelled in groups:
+        responses += [response for _, response in itertools.islice(itertools.cycle(labelled), G)]
+    images = [open_image(record["image"]) for record, _ in groups]
+    found = model.features(images, [prompt_of(record) for record, _ in groups], responses)  # (B·G, F)
+    features = [found[b * G : b * G + len(labelled)] for b, (_, labelled) in enumerate(groups)]
+    return torch.cat(features), [(record, level) for record, labelled in groups for level, _ in labelled]
+
+
+def collect_features(model, groups, batch, accelerator, progress=iter):
+    """The same of any number of groups, `batch` at a time. Processes take turns; each gets all features."""
+
+    def work(i):
+        features, rows = group_features(model, groups[i : i + batch])
+        return features.cpu(), rows
+
+    starts = range(0, len(groups), batch)
+    found = [part for _, part in zip(progress(starts), parallel.take_turns(starts, work, accelerator))]
+    features, rows = zip(*found)
+    return torch.cat(features).to(model.backbone.device), list(itertools.chain(*rows))
 
 
 def targets_of(levels, device):
@@ -331,42 +344,61 @@ def targets_of(levels, device):
     return torch.cat([normalise_reward(targets[:, :1]), targets[:, 1:]], 1)
 
 
-def reward_loss(out, targets):
-    """MSE of R̄ plus the mean BCE of the three probabilities, over the known targets. Both (n, 4)."""
-    known = ~targets[:, 1:].isnan()
+def reward_loss(out, targets, whole=None):
+    """MSE of R̄ plus the mean BCE of the three probabilities, over the known targets. Both (n, 4).
+
+    `whole`: the targets of a batch (N, 4) of which these are a part: the losses of the parts then add up.
+    """
+    whole = targets if whole is None else whole
+    known, of = ~targets[:, 1:].isnan(), (~whole[:, 1:].isnan()).sum()
     bce = binary_cross_entropy_with_logits(out[:, 1:][known], targets[:, 1:][known]) if known.any() else 0.0
-    return mse_loss(out[:, 0], targets[:, 0]) + bce
+    return mse_loss(out[:, 0], targets[:, 0]) * (len(targets) / len(whole)) + bce * (
+        known.sum() / of.clamp(min=1)
+    )
 
 
-def fit(model, groups, args, run):
+def backbone_loss(model, batch, accelerator):
+    """This process's part of the loss of a batch of groups, through the backbone."""
+    own = batch[accelerator.process_index :: accelerator.num_processes]
+    # A sharded backbone computes in all processes at once: one without a group computes with weight 0.
+    x, rows = group_features(model, own or batch[:1])
+    y = targets_of([level for _, level in rows], x.device)
+    whole = targets_of([level for _, labelled in batch for level, _ in labelled], x.device)
+    return reward_loss(model.heads(x), y, whole) * bool(own)
+
+
+def fit(model, groups, args, run, accelerator):
     """Train the heads on features computed once, or, with --freeze nothing, heads and backbone together.
 
     Returns the number of skipped steps, whose gradient was not finite.
     """
-    with torch.no_grad():
-        features, rows = collect_features(
-            model, groups, args.batch, functools.partial(run.progress, description="features")
-        )
+    progress = functools.partial(run.progress, description="features", together=True)
+    with torch.no_grad(), sharding.gathered(model.backbone):
+        features, rows = collect_features(model, groups, args.batch, accelerator, progress)
     targets = targets_of([level for _, level in rows], features.device)
     model.heads.standardise(features)
-    learning = [*model.heads.parameters()]
+    # Apart, because the backbone's weights may be sharded.
+    learning = [[*model.heads.parameters()]]
     if args.freeze == "nothing":
-        learning += model.backbone.model.parameters()
-    optimizer = torch.optim.AdamW(learning, lr=args.lr, weight_decay=0.1)
+        learning.append([*model.backbone.model.parameters()])
+    optimizer = torch.optim.AdamW([{"params": part} for part in learning], lr=args.lr, weight_decay=0.1)
     rng, skipped = random.Random(runs.seed_of(args.seed, "fit")), training.Skipped()
-    for step in run.progress(range(args.steps), "heads"):
-        # A batch of features and targets; the features are recomputed if the backbone learns.
+    for step in run.progress(range(args.steps), "heads", together=True):
+        # The loss of a batch; its features are recomputed if the backbone learns.
         if args.freeze == "nothing":
             batch = rng.sample(groups, min(len(groups), args.batch))
-            x, drawn = collect_features(model, batch, args.batch)
-            y = targets_of([level for _, level in drawn], x.device)
+            with accelerator.autocast():
+                loss = backbone_loss(model, batch, accelerator)
         else:
             index = rng.sample(range(len(rows)), min(len(rows), HEADS_BATCH))
-            x, y = features[index], targets[index]
-        # Loss, gradient and step.
-        loss = reward_loss(model.heads(x), y)
+            loss = reward_loss(model.heads(features[index]), targets[index])
+        # Gradient and step. With a frozen backbone all processes compute the same.
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]).item()
+        loss = loss.detach()
+        if args.freeze == "nothing":
+            training.sum_gradients(itertools.chain(*learning), accelerator)
+            loss = accelerator.reduce(loss, "sum")
+        norm = math.hypot(*(training.clip_gradient(part, math.inf) for part in learning))
         training.step(optimizer, args.lr, norm)
         skipped.count(step, loss.item(), norm)
         # Log.
@@ -380,9 +412,9 @@ def fit(model, groups, args, run):
 
 
 @torch.no_grad()
-def evaluate_heads(model, groups, batch, seed, progress=iter):
+def evaluate_heads(model, groups, batch, seed, accelerator, progress=iter):
     """{metric: value} of R on held-out groups."""
-    features, rows = collect_features(model, groups, batch, progress)
+    features, rows = collect_features(model, groups, batch, accelerator, progress)
     scores = denormalise_reward(model.heads(features)[:, 0]).cpu().numpy()  # (n,)
     levels = np.array([level for _, level in rows])
     targets = np.array([LEVELS[level][0] for level in levels])
@@ -392,44 +424,55 @@ def evaluate_heads(model, groups, batch, seed, progress=iter):
         "ordered": evaluate_pairs(scores, levels),
         "spearman": measures.spearman(scores, targets),
         "auroc": measures.auroc(scores[answered], np.isin(levels, RIGHT)[answered]),
-        "image_swap_drop": image_swap_drop(model, groups, batch, seed, progress),
+        "image_swap_drop": image_swap_drop(model, groups, batch, seed, accelerator, progress),
     }
 
 
-def image_swap_drop(model, groups, batch, seed, progress=iter):
+def image_swap_drop(model, groups, batch, seed, accelerator, progress=iter):
     """Mean fall of R when each original gets another record's image; None if there is no other."""
     originals = [record for record, labelled in groups if "original" in dict(labelled)]
     others = random.Random(seed).sample(originals, len(originals))
     pairs = [(own, other) for own, other in zip(originals, others) if own["image"] != other["image"]]
-    drops = []
-    for i in progress(range(0, len(pairs), batch)):
+
+    def work(i):
         rows, swapped = zip(*pairs[i : i + batch])
         before = score_references(model, rows, [row["image"] for row in rows])["overall"]
         after = score_references(model, rows, [row["image"] for row in swapped])["overall"]
-        drops += [a - b for a, b in zip(before, after)]
+        return [a - b for a, b in zip(before, after)]
+
+    starts = range(0, len(pairs), batch)
+    found = zip(progress(starts), parallel.take_turns(starts, work, accelerator))
+    drops = [drop for _, part in found for drop in part]
     return float(np.mean(drops)) if drops else None
 
 
 def train(args):
-    run = runs.start(args, [args.model, *args.data, *args.rollouts])
+    accelerator = loading.start_accelerator()
+    run = runs.start(args, [args.model, *args.data, *args.rollouts], accelerator.is_main_process)
     groups, held_out = load_groups(args)
     # A frozen backbone has the dtype that it scores in. Weights that learn stay fp32.
     dtype = loading.best_dtype() if args.freeze == "backbone" else torch.float32
-    backbone = loading.load(args.model, dtype=dtype)
+    backbone = loading.load(args.model, accelerator.device, dtype)
     loading.limit_pixels(backbone, args.min_pixels, args.max_pixels)
     if args.freeze == "nothing":
         loading.freeze(backbone, "nothing")
+    if args.shard:
+        sharding.shard(backbone)
     groups, held_out = (leave_out_too_long(backbone, part, args.on_error) for part in (groups, held_out))
     heads = Heads(feature_width(backbone, args.likelihood), args.hidden).to(backbone.device)
     model = RewardModel(backbone, heads, args.likelihood)
     work = f"{args.steps} steps on the responses to {len(groups)} questions and reports"
     context.tell_image_tokens(backbone, [record["image"] for record, _ in groups + held_out])
     run.announce(f"{work}, then {len(held_out)} held out")
-    skipped = fit(model, groups, args, run)
-    progress = functools.partial(run.progress, description="held out")
-    metrics = evaluate_heads(model, held_out, args.batch, args.seed, progress)
-    print_evaluation(metrics)
-    model.save(run.part)
+    skipped = fit(model, groups, args, run, accelerator)
+    progress = functools.partial(run.progress, description="held out", together=True)
+    with sharding.gathered(backbone):
+        metrics = evaluate_heads(model, held_out, args.batch, args.seed, accelerator, progress)
+    if args.shard:
+        sharding.collect(backbone, run.main)
+    if run.main:
+        print_evaluation(metrics)
+        model.save(run.part)
     known = [k for k in ("auroc", "spearman", "image_swap_drop") if metrics[k] is not None]
     line = "held-out " + ", ".join(f"{k} {metrics[k]:.3f}" for k in known)
     metrics |= {"examples": sum(len(labelled) for _, labelled in groups), "skipped": skipped}

@@ -170,7 +170,10 @@ def leave():
 def print_last(line):
     """Print a line below all that the launcher will print when it ends: its traceback and its summary."""
     if watch() and watch().is_launched():
-        wait_and_print = 'while kill -0 "$0"; do sleep 0.1; done 2>/dev/null; printf "%s\\n" "$1" >&2'
+        # A launcher that has ended stays a zombie as long as its caller only reads its output. That ends when
+        # this command does.
+        runs = 'kill -0 "$0" && ! grep -q "^State:.Z" "/proc/$0/status"'
+        wait_and_print = f'while {runs}; do sleep 0.1; done 2>/dev/null; printf "%s\\n" "$1" >&2'
         command = ["sh", "-c", wait_and_print, str(watch().launcher), line]
         # In a session of its own: the launcher ends this process's.
         subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -301,12 +301,15 @@ class Run:
         if self.main:
             print(f"{self.folder}: {work}, on {server or describe_device()}", flush=True)
 
-    def progress(self, items, description):
-        """Yield the items of a sequence and show how far the run is (progress.py)."""
+    def progress(self, items, description, together=False):
+        """Yield the items of a sequence and show how far the run is (progress.py).
+
+        After a signal it is left, also if nothing is committed in it. Several processes leave it only if all
+        of them are in it, `together`.
+        """
         for item in progress(items, description):
             yield item
-            # For a loop without commits. Not all of several processes may be in it.
-            if not processes.several():
+            if together or not processes.several():
                 self.exit_if_stopping()
 
     def finish(self, metrics, line=""):

@@ -249,7 +249,17 @@ def test_the_table_of_losses_has_multiples_of_the_plain_way_and_empty_cells_for_
 # The tables of README.md and docs/.
 
 BLOCK = re.compile(r"(?<=<!-- )([\w-]+)( -->\n)(.*?)(?=<!-- /\1 -->)", re.DOTALL)
-NAMES = "seeds", "grpo_step", "memory", "sharding", "logprob", "cycle", "authors_file", "collect"
+NAMES = (
+    "seeds",
+    "grpo_step",
+    "memory",
+    "micro_group",
+    "sharding",
+    "logprob",
+    "cycle",
+    "authors_file",
+    "collect",
+)
 WRITERS = [f"benchmarks/{name}.py" for name in NAMES]
 WRITERS += ["tests/test_kill.py"]
 

@@ -1,5 +1,6 @@
 """Several processes end together and in one line, and hash their inputs once."""
 
+import subprocess
 import time
 
 from helpers import children, torchrun, wait_until_gone
@@ -84,3 +85,11 @@ def test_a_mistake_that_one_process_finds_ends_both_and_is_the_first_and_the_las
     assert 2 in statuses(lines)
     # Besides, one process has hashed the input and told the other.
     assert [path.name for path in tmp_path.glob("data.*")] == ["data.hashed-by-0"]
+
+
+def test_a_caller_that_reads_to_the_end_of_the_output_before_it_waits_gets_the_last_line(tmp_path):
+    (tmp_path / "stage.py").write_text(STAGE)
+    flags = ("--fail", "mistake", "--out", tmp_path / "out", "--data", tmp_path / "data")
+    launcher = torchrun(2, tmp_path / "stage.py", *flags, stderr=subprocess.PIPE)
+    _, said = launcher.communicate(timeout=60)
+    assert said.decode().splitlines()[-1] == "stage.py: a.png: broken: replace it"

@@ -12,8 +12,10 @@ import clinic
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from accelerate import Accelerator
+from helpers import ROOT, run_in_one_and_two
 from PIL import Image
+from safetensors.torch import load_file
 
 import reward
 from medgr2 import levels, loading, measures, records, selection, vlm
@@ -324,7 +326,7 @@ def test_encoding_a_question_once_for_many_responses_changes_no_feature(backbone
     model = reward.RewardModel(backbone, reward.Heads(reward.feature_width(backbone, True), 8), True)
     groups = levels.build_levels(rows[:6] + rows[-2:], 2, 0)
     with torch.no_grad():
-        features, order = reward.collect_features(model, groups, 8)
+        features, order = reward.collect_features(model, groups, 8, Accelerator())
         assert len(features) == len(order) == sum(len(labelled) for _, labelled in groups)
         for record, labelled in groups[:3]:
             image, prompt = open_image(record["image"]), reward.prompt_of(record)
@@ -563,3 +565,52 @@ def test_a_group_with_a_response_longer_than_the_context_is_refused_or_left_out(
     assert "2 of 3 records are too long" in capsys.readouterr().out
     with pytest.raises(RecordError, match="2 of 3 .*--on-error skip"):
         reward.leave_out_too_long(backbone, groups, "stop")
+
+
+def test_two_processes_train_the_reward_model_of_one_whether_the_backbone_learns_or_is_sharded(tmp_path):
+    clinic.write_clinic(str(tmp_path / "data"), (4, 2, 1, 1, 1), seed=3)
+    train = f"reward.py train --model toy/backbone --data {tmp_path}/data/expert.jsonl"
+    train += f" {tmp_path}/data/reports.jsonl --resamples 1"
+    learn = f"{train} --steps 3 --lr 1e-4 --freeze nothing"
+    run_in_one_and_two(
+        tmp_path,
+        f"{train} --batch 3 --steps 20 --out OUT/frozen",
+        f"{learn} --batch 3 --out OUT/whole",
+        f"{learn} --batch 3 --shard --out OUT/shard",
+        # A step's only group is that of the first process.
+        f"{learn} --batch 1 --shard --out OUT/few",
+    )
+
+    def weights(folder, name="backbone/model.safetensors"):
+        return load_file(tmp_path / folder / name)
+
+    before = load_file(f"{ROOT}/toy/backbone/model.safetensors")
+    for stage in ("frozen", "whole", "shard", "few"):
+        for name in ("heads.safetensors", "backbone/model.safetensors"):
+            one, two = weights(f"one/{stage}", name), weights(f"two/{stage}", name)
+            assert one.keys() == two.keys()
+            assert all((one[k] - two[k]).norm() <= 1e-3 * one[k].norm() for k in one)
+        one, two = (
+            json.loads((tmp_path / run / stage / "metrics.json").read_text()) for run in ("one", "two")
+        )
+        assert two["auroc"] == pytest.approx(one["auroc"], abs=1e-3)
+        assert two["image_swap_drop"] == pytest.approx(one["image_swap_drop"], abs=1e-2)
+        lines = [
+            (tmp_path / run / stage / "metrics.jsonl").read_text().splitlines() for run in ("one", "two")
+        ]
+        one, two = (json.loads(rows[0]) for rows in lines)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    # Sharded or not, the backbone has learned the same; frozen, nothing.
+    whole, sharded = weights("one/whole"), weights("two/shard")
+    moved = torch.cat([(whole[k] - before[k]).flatten() for k in before])
+    again = torch.cat([(sharded[k] - before[k]).flatten() for k in before])
+    assert torch.nn.functional.cosine_similarity(moved, again, 0) > 0.9999 and moved.norm() > 0
+    assert all(torch.equal(weights("two/frozen")[k], before[k]) for k in before)
+
+
+def test_a_frozen_backbone_is_not_sharded(call, tmp_path):
+    status, _, error = call(
+        reward, "train", "--model", "m", "--data", "d", "--shard", "--out", tmp_path / "x"
+    )
+    assert status == 2 and "--shard goes with --freeze nothing" in error
