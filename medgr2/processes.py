@@ -75,7 +75,8 @@ class Peers:
         self.store = PrefixStore(f"medgr2/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         self.store.set(f"process {self.rank}", f"{os.environ['GROUP_RANK']} {os.getpid()}")
         self.neighbours, self.has_left = {}, threading.Event()
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
 
     def watch(self):
         """In a thread: end this process once another has failed or was killed, or the launcher was."""
@@ -165,6 +166,8 @@ def leave():
     if watch() and watch().is_launched():
         watch().has_left.set()
         watch().store.set(f"left {watch().rank}", "")
+        # Were it still asking the store when Python ends, the process would be aborted.
+        watch().thread.join(10)
 
 
 def print_last(line):
