@@ -92,7 +92,7 @@ def parse_args():
     s.add_argument("--cap", type=count, help="with --threshold: at most this many per cell of --per")
     answered = "predictions.jsonl of eval.py --samples on --data: adds `pass_rate`, which --cap uses"
     s.add_argument("--answered", help=answered)
-    skip = "at a bad line, an unreadable image, or a record longer than the context: skip leaves it out"
+    skip = "at a bad line or unreadable image of --data, or a record too long: skip leaves it out"
     t.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     skip = "at an unreadable image or a candidate longer than the context (skip: rejected.jsonl), or a bad "
     skip += "line (skip: left out)"
@@ -310,12 +310,15 @@ def leave_out_too_long(backbone, groups, on_error):
     return context.leave_out_too_long(backbone, groups, image, prompt, count_longest, on_error == "skip")
 
 
-def group_features(model, groups):
-    """Features of all responses, (n, F), and the (record, level) of each. Each prompt is encoded once."""
+def group_features(model, groups, G=None):
+    """Features of all responses, (n, F), and the (record, level) of each. Each prompt is encoded once.
+
+    `G`: compute as if the largest group had so many responses.
+    """
     # The smallest groups first: `fit` samples from the rows in this order.
     groups = sorted(groups, key=lambda group: len(group[1]))
     # The model takes equally many responses to each prompt, so a smaller group repeats its own.
-    G = max(len(labelled) for _, labelled in groups)
+    G = G or max(len(labelled) for _, labelled in groups)
     responses = []
     for _, labelled in groups:
         responses += [response for _, response in itertools.islice(itertools.cycle(labelled), G)]
@@ -326,15 +329,14 @@ def group_features(model, groups):
 
 
 def collect_features(model, groups, batch, accelerator, progress=iter):
-    """The same of any number of groups, `batch` at a time. Processes take turns; each gets all features."""
+    """`group_features` of any number of groups, `batch` at a time. Processes take turns; each gets all."""
 
     def work(i):
         features, rows = group_features(model, groups[i : i + batch])
         return features.cpu(), rows
 
     starts = range(0, len(groups), batch)
-    found = [part for _, part in zip(progress(starts), parallel.take_turns(starts, work, accelerator))]
-    features, rows = zip(*found)
+    features, rows = zip(*parallel.take_turns(progress(starts), work, accelerator))
     return torch.cat(features).to(model.backbone.device), list(itertools.chain(*rows))
 
 
@@ -350,18 +352,20 @@ def reward_loss(out, targets, whole=None):
     `whole`: the targets of a batch (N, 4) of which these are a part: the losses of the parts then add up.
     """
     whole = targets if whole is None else whole
-    known, of = ~targets[:, 1:].isnan(), (~whole[:, 1:].isnan()).sum()
-    bce = binary_cross_entropy_with_logits(out[:, 1:][known], targets[:, 1:][known]) if known.any() else 0.0
-    return mse_loss(out[:, 0], targets[:, 0]) * (len(targets) / len(whole)) + bce * (
-        known.sum() / of.clamp(min=1)
-    )
+    known = ~targets[:, 1:].isnan()
+    mse = mse_loss(out[:, 0], targets[:, 0], reduction="sum") / len(whole)
+    bce = binary_cross_entropy_with_logits(out[:, 1:][known], targets[:, 1:][known], reduction="sum")
+    return mse + bce / (~whole[:, 1:].isnan()).sum().clamp(min=1)
 
 
 def backbone_loss(model, batch, accelerator):
     """This process's part of the loss of a batch of groups, through the backbone."""
     own = batch[accelerator.process_index :: accelerator.num_processes]
-    # A sharded backbone computes in all processes at once: one without a group computes with weight 0.
-    x, rows = group_features(model, own or batch[:1])
+    G = max(len(labelled) for _, labelled in batch)
+    # A sharded backbone computes in all processes at once, so all make the same passes; one without a group
+    # of its own makes them with weight 0.
+    with accelerator.autocast():
+        x, rows = group_features(model, own or batch[:1], G)
     y = targets_of([level for _, level in rows], x.device)
     whole = targets_of([level for _, labelled in batch for level, _ in labelled], x.device)
     return reward_loss(model.heads(x), y, whole) * bool(own)
@@ -377,18 +381,20 @@ def fit(model, groups, args, run, accelerator):
         features, rows = collect_features(model, groups, args.batch, accelerator, progress)
     targets = targets_of([level for _, level in rows], features.device)
     model.heads.standardise(features)
-    # Apart, because the backbone's weights may be sharded.
-    learning = [[*model.heads.parameters()]]
-    if args.freeze == "nothing":
-        learning.append([*model.backbone.model.parameters()])
-    optimizer = torch.optim.AdamW([{"params": part} for part in learning], lr=args.lr, weight_decay=0.1)
+    # Apart, because the backbone's weights may be sharded. They do not decay: some get no gradient at all.
+    learning = [
+        [*model.heads.parameters()],
+        [p for p in model.backbone.model.parameters() if p.requires_grad],
+    ]
+    learning = learning if args.freeze == "nothing" else learning[:1]
+    decays = [{"params": part, "weight_decay": decay} for part, decay in zip(learning, (0.1, 0.0))]
+    optimizer = torch.optim.AdamW(decays, lr=args.lr)
     rng, skipped = random.Random(runs.seed_of(args.seed, "fit")), training.Skipped()
     for step in run.progress(range(args.steps), "heads", together=True):
         # The loss of a batch; its features are recomputed if the backbone learns.
         if args.freeze == "nothing":
             batch = rng.sample(groups, min(len(groups), args.batch))
-            with accelerator.autocast():
-                loss = backbone_loss(model, batch, accelerator)
+            loss = backbone_loss(model, batch, accelerator)
         else:
             index = rng.sample(range(len(rows)), min(len(rows), HEADS_BATCH))
             loss = reward_loss(model.heads(features[index]), targets[index])
@@ -398,6 +404,7 @@ def fit(model, groups, args, run, accelerator):
         if args.freeze == "nothing":
             training.sum_gradients(itertools.chain(*learning), accelerator)
             loss = accelerator.reduce(loss, "sum")
+        # Nothing is clipped: only the norm is wanted.
         norm = math.hypot(*(training.clip_gradient(part, math.inf) for part in learning))
         training.step(optimizer, args.lr, norm)
         skipped.count(step, loss.item(), norm)
@@ -441,8 +448,7 @@ def image_swap_drop(model, groups, batch, seed, accelerator, progress=iter):
         return [a - b for a, b in zip(before, after)]
 
     starts = range(0, len(pairs), batch)
-    found = zip(progress(starts), parallel.take_turns(starts, work, accelerator))
-    drops = [drop for _, part in found for drop in part]
+    drops = list(itertools.chain(*parallel.take_turns(progress(starts), work, accelerator)))
     return float(np.mean(drops)) if drops else None
 
 

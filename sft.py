@@ -57,7 +57,7 @@ def parse_args():
     p.add_argument("--lora", type=count, metavar="R", help=lora)
     cli.add_switch(p, "--shard", "hold weights, gradients and moments in parts, one per process (FSDP2)")
     cli.add_switch(p, "--gradient-checkpointing", "recompute activations: less memory, more time")
-    skip = "at a bad line, an unreadable image, or a record longer than the context: skip leaves it out"
+    skip = "at a bad line or unreadable image of --data, or a record too long: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
@@ -172,6 +172,7 @@ def mean_loss(policy, examples, micro_batch, progress=iter):
 def main(args):
     accelerator = loading.start_accelerator()
     data = training.read_data(args, ("image",), accelerator.is_main_process)
+    val = [(args.val, training.read_usable(args.val, ("image",), args.image_root))] if args.val else []
     paths = [args.model, *args.data, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
     run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch", "gradient_checkpointing"))
@@ -215,8 +216,7 @@ def main(args):
 
     result = {"steps": steps, "examples": len(examples), "train_loss": loss, "skipped": skipped.total}
     if args.val:
-        val = args.val, training.read_usable(args.val, ("image",), args.image_root)
-        held_out = load_examples([val], [1.0], args.role)
+        held_out = load_examples(val, [1.0], args.role)
         with accelerator.autocast(), sharding.gathered(policy):
             progress = functools.partial(run.progress, description="validation")
             result["val_loss"] = mean_loss(policy, held_out, args.micro_batch, progress)

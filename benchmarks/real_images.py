@@ -270,7 +270,8 @@ def models(args):
             steps = args.steps[0] if args.steps else TOWER_STEPS
             pretrain_tower(tower, processor, parts["shown"], parts["val"], seed, steps)
             os.makedirs(args.out, exist_ok=True)
-            save_file(tower.state_dict(), file)
+            save_file(tower.state_dict(), file + ".part")
+            os.replace(file + ".part", file)
         towers |= dict.fromkeys(roles, tower)
     for role, settings in ROLES.items():
         if os.path.exists(os.path.join(args.out, role)):
@@ -284,7 +285,9 @@ def models(args):
         if role == "policy":
             rows = [row for row in rows if row["modality"] in KNOWN]
         pretrain_language(vlm_, role, rows, args.steps[1] if args.steps else settings["steps"], args.seed)
-        loading.save(vlm_, os.path.join(args.out, role))
+        # Renamed when complete: a folder that is there is not made again.
+        loading.save(vlm_, os.path.join(args.out, f"{role}.part"))
+        os.replace(os.path.join(args.out, f"{role}.part"), os.path.join(args.out, role))
         print(f"{role}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 

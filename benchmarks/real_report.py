@@ -1,4 +1,4 @@
-"""The rest of what benchmarks/real_images.sh commits: the reward model, time and memory by stage, the figure.
+"""The rest of what benchmarks/real_images.sh records: the reward model, time and memory by stage, the figure.
 
     python benchmarks/real_report.py --runs runs/real_images/seed0/all runs/real_images/seed1/all ...
     python benchmarks/real_report.py --readme        writes the tables anew, from the committed result file
@@ -33,7 +33,7 @@ def cycles_of(folder):
 
 
 def measure_stages(folders):
-    """{stage: {"processes", "seconds": mean per seed, "peak_bytes": most}}; its evaluations are one stage."""
+    """{stage: {"processes", "seconds": mean per seed, "peak_bytes": most}}; all evaluations are one stage."""
     found = defaultdict(lambda: {"processes": 0, "seconds": 0.0, "peak_bytes": 0})
     for folder in folders:
         for meta in collect.read_stages(folder):

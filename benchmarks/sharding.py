@@ -2,8 +2,8 @@
 
 Two small models with random weights (LLaVA, its head tied; Qwen2.5-VL), the cases of tests/test_sharding.py,
 over 1, 2 and 3 processes (gloo) and over two pretended nodes of two. Two cases make ten updates, the others
-one. Of these models the frozen vision tower, which is not sharded, is a large part. So the bytes are those of
-a LLaVA of 50 M parameters too, whose tower is 6% (Qwen2.5-VL-7B: 8%). It takes minutes, so tests/run.sh
+one. In these models the frozen vision tower, which is not sharded, is a large part; so the bytes are measured
+on a LLaVA of 50 M parameters too, whose tower is 6% (Qwen2.5-VL-7B: 8%). It takes minutes, so tests/run.sh
 computes a few of these only.
 
     python benchmarks/sharding.py              into benchmarks/results/sharding.json and docs/scale.md

@@ -345,9 +345,9 @@ def find_unreadable(rows, limit):
             reasons[path] = str(error)
     bad = [reasons[row["image"]] for row in rows if row["image"] in reasons]
     if bad:
-        more = f"{len(bad) - 1} more of {len(rows)}"
+        more = f"{len(bad) - 1} more of {len(rows)}" + f": above --max-rejected {limit}" * (limit < 1)
         is_few = len(bad) <= limit * len(rows) and len(bad) < len(rows)
-        require(is_few, f"{bad[0]} (and {more}: above --max-rejected {limit})")
+        require(is_few, f"{bad[0]} (and {more})")
     return reasons
 
 

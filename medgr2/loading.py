@@ -307,7 +307,7 @@ def save(loaded, folder):
             "make room, the same command resumes from here"
         )
     if loaded.source and find_quantisation(loaded.source):
-        # They cannot learn, so these are the source's, and the library cannot write every kind anew.
+        # They cannot learn, so the source's are copied: the library cannot write every kind.
         return carry_over(loaded.source, folder, RUN_FILES)
     loaded.model.save_pretrained(folder)
     if loaded.source is None:

@@ -1,4 +1,4 @@
-"""Several processes share the batches of a stage that does not train."""
+"""Several processes share batches that need no gradient."""
 
 from itertools import islice
 

@@ -173,8 +173,8 @@ def leave():
 def print_last(line):
     """Print a line below all that the launcher will print when it ends: its traceback and its summary."""
     if watch() and watch().is_launched():
-        # A launcher that has ended stays a zombie as long as its caller only reads its output. That ends when
-        # this command does.
+        # A launcher that has ended is a zombie, which kill -0 finds, until its caller waits for it. One that
+        # first reads all output would wait for this command, and this for it.
         runs = 'kill -0 "$0" && ! grep -q "^State:.Z" "/proc/$0/status"'
         wait_and_print = f'while {runs}; do sleep 0.1; done 2>/dev/null; printf "%s\\n" "$1" >&2'
         command = ["sh", "-c", wait_and_print, str(watch().launcher), line]

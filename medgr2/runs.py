@@ -30,7 +30,6 @@ import math
 import os
 import platform
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -289,8 +288,9 @@ class Run:
         stopping = processes.largest(self.stopping or 0)
         if stopping and self.main:
             name = "Ctrl-C" if stopping == signal.SIGINT else "SIGTERM"
-            step = self.state.get("step", 0)
-            line = f"{self.part}: stopped by {name} at step {step}; the same command resumes it"
+            where = f"at step {self.state.get('step', 0)}; the same command resumes it"
+            where = where if self.commits else "before its first commit; the same command starts anew"
+            line = f"{self.part}: stopped by {name} {where}"
             print(line, flush=True)
             processes.print_last(line)
         if stopping:
@@ -304,8 +304,8 @@ class Run:
     def progress(self, items, description, together=False):
         """Yield the items of a sequence and show how far the run is (progress.py).
 
-        After a signal it is left, also if nothing is committed in it. Several processes leave it only if all
-        of them are in it, `together`.
+        After a signal the run ends here, without a commit. Of several processes only with `together`: all run
+        this loop in step.
         """
         for item in progress(items, description):
             yield item
@@ -340,6 +340,8 @@ class Run:
 
 def peak_bytes():
     """The most memory that this process has held so far: resident, and on its GPU if it has one."""
+    import resource
+
     import torch
 
     # In bytes on macOS, else in KiB.

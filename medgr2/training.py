@@ -15,11 +15,11 @@ MAX_SKIPPED = 5
 
 
 def read_usable(path, fields, root=None, skip=False):
-    """The records of a training file. `skip`: leave out and print a bad line or an unreadable image.
+    """The records of a training file. With `skip`, bad lines and unreadable images are left out and named.
 
     Raises RecordError as records.read_records, and if nothing is left.
     """
-    rows = records.read_kept(path, fields, root, float(skip))
+    rows = records.read_kept(path, fields, root, 1.0 if skip else 0)
     unreadable = find_unreadable(rows, 1.0) if skip else {}
     for row in rows:
         if row["image"] in unreadable:
@@ -28,14 +28,12 @@ def read_usable(path, fields, root=None, skip=False):
 
 
 def read_data(args, fields, main):
-    """[(file, its records)] of --data. Raises RunError if one of --test leaks into it; `main` says where."""
+    """[(file, its records)] of --data. Raises RunError if --test leaks into it; `main` writes where."""
     skip = args.on_error == "skip"
     data = [(file, read_usable(file, fields, args.image_root, skip)) for file in args.data]
     if args.test:
-        train, path = (
-            [(file, row) for file, rows in data for row in rows],
-            args.out.rstrip("/") + ".leaks.jsonl",
-        )
+        train = [(file, row) for file, rows in data for row in rows]
+        path = args.out.rstrip("/") + ".leaks.jsonl"
         leakage.refuse_leakage(train, args.test, args.allow_leakage, path, args.image_root, main)
     return data
 

@@ -64,17 +64,11 @@ def call(monkeypatch, capsys):
 
     A single text is split at its spaces.
     """
-    from medgr2 import cli
+    from helpers import run_here
 
     def run(script, *flags):
-        words = flags[0].split() if len(flags) == 1 else map(str, flags)
-        monkeypatch.setattr(sys, "argv", [os.path.basename(script.__file__), *words])
-        status = 0
-        try:
-            cli.run_main(script.main, script.parse_args())
-        except SystemExit as leaving:
-            status = leaving.code
-        return status, *capsys.readouterr()
+        done = run_here(script, *(flags[0].split() if len(flags) == 1 else flags))
+        return done.returncode, done.stdout, done.stderr
 
     return run
 

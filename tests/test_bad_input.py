@@ -887,9 +887,9 @@ date. Most rows are mistakes: the command exits with status 2, prints this one l
 output folder. A row that says *read* is no mistake: the input is accepted, and the test checks what was read.
 `...` stands for the words of a library.
 
-A module such as `medgr2.records` is run with `python -m`. With `--on-error skip` a stage leaves out bad lines
-and unreadable images instead of stopping, and names each. `generate.py` and `reward.py score` do so up to the
-fraction `--max-rejected`.
+A module such as `medgr2.records` is run with `python -m`. With `--on-error skip` the stages
+that train, `generate.py` and `reward.py score` leave out bad lines and unreadable images instead of stopping,
+and name each; the last two do so up to the fraction `--max-rejected`.
 
 | what | case | command | says |
 |---|---|---|---|

@@ -346,6 +346,10 @@ def test_training_leaves_out_bad_lines_and_unreadable_images_and_is_as_without_t
     assert len(said) == 3 and all(start in line for start, line in zip(starts, said))
     file.write_text("\n".join(line for i, line in enumerate(lines) if i not in (2, 5)) + "\n")
     assert call(command.replace("{o}", "{d}/rest"), folder) == 0
-    weights = "heads.safetensors" if name == "reward.py train" else "model.safetensors"
-    there, here = (folder / out / weights for out in ("skipped", "rest"))
+    names = {
+        "reward.py train": "heads.safetensors",
+        "sft.py": "model.safetensors",
+        "grpo.py": "rollouts.jsonl",
+    }
+    there, here = (folder / out / names[name] for out in ("skipped", "rest"))
     assert there.read_bytes() == here.read_bytes()
