@@ -5,7 +5,7 @@
 
 Reads   finished runs of the cycle with marks.json (real_images.py marks), and
         benchmarks/results/real_headline.json (collect.py)
-Writes  benchmarks/results/real_report.json, the tables real_reward, real_marks and real_stages in
+Writes  benchmarks/results/real_report.json, the tables real_pairs, real_reward, real_marks and real_stages in
         docs/results.md, docs/figures/real.svg and .png
 """
 
@@ -13,6 +13,7 @@ import os
 import sys
 from collections import defaultdict
 from datetime import datetime
+from operator import itemgetter
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks")]
@@ -46,13 +47,48 @@ def measure_stages(folders):
     return dict(found)
 
 
+def list_pairs(cycles):
+    """{name: (evaluation, evaluation)}: the comparisons that the method's claims are about."""
+    pairs = {"base → SFT on the expert tenth": ("eval_base", "eval_sft_expert")}
+    pairs["SFT on the expert tenth → GRPO on it, rule reward"] = ("eval_sft_expert", "eval_rule")
+    before = "SFT on the expert tenth", "eval_sft_expert"
+    for cycle in cycles:
+        name, sft = cycle.replace("cycle", "cycle "), f"{cycle}/eval_sft"
+        accepted = f"{name}: SFT on accepted"
+        pairs[f"{before[0]} → {accepted}"] = before[1], sft
+        pairs[f"{name}: SFT on random → SFT on accepted"] = f"{cycle}/eval_sft_random", sft
+        pairs[f"{accepted} → + GRPO"] = sft, f"{cycle}/eval_grpo"
+        pairs[f"{name}: as many SFT steps → + GRPO"] = f"{cycle}/eval_sft_more", f"{cycle}/eval_grpo"
+        before = accepted, sft
+    return pairs
+
+
+def compare(folders, pairs):
+    """{name: difference of accuracy on the headline questions, by kind, with its interval}."""
+    found = {}
+    for name, (a, b) in pairs.items():
+        only = collect.has_any(["headline=True"])
+        questions, right = collect.read_answers(folders, {"a": a, "b": b}, itemgetter("kind"), only)
+        found[name] = collect.measure_by(right["b"] - right["a"], questions, ("kind",))
+    return found
+
+
+def pairs_table(pairs):
+    lines = []
+    for name, found in pairs.items():
+        parts = [found, *(found["by_kind"][kind] for kind in KINDS)]
+        lines.append([name, *map(collect.format_difference, parts)])
+    return readme.format_table(["headline questions", "all", *KINDS.values()], lines)
+
+
 def gather(folders):
-    """The result file: by cycle, each seed's reward model and marks; the stages."""
+    """The result file: by cycle, each seed's reward model and marks; comparisons; the stages."""
     cycles = cycles_of(folders[0])
     return {
         "seeds": [collect.read_json(f, "eval_base", "args.json")["args"]["seed"] for f in folders],
         "reward": {c: [collect.read_json(f, c, "reward", "metrics.json") for f in folders] for c in cycles},
         "marks": {c: [collect.read_json(f, c, "marks.json") for f in folders] for c in cycles},
+        "pairs": compare(folders, list_pairs(cycles)),
         "stages": measure_stages(folders),
         **collect.read_environment(folders),
     }
@@ -120,6 +156,7 @@ def write_tables(result):
     )
     readme.write_block("real_reward", f"{reward_table(result['reward'])}\n\n{source}")
     readme.write_block("real_marks", marks_table(result["marks"]))
+    readme.write_block("real_pairs", pairs_table(result["pairs"]))
     readme.write_block("real_stages", stages_table(result["stages"]))
 
 
