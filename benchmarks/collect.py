@@ -103,10 +103,15 @@ def count_seconds(folder):
 
 
 def read_environment(folders):
-    """Versions, commit and hardware as all stages of all runs wrote them. Raises RunError if they differ."""
-    found = []
-    for stage in (stage for folder in folders for stage in read_stages(folder)):
-        environment = {key: stage[key] for key in ("versions", "git", "hardware")}
+    """Versions, commit and hardware as all stages of all runs wrote them. Raises RunError if they differ.
+
+    The checkout is dirty if it was for any: results that were written in the meantime make it so.
+    """
+    stages, found = [stage for folder in folders for stage in read_stages(folder)], []
+    dirty = any(stage["git"].get("dirty") for stage in stages)
+    for stage in stages:
+        environment = {key: stage[key] for key in ("versions", "hardware")}
+        environment["git"] = stage["git"] | {"dirty": dirty}
         if environment not in found:
             found.append(environment)
     if len(found) != 1:

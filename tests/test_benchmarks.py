@@ -259,6 +259,7 @@ NAMES = (
     "cycle",
     "authors_file",
     "collect",
+    "real_report",
 )
 WRITERS = [f"benchmarks/{name}.py" for name in NAMES]
 WRITERS += ["tests/test_kill.py"]
