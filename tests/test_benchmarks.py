@@ -398,7 +398,7 @@ def test_runs_are_collected_with_the_commit_time_and_command_that_they_wrote_dow
     assert found["seeds"] == [3, 4] and found["questions"] == 3
     # Half a minute per stage.
     assert found["seconds"] == [30 * len(list_stages(2))] * 2
-    assert found["git"] == {"commit": "c" * 40} and found["versions"] == HERE["versions"]
+    assert found["git"] == {"commit": "c" * 40, "dirty": False} and found["versions"] == HERE["versions"]
     assert found["cycles"][1][1]["marks"]["right_scored"] == 0.6
 
 

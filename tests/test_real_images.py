@@ -133,6 +133,9 @@ def test_the_baselines_answer_by_the_training_questions_and_without_the_image(tm
     }
 
 
+CONTROLS = ("sft", "sft_random", "sft_more", "grpo")
+
+
 def write_run(folder, auroc, right, minutes):
     """A finished run with one cycle: its reward model, marks, and a stage and an evaluation of so long."""
     marks = {"judged": 4, "right": right, "auroc": 0.75}
@@ -151,6 +154,16 @@ def write_run(folder, auroc, right, minutes):
             "ended": f"2026-01-01T10:{minutes:02}:00+00:00",
             "peak_bytes": {"resident": minutes * 10**9},
         } | {"versions": {}, "git": {"commit": "a" * 40}, "hardware": {"cpus": 2, "machine": "x86_64"}}
+    # Only SFT on accepted answers the first headline question rightly; the third question is none.
+    kinds = [("omnimed", True), ("label", True), ("label", False)]
+    stages = ("eval_base", "eval_sft_expert", "eval_rule", *(f"cycle1/eval_{name}" for name in CONTROLS))
+    for name in stages:
+        rows = []
+        for k, (kind, headline) in enumerate(kinds):
+            right = not headline or (k == 0 and name == "cycle1/eval_sft")
+            more = {"kind": kind, "headline": headline, "correct": right, "image_hash": f"{k}"}
+            rows.append(row(f"{k}", image=f"/{k}.png", prediction="cyst") | more)
+        records.write_records(str(folder / name / "predictions.jsonl"), rows)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content))
@@ -162,6 +175,9 @@ def test_the_report_has_means_and_ranges_of_the_seeds_and_time_and_memory_by_sta
     result = real_report.gather([str(tmp_path / "0"), str(tmp_path / "1")])
     line = real_report.reward_table(result["reward"]).splitlines()[-1]
     assert line == "| cycle1 | 7.0 (7.0 to 7.0) | 0.850 (0.800 to 0.900) | 8.0 (8.0 to 8.0) |"
+    lines = real_report.pairs_table(result["pairs"]).splitlines()
+    (line,) = [line for line in lines if line.startswith("| cycle 1: SFT on random → SFT on accepted ")]
+    assert [cell.split()[0] for cell in line.split(" | ")[1:4]] == ["+0.500", "+1.000", "+0.000"]
     lines = real_report.marks_table(result["marks"]).splitlines()[2:]
     right = "0.500 (0.500 to 0.500)"
     rest = f"4 (4 to 4) | {right} | {right} | {right} | 0.750 (0.750 to 0.750) |"
