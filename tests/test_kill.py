@@ -160,7 +160,9 @@ class Runner:
         started = time.monotonic()
         process.join(limit)
         if process.is_alive():
-            os.kill(process.pid, how)
+            # It may end just now.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, how)
             process.join()
         self.took = time.monotonic() - started
         return process.exitcode
