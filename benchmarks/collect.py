@@ -27,6 +27,8 @@ from medgr2 import cli, measures, records, runs
 from medgr2.errors import RunError
 
 RESULTS = os.path.join(ROOT, "benchmarks", "results")
+# Columns that a table can have beside each other with a difference in each.
+MOST_COLUMNS = 5
 
 
 def read_json(*path):
@@ -153,7 +155,10 @@ def provenance(result, path):
 
 
 def rows_table(result, field):
-    """One line per row: accuracy, overall and by `field`, and its difference from the row "against"."""
+    """One line per row: accuracy, overall and by `field`, and its difference from the row "against".
+
+    With more columns than MOST_COLUMNS the differences by `field` are in the result file only.
+    """
     names, lines = list_names(result, field), []
     pairs = {pair["to"]: pair for pair in result["paired"]}
     for row, found in result["accuracy"].items():
@@ -161,7 +166,8 @@ def rows_table(result, field):
         line = [row, f"**{found['mean']:.3f}** ({format_interval(found, '.3f')})", format_difference(pair)]
         for name in names:
             difference = format_difference(pair and pair[f"by_{field}"][name])
-            line.append(f"{found[f'by_{field}'][name]['mean']:.3f}" + (f", {difference}" if pair else ""))
+            mean = f"{found[f'by_{field}'][name]['mean']:.3f}"
+            line.append(f"{mean}, {difference}" if pair and len(names) <= MOST_COLUMNS else mean)
         lines.append(line)
     return readme.format_table(["", "accuracy (95% interval)", f"minus *{result['against']}*", *names], lines)
 

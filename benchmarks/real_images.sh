@@ -8,7 +8,8 @@
 #
 # DATA: a folder with train.jsonl and test.jsonl, records with `dataset`, `kind` and `group`, and their images.
 # OmniMedVQA's questions are public; its images come from the data sets that it names, each under its licence.
-# Writes numbers to benchmarks/results/real_*.json and docs/results.md; no image and no weight leaves OUT.
+# Writes numbers to benchmarks/results/real_*.json and docs/results.md and draws docs/figures/real.svg; no image of
+# DATA and no weight leaves OUT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-}

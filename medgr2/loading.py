@@ -19,6 +19,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from medgr2 import training, vlm
 from medgr2.errors import ModelError, RunError, is_out_of_memory
+from medgr2.progress import tell
 from medgr2.prompts import TAG
 from medgr2.vlm import VLM, encode_continuations, encode_prompts
 
@@ -69,7 +70,7 @@ def load(name, device=None, dtype=torch.float32, learns=False):
             "without gradient": "cannot train through a prefilled prompt: it computes whole rows to train",
         }
         limit = limits[loaded.prefix_sharing]
-        print(f"{name}: this architecture {limit}, with the same results, slower", flush=True)
+        tell(f"{name}: this architecture {limit}, with the same results, slower")
     return loaded
 
 
@@ -566,10 +567,9 @@ def freeze_images(loaded):
         parameter.requires_grad_(id(parameter) in learning)
     loaded.reuses_features = can_reuse_features(loaded)
     if not loaded.reuses_features:
-        print(
+        tell(
             f"{architecture}: this architecture does not take precomputed image features: its vision tower "
-            "encodes the image at every pass, with the same results, slower",
-            flush=True,
+            "encodes the image at every pass, with the same results, slower"
         )
 
 

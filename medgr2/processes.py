@@ -175,8 +175,8 @@ def print_last(line):
     if watch() and watch().is_launched():
         # A launcher that has ended is a zombie, which kill -0 finds, until its caller waits for it. One that
         # first reads all output would wait for this command, and this for it.
-        runs = 'kill -0 "$0" && ! grep -q "^State:.Z" "/proc/$0/status"'
-        wait_and_print = f'while {runs}; do sleep 0.1; done 2>/dev/null; printf "%s\\n" "$1" >&2'
+        is_running = 'kill -0 "$0" && ! grep -q "^State:.Z" "/proc/$0/status"'
+        wait_and_print = f'while {is_running}; do sleep 0.1; done 2>/dev/null; printf "%s\\n" "$1" >&2'
         command = ["sh", "-c", wait_and_print, str(watch().launcher), line]
         # In a session of its own: the launcher ends this process's.
         subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
