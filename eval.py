@@ -37,14 +37,15 @@ Departs from the paper: the authors leave answers outside the options out of the
 import functools
 import os
 from collections import Counter
-from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
 from medgr2 import cli, endpoint, measures, records, runs, scorers
+from medgr2.answering import open_model, open_server
 from medgr2.errors import require
 from medgr2.images import blank_like, hash_image, open_image
-from medgr2.prompts import format_response, is_match, normalise, parse_response, policy_prompt
+from medgr2.prompts import is_match, normalise, parse_response, policy_prompt
 
 # Fields that this stage adds to a record.
 ADDED = ("response", "prediction", "reason", "correct", "image_hash")
@@ -77,7 +78,7 @@ def parse_args():
     p.add_argument("--samples", type=cli.number(int, 0), default=0, help="responses to draw per question")
     p.add_argument("--temperature", type=cli.number(float, 1e-3), default=1.0, help="of --samples")
     cli.add_switch(p, "--markdown", "print tables in Markdown")
-    cli.add_pixel_arguments(p)
+    cli.add_image_arguments(p)
     cli.add_run_arguments(p)
     args = p.parse_args()
     endpoint.check_arguments(p, args)
@@ -92,86 +93,75 @@ def parse_args():
 
 # ---------------------------------------------------------------------------------------------------------
 # Answers. Only this part needs a model: the rest takes the rows of predictions.jsonl.
-#
-# respond(images, texts, seeds=None, temperature=0, group=1) → [(response, truncated)]: `group` responses to
-# each image and text in turn. Greedy responses need no seeds.
 
 
-def open_model(name, max_new_tokens, pixels=(None, None), images=()):
-    """A model on this machine → (respond, score, find_too_long), as `predict` takes them.
+class Batch(NamedTuple):
+    """Records to answer, encoded. `too_long`: the indices of those that are not asked."""
 
-    `images`: the paths of those that it will see, with at least and at most so many `pixels`.
+    records: list
+    too_long: set
+    prompts: object
+    # With blank images, for `blind`.
+    blank: object = None
+    # For `scores`, by number of options: [(indices of the records that are asked, their prompts)].
+    by_options: list = ()
+
+
+def prepare_batch(model, records, blind=False, scores=False):
+    """Records → a Batch for predict_batch with the same options."""
+    too_long = set(model.find_too_long(records)) if model.find_too_long else set()
+    asked = [record for i, record in enumerate(records) if i not in too_long]
+    if not asked:
+        return Batch(records, too_long, None)
+    images, texts = [open_image(record["image"]) for record in asked], [policy_prompt(r) for r in asked]
+    prompts, by_options = model.encode(images, texts), []
+    blank = model.encode([blank_like(image) for image in images], texts) if blind else None
+    # Questions with equally many options are one group of equally many continuations.
+    for n in sorted({len(record["options"]) for record in asked if "options" in record} if scores else ()):
+        index = [i for i, record in enumerate(asked) if len(record.get("options", ())) == n]
+        own = [images[i] for i in index], [texts[i] for i in index]
+        by_options.append((index, model.encode(*own) if len(index) < len(asked) else prompts))
+    return Batch(records, too_long, prompts, blank, by_options)
+
+
+def predict_batch(model, batch, blind=False, scores=False, samples=0, temperature=1.0, seed=0):
+    """The rows of predictions.jsonl for a Batch.
+
+    A row has the fields in ADDED; `blind`, `scores` and `samples` add those in OPTIONAL.
     """
-    from medgr2 import context, loading
-
-    vlm_ = loading.load(name, dtype=loading.best_dtype())
-    loading.limit_pixels(vlm_, *pixels)
-    context.tell_image_tokens(vlm_, images)
-    parts = {"image_of": itemgetter("image"), "text_of": policy_prompt, "new_of": lambda _: max_new_tokens}
-    return (
-        functools.partial(ask_model, vlm_, max_new_tokens),
-        functools.partial(with_option_scores, vlm_),
-        functools.partial(context.find_too_long, vlm_, **parts),
-    )
-
-
-def ask_model(vlm_, max_new_tokens, images, texts, seeds=None, temperature=0, group=1):
-    from medgr2 import vlm
-
-    prompts = vlm.encode_prompts(vlm_, images, texts)
-    ids, mask, truncated = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature, group)  # (N, C)
-    return list(zip(vlm.decode(vlm_, ids, mask), truncated.tolist()))
-
-
-def ask_server(ask, max_new_tokens, images, texts, seeds=None, temperature=0, group=1):
-    """As ask_model, by a server. ask: from endpoint.connect."""
-    asked = [(image, text) for image, text in zip(images, texts) for _ in range(group)]
-    # 31 bits: servers take no more.
-    seeds = [seed >> 32 for seed in seeds or [0] * len(asked)]
-    requests = [endpoint.Request(*question, seed) for question, seed in zip(asked, seeds)]
-    return ask(requests, temperature=temperature, max_tokens=max_new_tokens)
-
-
-def predict(respond, batch, score=None, find_too_long=None, **options):
-    """The rows of predictions.jsonl for a batch of records, by answer_batch.
-
-    find_too_long (of a model) → {index of a record that does not fit into its context: why}. Such a record
-    is not asked.
-    """
-    too_long = find_too_long(batch) if find_too_long else {}
-    asked = [record for i, record in enumerate(batch) if i not in too_long]
-    answered = iter(answer_batch(respond, asked, score, **options) if asked else ())
-    # The optional fields of a row, empty.
-    empty = {"blind": None} if options.get("blind") else {}
-    empty |= {"option_logps": None, "option_tokens": None} if score else {}
-    empty |= {"samples": [None] * options["samples"]} if options.get("samples") else {}
-    not_asked = {"reason": TOO_LONG} | empty
+    # Of a record that is not asked, the optional fields are empty.
+    not_asked = {"reason": TOO_LONG} | ({"blind": None} if blind else {})
+    not_asked |= {"option_logps": None, "option_tokens": None} if scores else {}
+    not_asked |= {"samples": [None] * samples} if samples else {}
+    asked = [record for i, record in enumerate(batch.records) if i not in batch.too_long]
+    answered = iter(answer(model, batch, asked, blind, scores, samples, temperature, seed) if asked else ())
     return [
-        with_prediction(record, "") | not_asked if i in too_long else next(answered)
-        for i, record in enumerate(batch)
+        with_prediction(record, "") | not_asked if i in batch.too_long else next(answered)
+        for i, record in enumerate(batch.records)
     ]
 
 
-def answer_batch(respond, batch, score=None, blind=False, samples=0, temperature=1.0, seed=0):
-    """The rows of predictions.jsonl for a batch of records.
-
-    A row has the fields in ADDED; `score` (with_option_scores of a model), `blind` and `samples` add those in
-    OPTIONAL.
-    """
-    images = [open_image(record["image"]) for record in batch]
-    texts = [policy_prompt(record) for record in batch]
-    replies = respond(images, texts)
-    rows = [with_prediction(record, *reply) for record, reply in zip(batch, replies)]
+def answer(model, batch, asked, blind, scores, samples, temperature, seed):
+    """The rows of those records of a Batch that are asked."""
+    replies = model.respond(batch.prompts)
+    rows = [with_prediction(record, *reply) for record, reply in zip(asked, replies)]
     if blind:
-        replies = respond([blank_like(image) for image in images], texts)
+        replies = model.respond(batch.blank)
         rows = [row | {"blind": parse_prediction(row, text)} for row, (text, _) in zip(rows, replies)]
     if samples:
-        ids = [(record["id"], k) for record in batch for k in range(samples)]
+        ids = [(row["id"], k) for row in rows for k in range(samples)]
         seeds = [runs.seed_of(seed, "sample", *own) for own in ids]
-        replies = respond(images, texts, seeds, temperature, group=samples)
+        replies = model.respond(batch.prompts, seeds, temperature, group=samples)
         drawn = [replies[i : i + samples] for i in range(0, len(replies), samples)]
         rows = [row | {"samples": parse_predictions(row, own)} for row, own in zip(rows, drawn)]
-    return score(images, rows) if score else rows
+    if scores:
+        # None for open questions.
+        rows = [row | {"option_logps": None, "option_tokens": None} for row in rows]
+    for index, prompts in batch.by_options:
+        scored = zip(index, *model.score(prompts, [rows[i] for i in index]))
+        for i, logps, tokens in scored:
+            rows[i] |= {"option_logps": logps, "option_tokens": tokens}
+    return rows
 
 
 def parse_prediction(record, response):
@@ -193,45 +183,6 @@ def with_prediction(record, response, truncated=False):
         "correct": is_correct(record, parsed.prediction),
         "image_hash": hash_image(record["image"]),
     }
-
-
-def with_option_scores(vlm_, images, rows):
-    """The rows with `option_logps` and `option_tokens`, one of each per option; None for open questions."""
-    rows = [row | {"option_logps": None, "option_tokens": None} for row in rows]
-    # Questions with equally many options are one group of equally many continuations.
-    for n in {len(row["options"]) for row in rows if "options" in row}:
-        index = [i for i, row in enumerate(rows) if len(row.get("options", ())) == n]
-        logps, tokens = compute_option_logps(vlm_, [images[i] for i in index], [rows[i] for i in index])
-        for i, own_logps, own_tokens in zip(index, logps, tokens):
-            rows[i] |= {"option_logps": own_logps, "option_tokens": own_tokens}
-    return rows
-
-
-def compute_option_logps(vlm_, images, questions):
-    """Of B questions with n options each: Σ log π (nats) and number of tokens of each option, lists (B, n).
-
-    An option follows the prompt as an answer without reasoning, and ends with its closing tag: without the
-    tag, `CT` would be as probable as all that begins with `CT`. Only the option and the tag count. Image and
-    question are encoded once for all options.
-    """
-    import torch
-
-    from medgr2 import vlm
-
-    head, tail = format_response(None, "\n").split("\n")
-    n = len(questions[0]["options"])
-    options = [option + tail for question in questions for option in question["options"]]
-    option_ids, option_mask = vlm.encode_continuations(vlm_, options, end=False)  # (B·n, C)
-    head_ids = vlm.encode_continuations(vlm_, [head], end=False)[0].expand(len(options), -1)  # (B·n, H)
-    ids = torch.cat([head_ids, option_ids], 1)  # (B·n, H+C)
-    mask = torch.cat([torch.ones_like(head_ids), option_mask], 1)  # (B·n, H+C)
-    scored = torch.cat([torch.zeros_like(head_ids), option_mask], 1)  # (B·n, H+C)
-    with torch.no_grad():
-        prompts = vlm.encode_prompts(vlm_, images, [policy_prompt(question) for question in questions])
-        states = vlm.hidden_states(vlm_, prompts, ids, mask)
-        # Zero for the tokens that are not scored.
-        logps, _ = vlm.token_logps(vlm_, prompts, ids, scored, states=states)  # (B·n, H+C)
-    return logps.double().sum(1).view(-1, n).tolist(), scored.sum(1).view(-1, n).tolist()
 
 
 def is_correct(record, prediction):
@@ -367,7 +318,7 @@ def score_run(run, rows, seed, markdown):
     run.finish(result, f"accuracy {result['accuracy']:.3f} on {counts}")
 
 
-def answer(args):
+def answer_all(args):
     """Answer --data into predictions.jsonl → the run. Several processes take turns at the batches."""
     from accelerate import Accelerator
 
@@ -376,18 +327,19 @@ def answer(args):
     questions, accelerator = read_questions(args.data, args.image_root), Accelerator()
     run = runs.start(args, [args.model, args.data], accelerator.is_main_process, free=FREE)
     if args.endpoint:
-        respond = functools.partial(ask_server, endpoint.connect(args), args.max_new_tokens)
-        score = find_too_long = None
+        model = open_server(args)
     else:
         pixels, images = (args.min_pixels, args.max_pixels), [record["image"] for record in questions]
-        respond, score, find_too_long = open_model(args.model, args.max_new_tokens, pixels, images)
-    options = {"blind": args.blind, "samples": args.samples, "temperature": args.temperature}
-    options |= {"score": score if args.scores else None, "find_too_long": find_too_long, "seed": args.seed}
+        model = open_model(args.model, args.max_new_tokens, pixels, images)
+    which = {"blind": args.blind, "scores": args.scores}
+    drawn = {"samples": args.samples, "temperature": args.temperature, "seed": args.seed}
+    prepare = functools.partial(prepare_batch, model, **which)
+    work = functools.partial(predict_batch, model, **which, **drawn)
     run.announce(f"{len(questions)} questions to answer", args.endpoint)
     # A resumed run divides the questions into the same batches, so that it writes the same bytes.
     steps = range(run.state.get("step", 0), -(-len(questions) // args.batch))
     batches = [questions[i * args.batch : (i + 1) * args.batch] for i in steps]
-    answered = parallel.take_turns(batches, functools.partial(predict, respond, **options), accelerator)
+    answered = parallel.take_turns(batches, prepare, work, accelerator, args.workers)
     for step, done in zip(run.progress(steps, "eval"), answered):
         run.append("predictions.jsonl", [records.with_relative_image(row, run.folder) for row in done])
         run.commit(step=step + 1)
@@ -407,7 +359,7 @@ def main(args):
         for line in lines:
             print(line)
     else:
-        run = answer(args)
+        run = answer_all(args)
         if not run.main:
             return
         rows = list(records.read_records(run.path("predictions.jsonl"), root=records.ANYWHERE))

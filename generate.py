@@ -28,6 +28,7 @@ from operator import itemgetter
 from medgr2 import cli, endpoint, records, runs
 from medgr2.errors import RunError, require
 from medgr2.images import find_unreadable, hash_image, open_image
+from medgr2.prefetch import for_preparing
 from medgr2.prompts import PARADIGMS, TASKS, generator_prompt, normalise, parse_candidate
 
 
@@ -63,7 +64,7 @@ def parse_args():
     p.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip may leave out")
     cycle = "number of the cycle, kept in each candidate; it also seeds the samples"
     p.add_argument("--cycle", type=cli.number(int, 0), default=1, help=cycle)
-    cli.add_pixel_arguments(p)
+    cli.add_image_arguments(p)
     cli.add_run_arguments(p)
     args = p.parse_args()
     endpoint.check_arguments(p, args)
@@ -152,13 +153,14 @@ def build_drafts(record, turn, paradigms, tasks, per_image, cycle, seed, generat
 
 
 def open_generator(args, tasks, images):
-    """(ask, the images that fit into the generator's context).
+    """(encode, ask, the images that fit into the generator's context).
 
-    ask(drafts) → replies [(text, truncated)] in their order, each sampled with its own draft's seed.
+    encode(drafts) → what ask takes. ask(drafts, encoded) → replies [(text, truncated)] in their order, each
+    sampled with its own draft's seed.
     """
     if args.endpoint:
         sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
-        return functools.partial(ask_server, ask=endpoint.connect(args), **sampling), images
+        return open_images, functools.partial(ask_server, ask=endpoint.connect(args), **sampling), images
     generator = loading.load(args.model, dtype=loading.best_dtype())
     loading.limit_pixels(generator, args.min_pixels, args.max_pixels)
     context.tell_image_tokens(generator, [record["image"] for record in images])
@@ -168,29 +170,33 @@ def open_generator(args, tasks, images):
     # With a single task, all drafts about an image in one paradigm have the same prompt.
     group = args.per_image if len(tasks) == 1 else 1
     sampling = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-    return functools.partial(ask_model, generator=generator, group=group, **sampling), images
+    encode = functools.partial(encode_drafts, for_preparing(generator), group)
+    return encode, functools.partial(ask_model, generator=generator, group=group, **sampling), images
 
 
 def open_images(drafts):
     return {path: open_image(path) for path in {draft["image"] for draft in drafts}}
 
 
-def ask_server(drafts, ask, **sampling):
+def ask_server(drafts, images, ask, **sampling):
     """Ask a model behind a server, one request per draft. ask: from endpoint.connect."""
-    images, requests = open_images(drafts), []
+    requests = []
     for draft in drafts:
         prompt = generator_prompt(draft["paradigm"], draft["task"])
         requests.append(endpoint.Request(images[draft["image"]], prompt, draft["seed"]))
     return ask(requests, **sampling)
 
 
-def ask_model(drafts, generator, temperature, max_new_tokens, group):
-    """Ask a model on this machine. `group` consecutive drafts share a prompt, which is prefilled once."""
-    images = open_images(drafts)
-    asked = drafts[::group]
+def encode_drafts(generator, group, drafts):
+    """The Inputs of a model on this machine, on the CPU. `group` consecutive drafts share a prompt."""
+    images, asked = open_images(drafts), drafts[::group]
     prompts = [generator_prompt(draft["paradigm"], draft["task"]) for draft in asked]
-    inputs = vlm.encode_prompts(generator, [images[draft["image"]] for draft in asked], prompts)  # (B, P)
-    seeds = [draft["seed"] for draft in drafts]
+    return vlm.encode_prompts(generator, [images[draft["image"]] for draft in asked], prompts, "cpu")
+
+
+def ask_model(drafts, inputs, generator, temperature, max_new_tokens, group):
+    """Ask a model on this machine. Each prompt is prefilled once for its `group` drafts."""
+    inputs, seeds = inputs.to(generator.device), [draft["seed"] for draft in drafts]
     ids, mask, truncated = vlm.sample(generator, inputs, seeds, max_new_tokens, temperature, group)  # (N, C)
     return list(zip(vlm.decode(generator, ids, mask), truncated.tolist()))
 
@@ -284,27 +290,31 @@ def main(args):
     tasks = find_tasks(args.tasks_of, args.image_root) if args.tasks_of else args.tasks
     inputs, accelerator = [args.images, args.model, args.tasks_of], Accelerator()
     run = runs.start(args, inputs, accelerator.is_main_process, free=endpoint.FREE)
-    ask, images = open_generator(args, tasks, images)
+    encode, ask, images = open_generator(args, tasks, images)
     generator = args.model or args.endpoint_model
     # The same for all drafts.
     settings = args.paradigms, tasks, args.per_image, args.cycle, args.seed, generator
     turns = assign_turns(images)
     seen = {duplicate_key(candidate) for candidate in read_committed(run, "candidates.jsonl")}
 
-    def ask_batch(step):
-        """(drafts that were asked, their replies, rejected drafts, seconds) about a batch of images."""
-        started = time.time()
+    def prepare(step):
+        """(drafts to ask, encoded, rejected drafts) about a batch of images."""
         batch = range(step, min(step + args.batch, len(images)))
         drafts = [draft for i in batch for draft in build_drafts(images[i], turns[i], *settings)]
         # Reject what cannot be asked (--on-error skip).
         readable, not_asked = split_unreadable(drafts, unreadable)
-        return readable, ask(readable) if readable else [], not_asked, time.time() - started
+        return readable, encode(readable) if readable else None, not_asked
+
+    def ask_batch(prepared):
+        """(drafts that were asked, their replies, rejected drafts, seconds)."""
+        started, (drafts, encoded, not_asked) = time.time(), prepared
+        return drafts, ask(drafts, encoded) if drafts else [], not_asked, time.time() - started
 
     number = len(images) * len(args.paradigms) * args.per_image
     run.announce(f"{number} candidates about {len(images)} images", args.endpoint)
     steps = range(run.state.get("step", 0), len(images), args.batch)
     # Ask the generator, a batch of images at a time. Processes take turns.
-    asked = parallel.take_turns(steps, ask_batch, accelerator)
+    asked = parallel.take_turns(steps, prepare, ask_batch, accelerator, args.workers)
     for step, (drafts, replies, not_asked, seconds) in zip(run.progress(steps, "generate"), asked):
         # Parse the replies; reject what is malformed, truncated or a duplicate.
         candidates, rejected = split_replies(drafts, replies, seen)

@@ -106,7 +106,7 @@ def parse_args():
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
     p.add_argument("--save-every", type=count, default=25, help="steps between checkpoints")
-    cli.add_pixel_arguments(p)
+    cli.add_image_arguments(p)
     cli.add_training_arguments(p)
     return p.parse_args()
 
@@ -237,10 +237,12 @@ def sample_groups(policy, batch, group, max_new_tokens, seed):
     return groups
 
 
-def score_groups(reward_model, groups, args):
-    """The groups with their scores and hybrid rewards; a malformed response gets the least R and no match."""
-    images, texts = [g.prompt.image for g in groups], [g.prompt.text for g in groups]
-    scores = reward_model(images, texts, [text for g in groups for text in g.texts])  # {head: P·G floats}
+def score_groups(reward_model, asked, groups, args):
+    """The groups with their scores and hybrid rewards; a malformed response gets the least R and no match.
+
+    asked: images and prompts of the groups, as the reward model takes them.
+    """
+    scores = reward_model(asked, [text for g in groups for text in g.texts])  # {head: P·G floats}
     scored, G = [], len(groups[0].texts)
     for b, g in enumerate(groups):
         own = {head: values[b * G : (b + 1) * G] for head, values in scores.items()}
@@ -262,7 +264,7 @@ def rollout(policy, reward_model, batches, args, accelerator):
         for batch in parts:
             with accelerator.autocast():
                 groups = sample_groups(policy, batch, args.group, args.max_new_tokens, args.seed)
-            drawn += score_groups(reward_model, groups, args)
+            drawn += score_groups(reward_model, batch.asked, groups, args)
         share = sum(len(batch.rows) for batch in parts)
         kept = [g for g in drawn if g.informative][:share]
         missing = torch.tensor(share - len(kept), device=policy.device)
@@ -433,8 +435,7 @@ def main(args):
     cursor, skipped = run.state.get("cursor", 0), training.Skipped(run.state.get("skipped", 0))
     lowest = args.alpha * (records.R_MIN if args.reward_scale == "raw" else 0)
     patience = rollouts.Patience(args.patience, lowest, run.main)
-    sizes = args.prompts, args.rollout_batch
-    batches = rollouts.prefetch_batches(policy, examples, cursor, *sizes, args.seed, accelerator)
+    batches = rollouts.prefetch_batches(policy, reward_model, examples, cursor, args, accelerator)
 
     work = f"{args.steps} steps of {args.prompts} questions x {args.group} responses"
     context.tell_image_tokens(policy, [r["image"] for r in examples])

@@ -35,11 +35,11 @@ import math
 import os
 import random
 import textwrap
-from operator import itemgetter
+from typing import NamedTuple
 
 from medgr2 import cli, measures, records, runs, selection, training
 from medgr2.errors import ModelError, require
-from medgr2.images import blank_like, find_unreadable, open_image
+from medgr2.images import blank_like, open_image
 from medgr2.levels import (
     LEVELS,
     build_levels,
@@ -48,7 +48,8 @@ from medgr2.levels import (
     label_rollouts,
     print_evaluation,
 )
-from medgr2.prompts import policy_prompt, reference_response, report_prompt
+from medgr2.prefetch import for_preparing, prefetch
+from medgr2.prompts import prompt_of, reference_response
 from medgr2.records import R_MAX, R_MIN
 
 HEADS = ("overall", "relevant", "coherent", "faithful")
@@ -81,6 +82,8 @@ def parse_args():
     t.add_argument("--steps", type=count, default=800, help="steps of training")
     lr = "learning rate (about 1e-5 with --freeze nothing)"
     t.add_argument("--lr", type=cli.number(float, 0), default=2e-3, help=lr)
+    save = "steps between checkpoints, with --freeze nothing"
+    t.add_argument("--save-every", type=count, default=200, help=save)
     s = commands.add_parser("score", help="score candidates and keep the best")
     s.add_argument("--model", required=True, help="folder of a trained reward model")
     s.add_argument("--data", required=True, help="candidates.jsonl")
@@ -102,7 +105,7 @@ def parse_args():
     s.add_argument("--per", nargs="*", choices=fields, default=fields, help=per)
     for command in (t, s):
         command.add_argument("--batch", type=count, default=32, help="questions at a time")
-        cli.add_pixel_arguments(command)
+        cli.add_image_arguments(command)
     cli.add_training_arguments(t)
     cli.add_run_arguments(s)
     args = p.parse_args()
@@ -130,10 +133,6 @@ from medgr2 import context, loading, parallel, sharding, vlm
 # The features.
 
 
-def prompt_of(record):
-    return report_prompt() if "report" in record else policy_prompt(record)
-
-
 def answer_mask(backbone, responses, mask):
     """(N, C) bool: the tokens from `<answer>` to the end of turn; none in a report."""
     answer = torch.zeros(mask.shape, dtype=torch.bool)
@@ -155,7 +154,24 @@ def token_statistics(x, part):
     return torch.cat([total, total / count.clamp(min=1), lowest.masked_fill(lowest.isinf(), 0.0)], 1)
 
 
-def compute_features(backbone, images, prompts, responses, likelihood):
+class Asked(NamedTuple):
+    """B images and prompts, encoded on the CPU: also with blank images, if the heads take likelihoods."""
+
+    inputs: vlm.Inputs  # (B, P)
+    blank: vlm.Inputs | None  # (B, P)
+
+
+def encode_asked(backbone, likelihood, images, prompts):
+    """B images and prompts → Asked."""
+    inputs = vlm.encode_prompts(backbone, images, prompts, "cpu")
+    if not likelihood:
+        return Asked(inputs, None)
+    return Asked(
+        inputs, vlm.encode_prompts(backbone, [blank_like(image) for image in images], prompts, "cpu")
+    )
+
+
+def compute_features(backbone, asked, responses):
     """B images and prompts, N = B·G responses → the heads' features: (N, 30) likelihoods, or states (N, D).
 
     Three series over the tokens: log p; log p + entropy, how much less likely a token is than the backbone
@@ -163,15 +179,13 @@ def compute_features(backbone, images, prompts, responses, likelihood):
     log p with a blank one.
     """
     ids, mask = vlm.encode_continuations(backbone, responses)  # (N, C)
-    inputs = vlm.encode_prompts(backbone, images, prompts)  # (B, P)
+    inputs = asked.inputs.to(backbone.device)
     states = vlm.hidden_states(backbone, inputs, ids, mask)  # (N, C+1, D)
-    if not likelihood:
+    if asked.blank is None:
         # The state after the end of turn.
         return states[torch.arange(len(ids)), mask.sum(1)].float()  # (N, D)
-    blank_images = [blank_like(image) for image in images]
-    blank_inputs = vlm.encode_prompts(backbone, blank_images, prompts)
     logps, entropy = vlm.token_logps(backbone, inputs, ids, mask, states=states)  # (N, C)
-    blank_logps, _ = vlm.token_logps(backbone, blank_inputs, ids, mask)  # (N, C)
+    blank_logps, _ = vlm.token_logps(backbone, asked.blank.to(backbone.device), ids, mask)  # (N, C)
     answer = answer_mask(backbone, responses, mask)
     # The reasoning (or the whole report) and the answer.
     parts = mask.bool() & ~answer, mask.bool() & answer
@@ -219,14 +233,18 @@ class Heads(torch.nn.Module):
 
 
 class RewardModel:
-    """Backbone and heads. Called with B images and prompts and N = B·G responses: {head: N floats}."""
+    """Backbone and heads. Called with Asked of B prompts and N = B·G responses: {head: N floats}."""
 
     def __init__(self, backbone, heads, likelihood):
         self.backbone, self.heads, self.likelihood = backbone, heads, likelihood
 
-    def features(self, images, prompts, responses):
+    def encoder(self):
+        """encode(images, prompts) → Asked, which a thread or another process may call."""
+        return functools.partial(encode_asked, for_preparing(self.backbone), self.likelihood)
+
+    def features(self, asked, responses):
         """The heads' features (N, F). Raises ModelError if they are not finite."""
-        features = compute_features(self.backbone, images, prompts, responses, self.likelihood)
+        features = compute_features(self.backbone, asked, responses)
         broken = (~features.isfinite()).any(1).nonzero()[:, 0].tolist()
         if broken:
             response = textwrap.shorten(responses[broken[0]], 80, placeholder=" ...")
@@ -237,8 +255,8 @@ class RewardModel:
         return features
 
     @torch.no_grad()
-    def __call__(self, images, prompts, responses):
-        out = self.heads(self.features(images, prompts, responses))  # (N, 4)
+    def __call__(self, asked, responses):
+        out = self.heads(self.features(asked, responses))  # (N, 4)
         scores = torch.cat([denormalise_reward(out[:, :1]), out[:, 1:].sigmoid()], 1)
         return dict(zip(HEADS, scores.T.tolist()))
 
@@ -310,33 +328,41 @@ def leave_out_too_long(backbone, groups, on_error):
     return context.leave_out_too_long(backbone, groups, image, prompt, count_longest, on_error == "skip")
 
 
-def group_features(model, groups, G=None):
-    """Features of all responses, (n, F), and the (record, level) of each. Each prompt is encoded once.
-
-    `G`: compute as if the largest group had so many responses.
-    """
-    # The smallest groups first: `fit` samples from the rows in this order.
+def encode_groups(encode, groups):
+    """The groups, the smallest first, and their images and prompts: Asked. encode: RewardModel.encoder()."""
+    # `fit` samples from the rows in this order.
     groups = sorted(groups, key=lambda group: len(group[1]))
+    images = [open_image(record["image"]) for record, _ in groups]
+    return groups, encode(images, [prompt_of(record) for record, _ in groups])
+
+
+def group_features(model, encoded, G=None):
+    """Features of all responses, (n, F), and the (record, level) of each. Each prompt is prefilled once.
+
+    encoded: from encode_groups. `G`: compute as if the largest group had so many responses.
+    """
+    groups, asked = encoded
     # The model takes equally many responses to each prompt, so a smaller group repeats its own.
     G = G or max(len(labelled) for _, labelled in groups)
     responses = []
     for _, labelled in groups:
         responses += [response for _, response in itertools.islice(itertools.cycle(labelled), G)]
-    images = [open_image(record["image"]) for record, _ in groups]
-    found = model.features(images, [prompt_of(record) for record, _ in groups], responses)  # (B·G, F)
+    found = model.features(asked, responses)  # (B·G, F)
     features = [found[b * G : b * G + len(labelled)] for b, (_, labelled) in enumerate(groups)]
     return torch.cat(features), [(record, level) for record, labelled in groups for level, _ in labelled]
 
 
-def collect_features(model, groups, batch, accelerator, progress=iter):
-    """`group_features` of any number of groups, `batch` at a time. Processes take turns; each gets all."""
+def collect_features(model, groups, args, accelerator, progress=iter):
+    """`group_features` of any number of groups, --batch at a time. Processes take turns; each gets all."""
 
-    def work(i):
-        features, rows = group_features(model, groups[i : i + batch])
+    def work(encoded):
+        features, rows = group_features(model, encoded)
         return features.cpu(), rows
 
-    starts = range(0, len(groups), batch)
-    features, rows = zip(*parallel.take_turns(progress(starts), work, accelerator))
+    batches = [groups[i : i + args.batch] for i in range(0, len(groups), args.batch)]
+    prepare = functools.partial(encode_groups, model.encoder())
+    turns = parallel.take_turns(batches, prepare, work, accelerator, args.workers)
+    features, rows = zip(*(found for _, found in zip(progress(batches), turns)))
     return torch.cat(features).to(model.backbone.device), list(itertools.chain(*rows))
 
 
@@ -358,17 +384,29 @@ def reward_loss(out, targets, whole=None):
     return mse + bce / (~whole[:, 1:].isnan()).sum().clamp(min=1)
 
 
-def backbone_loss(model, batch, accelerator):
-    """This process's part of the loss of a batch of groups, through the backbone."""
-    own = batch[accelerator.process_index :: accelerator.num_processes]
+def backbone_loss(model, batch, encoded, weight, accelerator):
+    """This process's part, `encoded`, of the loss of a batch of groups, through the backbone."""
     G = max(len(labelled) for _, labelled in batch)
-    # A sharded backbone computes in all processes at once, so all make the same passes; one without a group
-    # of its own makes them with weight 0.
     with accelerator.autocast():
-        x, rows = group_features(model, own or batch[:1], G)
+        x, rows = group_features(model, encoded, G)
     y = targets_of([level for _, level in rows], x.device)
     whole = targets_of([level for _, labelled in batch for level, _ in labelled], x.device)
-    return reward_loss(model.heads(x), y, whole) * bool(own)
+    return reward_loss(model.heads(x), y, whole) * weight
+
+
+def prefetch_groups(model, groups, steps, args, rng, accelerator):
+    """For each step: (a batch of groups, this process's share of it, encoded, and its weight)."""
+    drawn = [rng.sample(range(len(groups)), min(len(groups), args.batch)) for _ in range(args.steps)]
+    encode = model.encoder()
+
+    def prepare(step):
+        batch = [groups[i] for i in drawn[step]]
+        own = batch[accelerator.process_index :: accelerator.num_processes]
+        # A sharded backbone computes in all processes at once, so all make the same passes; one without a
+        # group of its own makes them with weight 0.
+        return batch, encode_groups(encode, own or batch[:1]), bool(own)
+
+    return prefetch(steps, prepare, args.workers)
 
 
 def fit(model, groups, args, run, accelerator):
@@ -376,41 +414,54 @@ def fit(model, groups, args, run, accelerator):
 
     Returns the number of skipped steps, whose gradient was not finite.
     """
-    progress = functools.partial(run.progress, description="features", together=True)
-    with torch.no_grad(), sharding.gathered(model.backbone):
-        features, rows = collect_features(model, groups, args.batch, accelerator, progress)
-    targets = targets_of([level for _, level in rows], features.device)
-    model.heads.standardise(features)
+    is_joint, rng = args.freeze == "nothing", random.Random(runs.seed_of(args.seed, "fit"))
     # Apart, because the backbone's weights may be sharded. They do not decay: some get no gradient at all.
     learning = [
         [*model.heads.parameters()],
         [p for p in model.backbone.model.parameters() if p.requires_grad],
     ]
-    learning = learning if args.freeze == "nothing" else learning[:1]
+    learning = learning if is_joint else learning[:1]
     decays = [{"params": part, "weight_decay": decay} for part, decay in zip(learning, (0.1, 0.0))]
     optimizer = torch.optim.AdamW(decays, lr=args.lr)
-    rng, skipped = random.Random(runs.seed_of(args.seed, "fit")), training.Skipped()
-    for step in run.progress(range(args.steps), "heads", together=True):
+    both = torch.nn.ModuleDict({"heads": model.heads, "backbone": model.backbone.model})
+    if run.state:
+        model.heads.load_state_dict(run.state["standardisation"], strict=False)
+        training.restore_state(run.state, both, optimizer)
+    else:
+        progress = functools.partial(run.progress, description="features", together=True)
+        with torch.no_grad(), sharding.gathered(model.backbone):
+            features, rows = collect_features(model, groups, args, accelerator, progress)
+        targets = targets_of([level for _, level in rows], features.device)
+        model.heads.standardise(features)
+    steps, skipped = (
+        range(run.state.get("step", 0), args.steps),
+        training.Skipped(run.state.get("skipped", 0)),
+    )
+    batches = prefetch_groups(model, groups, steps, args, rng, accelerator) if is_joint else None
+    for step in run.progress(steps, "heads", together=not is_joint):
         # The loss of a batch; its features are recomputed if the backbone learns.
-        if args.freeze == "nothing":
-            batch = rng.sample(groups, min(len(groups), args.batch))
-            loss = backbone_loss(model, batch, accelerator)
+        if is_joint:
+            loss = backbone_loss(model, *next(batches), accelerator)
         else:
             index = rng.sample(range(len(rows)), min(len(rows), HEADS_BATCH))
             loss = reward_loss(model.heads(features[index]), targets[index])
         # Gradient and step. With a frozen backbone all processes compute the same.
         loss.backward()
         loss = loss.detach()
-        if args.freeze == "nothing":
+        if is_joint:
             training.sum_gradients(itertools.chain(*learning), accelerator)
             loss = accelerator.reduce(loss, "sum")
         # Nothing is clipped: only the norm is wanted.
         norm = math.hypot(*(training.clip_gradient(part, math.inf) for part in learning))
         training.step(optimizer, args.lr, norm)
         skipped.count(step, loss.item(), norm)
-        # Log.
+        # Log and commit. The heads alone are trained again within seconds.
         if step % LOG_EVERY == 0:
             run.log(step=step, loss=loss.item(), grad_norm=norm, skipped=skipped.total)
+        if is_joint and run.due(step + 1, args.save_every):
+            state = training.state({n: p for n, p in both.named_parameters() if p.requires_grad}, optimizer)
+            standardisation = dict(model.heads.named_buffers())
+            run.commit(step=step + 1, skipped=skipped.total, standardisation=standardisation, **state)
     return skipped.total
 
 
@@ -419,9 +470,9 @@ def fit(model, groups, args, run, accelerator):
 
 
 @torch.no_grad()
-def evaluate_heads(model, groups, batch, seed, accelerator, progress=iter):
+def evaluate_heads(model, groups, args, accelerator, progress=iter):
     """{metric: value} of R on held-out groups."""
-    features, rows = collect_features(model, groups, batch, accelerator, progress)
+    features, rows = collect_features(model, groups, args, accelerator, progress)
     scores = denormalise_reward(model.heads(features)[:, 0]).cpu().numpy()  # (n,)
     levels = np.array([level for _, level in rows])
     targets = np.array([LEVELS[level][0] for level in levels])
@@ -431,24 +482,32 @@ def evaluate_heads(model, groups, batch, seed, accelerator, progress=iter):
         "ordered": evaluate_pairs(scores, levels),
         "spearman": measures.spearman(scores, targets),
         "auroc": measures.auroc(scores[answered], np.isin(levels, RIGHT)[answered]),
-        "image_swap_drop": image_swap_drop(model, groups, batch, seed, accelerator, progress),
+        "image_swap_drop": image_swap_drop(model, groups, args, accelerator, progress),
     }
 
 
-def image_swap_drop(model, groups, batch, seed, accelerator, progress=iter):
+def image_swap_drop(model, groups, args, accelerator, progress=iter):
     """Mean fall of R when each original gets another record's image; None if there is no other."""
     originals = [record for record, labelled in groups if "original" in dict(labelled)]
-    others = random.Random(seed).sample(originals, len(originals))
+    others = random.Random(args.seed).sample(originals, len(originals))
     pairs = [(own, other) for own, other in zip(originals, others) if own["image"] != other["image"]]
+    batches = [pairs[i : i + args.batch] for i in range(0, len(pairs), args.batch)]
+    encode = model.encoder()
 
-    def work(i):
-        rows, swapped = zip(*pairs[i : i + batch])
-        before = score_references(model, rows, [row["image"] for row in rows])["overall"]
-        after = score_references(model, rows, [row["image"] for row in swapped])["overall"]
+    def prepare(batch):
+        rows, swapped = zip(*batch)
+        asked = [
+            encode_references(encode, rows, [row["image"] for row in shown]) for shown in (rows, swapped)
+        ]
+        return rows, *asked
+
+    def work(batch):
+        rows, *asked = batch
+        before, after = (score_references(model, rows, own)["overall"] for own in asked)
         return [a - b for a, b in zip(before, after)]
 
-    starts = range(0, len(pairs), batch)
-    drops = list(itertools.chain(*parallel.take_turns(progress(starts), work, accelerator)))
+    turns = parallel.take_turns(batches, prepare, work, accelerator, args.workers)
+    drops = [drop for _, found in zip(progress(batches), turns) for drop in found]
     return float(np.mean(drops)) if drops else None
 
 
@@ -473,7 +532,7 @@ def train(args):
     skipped = fit(model, groups, args, run, accelerator)
     progress = functools.partial(run.progress, description="held out", together=True)
     with sharding.gathered(backbone):
-        metrics = evaluate_heads(model, held_out, args.batch, args.seed, accelerator, progress)
+        metrics = evaluate_heads(model, held_out, args, accelerator, progress)
     if args.shard:
         sharding.collect(backbone, run.main)
     if run.main:
@@ -489,10 +548,14 @@ def train(args):
 # Scoring and filtering.
 
 
-def score_references(model, rows, image_paths):
-    """{head: a score each} of the records' reference responses, with these images."""
-    images, prompts = [open_image(path) for path in image_paths], [prompt_of(row) for row in rows]
-    return model(images, prompts, [reference_response(row) for row in rows])
+def encode_references(encode, rows, image_paths):
+    """These images with the prompts of the records: Asked."""
+    return encode([open_image(path) for path in image_paths], [prompt_of(row) for row in rows])
+
+
+def score_references(model, rows, asked):
+    """{head: a score each} of the records' reference responses."""
+    return model(asked, [reference_response(row) for row in rows])
 
 
 def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None, cap=None):
@@ -527,27 +590,15 @@ def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None,
     return sorted(itertools.chain(*best)), sorted(drawn), tied
 
 
-def read_candidates(args):
-    """(candidates, those with an unreadable image, set aside with their reason)."""
-    skip = args.on_error == "skip"
-    rows = records.read_kept(args.data, records.QUESTION, args.image_root, skip and args.max_rejected)
-    unreadable = find_unreadable(rows, args.max_rejected) if skip else {}
-    readable = [row for row in rows if row["image"] not in unreadable]
-    require(readable, f"{args.data}: no image is readable; correct `image`, see --image-root")
-    rejected = [row for row in rows if row["image"] in unreadable]
-    reason = {"reason": "unreadable image"}
-    return readable, [row | reason | {"text": unreadable[row["image"]]} for row in rejected]
-
-
 def score(args):
     accelerator = Accelerator()
     run = runs.start(args, [args.model, args.data], accelerator.is_main_process)
-    rows, rejected = read_candidates(args)
+    rows, rejected = selection.read_candidates(args)
     if args.answered:
         rows = selection.with_pass_rates(rows, args.answered)
     model = RewardModel.load(args.model)
     loading.limit_pixels(model.backbone, args.min_pixels, args.max_pixels)
-    rows, too_long = split_too_long(model.backbone, rows, args.on_error)
+    rows, too_long = selection.split_too_long(model.backbone, rows, args.on_error)
     rejected += too_long
 
     def append(name, rows):
@@ -556,10 +607,16 @@ def score(args):
     if rejected and not run.state:
         append("rejected.jsonl", rejected)
 
-    def score_batch(i):
-        """Question and answer of each candidate as a response to the image, and their rewards."""
+    encode = model.encoder()
+
+    def prepare(i):
         part = rows[i : i + args.batch]
-        scores = score_references(model, part, [row["image"] for row in part])
+        return part, encode_references(encode, part, [row["image"] for row in part])
+
+    def score_batch(prepared):
+        """Question and answer of each candidate as a response to the image, and their rewards."""
+        part, asked = prepared
+        scores = score_references(model, part, asked)
         rewards = [{head: round(scores[head][k], 4) for head in HEADS} for k in range(len(part))]
         return [row | {"reward": reward} for row, reward in zip(part, rewards)]
 
@@ -567,7 +624,7 @@ def score(args):
     run.announce(f"{len(rows)} candidates to score")
     steps = range(run.state.get("step", 0), len(rows), args.batch)
     # Score the candidates, a batch at a time. Processes take turns.
-    scored = parallel.take_turns(steps, score_batch, accelerator)
+    scored = parallel.take_turns(steps, prepare, score_batch, accelerator, args.workers)
     for i, batch in zip(run.progress(steps, "score"), scored):
         append("scored.jsonl", batch)
         run.commit(step=i + args.batch)
@@ -594,24 +651,6 @@ def accept(run, rejected, args):
     metrics |= {"mean": float(np.mean(R)), "mean_accepted": float(np.mean([R[i] for i in accepted]))}
     aside = f", {rejected} set aside" if rejected else ""
     run.finish(metrics, f"accepted {len(accepted)} of {len(rows)}{aside}")
-
-
-def split_too_long(backbone, rows, on_error):
-    """(candidates that fit into the backbone's context, others with their reason).
-
-    Raises RecordError unless those may be skipped, and if no candidate fits.
-    """
-
-    def count_reply(row):
-        return vlm.encode_continuations(backbone, [reference_response(row)])[0].shape[1]
-
-    too_long = context.find_too_long(backbone, rows, itemgetter("image"), prompt_of, count_reply)
-    advice = f"{len(too_long)} of {len(rows)} candidates; or set them aside with --on-error skip"
-    is_allowed = on_error == "skip" and len(too_long) < len(rows)
-    require(is_allowed or not too_long, f"{next(iter(too_long.values()), '')} ({advice})")
-    reason = {"reason": "longer than the model's context"}
-    rejected = [rows[i] | reason | {"text": why} for i, why in too_long.items()]
-    return [row for i, row in enumerate(rows) if i not in too_long], rejected
 
 
 def main(args):

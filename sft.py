@@ -25,6 +25,7 @@ from typing import NamedTuple
 from medgr2 import cli, runs, training
 from medgr2.errors import RunError, require
 from medgr2.images import open_image
+from medgr2.prefetch import for_preparing, prefetch
 from medgr2.prompts import (
     format_candidate,
     generator_prompt,
@@ -62,7 +63,7 @@ def parse_args():
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
     p.add_argument("--save-every", type=count, default=200, help="steps between checkpoints")
-    cli.add_pixel_arguments(p)
+    cli.add_image_arguments(p)
     cli.add_training_arguments(p)
     return p.parse_args()
 
@@ -84,6 +85,15 @@ class Example(NamedTuple):
     image: str
     prompt: str
     response: str
+
+
+class MicroBatch(NamedTuple):
+    """B examples, encoded on the CPU. `tokens`: how many of their response tokens count."""
+
+    inputs: vlm.Inputs  # (B, P)
+    ids: torch.Tensor  # (B, C)
+    mask: torch.Tensor  # (B, C)
+    tokens: int
 
 
 def load_examples(data, weights, role):
@@ -119,51 +129,73 @@ def leave_out_too_long(policy, examples, on_error):
     return context.leave_out_too_long(policy, examples, *parts, on_error == "skip")
 
 
+def micro_batches(examples, size):
+    """Examples, `size` at a time, similar lengths together: less padding."""
+    examples = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+
+def collate(policy, examples):
+    """Examples → a MicroBatch."""
+    images, prompts, responses = zip(*examples)
+    ids, mask = vlm.encode_continuations(policy, responses, device="cpu")  # (B, C)
+    inputs = vlm.encode_prompts(policy, [open_image(path) for path in images], prompts, "cpu")  # (B, P)
+    return MicroBatch(inputs, ids, mask, int(mask.sum()))
+
+
+def prepare_batch(policy, examples, micro_batch, accelerator):
+    """The examples of a step → (this process's MicroBatches, response tokens of the whole batch)."""
+    tokens = int(vlm.encode_continuations(policy, [e.response for e in examples], device="cpu")[1].sum())
+    own = examples[accelerator.process_index :: accelerator.num_processes]
+    batches = [collate(policy, part) for part in micro_batches(own, micro_batch)]
+    if not own:
+        # A process without examples computes one that does not count.
+        batch = collate(policy, examples[:1])
+        batches = [batch._replace(mask=torch.zeros_like(batch.mask), tokens=0)]
+    return batches, tokens
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The loss and its gradient. `policy` is the VLM that learns, in the role of a generator too.
 
 
-def micro_batch_losses(policy, examples, size, progress=iter):
-    """Yield (sum of -log π over the response tokens, their number) for each micro-batch."""
-    # Similar lengths together: less padding.
-    examples = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
-    for i in progress(range(0, len(examples), size)):
-        images, prompts, responses = zip(*examples[i : i + size])
-        ids, mask = vlm.encode_continuations(policy, responses)  # (B, C)
-        inputs = vlm.encode_prompts(policy, [open_image(path) for path in images], prompts)  # (B, P)
-        states = vlm.hidden_states(policy, inputs, ids, mask)[:, :-1]  # (B, C, D)
-        hidden, weight, head = vlm.lm_head(policy, states)  # weight (V, D)
-        # Padding is no target: -100 is ignored.
-        targets = ids.masked_fill(mask == 0, -100)  # (B, C)
-        # The same as cross_entropy(hidden @ weight.T, targets), but the logits (B, C, V) never exist.
-        loss = linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum", **head)
-        yield loss, int(mask.sum())
+def micro_batch_loss(policy, batch):
+    """Sum of -log π over the response tokens of a MicroBatch."""
+    ids, mask = batch.ids.to(policy.device), batch.mask.to(policy.device)  # (B, C)
+    states = vlm.hidden_states(policy, batch.inputs.to(policy.device), ids, mask)[:, :-1]  # (B, C, D)
+    hidden, weight, head = vlm.lm_head(policy, states)  # weight (V, D)
+    # Padding is no target: -100 is ignored.
+    targets = ids.masked_fill(mask == 0, -100)  # (B, C)
+    # The same as cross_entropy(hidden @ weight.T, targets), but the logits (B, C, V) never exist.
+    return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum", **head)
 
 
-def compute_gradient(policy, parameters, examples, micro_batch, accelerator):
-    """Leave the gradient of the whole batch in the parameters → (loss, response tokens of the batch)."""
-    tokens = int(vlm.encode_continuations(policy, [example.response for example in examples])[1].sum())
-    own = examples[accelerator.process_index :: accelerator.num_processes]
-    # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
-    dummies = sharding.dummy_passes(policy, math.ceil(len(own) / micro_batch))
+def compute_gradient(policy, parameters, batches, tokens, accelerator):
+    """Leave the gradient of the whole batch, of so many response tokens, in the parameters → its loss.
+
+    batches: this process's MicroBatches.
+    """
     total = 0.0
-    for loss, _ in micro_batch_losses(policy, own, micro_batch):
+    for batch in batches:
         # Divided by the whole batch's tokens, so that the gradients of micro-batches and processes add up.
-        (loss / tokens).backward()
-        total += loss.item() / tokens
-    for _ in range(dummies):
-        for loss, _ in micro_batch_losses(policy, examples[:1], 1):
-            (0 * loss).backward()
+        loss = micro_batch_loss(policy, batch) / tokens
+        loss.backward()
+        total += loss.item()
+    # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
+    for _ in range(sharding.dummy_passes(policy, len(batches))):
+        (0 * micro_batch_loss(policy, batches[0])).backward()
     training.sum_gradients(parameters, accelerator)
-    return accelerator.reduce(torch.tensor(total, device=policy.device), "sum").item(), tokens
+    return accelerator.reduce(torch.tensor(total, device=policy.device), "sum").item()
 
 
 @torch.no_grad()
-def mean_loss(policy, examples, micro_batch, progress=iter):
+def mean_loss(policy, examples, micro_batch, workers=0, progress=iter):
     """Mean -log π per response token over all examples."""
-    losses = micro_batch_losses(policy, examples, micro_batch, progress)
-    found = [(loss.item(), tokens) for loss, tokens in losses]
-    return sum(loss for loss, _ in found) / sum(tokens for _, tokens in found)
+    total, tokens, parts = 0.0, 0, micro_batches(examples, micro_batch)
+    encoded = prefetch(parts, functools.partial(collate, for_preparing(policy)), workers)
+    for _, batch in zip(progress(parts), encoded):
+        total, tokens = total + micro_batch_loss(policy, batch).item(), tokens + batch.tokens
+    return total / tokens
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -196,12 +228,18 @@ def main(args):
     loss, skipped = run.state.get("loss"), training.Skipped(run.state.get("skipped", 0))
     context.tell_image_tokens(policy, [example.image for example in examples])
     run.announce(f"{steps} steps of {args.batch} examples out of {len(examples)}")
-    for step in run.progress(range(run.state.get("step", 0), steps), "sft"):
-        # Collect the batch. Each epoch is another permutation of the examples.
-        batch = [examples[i] for i in training.batch_indices(step, args.batch, len(examples), args.seed)]
+    preparing, remaining = for_preparing(policy), range(run.state.get("step", 0), steps)
+
+    def prepare(step):
+        # Each epoch is another permutation of the examples.
+        index = training.batch_indices(step, args.batch, len(examples), args.seed)
+        return prepare_batch(preparing, [examples[i] for i in index], args.micro_batch, accelerator)
+
+    prepared = prefetch(remaining, prepare, args.workers)
+    for step, (batches, tokens) in zip(run.progress(remaining, "sft"), prepared):
         # Loss and gradient of the whole batch.
         with accelerator.autocast():
-            loss, tokens = compute_gradient(policy, parameters.values(), batch, args.micro_batch, accelerator)
+            loss = compute_gradient(policy, parameters.values(), batches, tokens, accelerator)
         # Clip the gradient.
         norm = training.clip_gradient(parameters.values(), args.clip)
         # Step, at this step's learning rate; not if the gradient is not finite.
@@ -219,7 +257,7 @@ def main(args):
         held_out = load_examples(val, [1.0], args.role)
         with accelerator.autocast(), sharding.gathered(policy):
             progress = functools.partial(run.progress, description="validation")
-            result["val_loss"] = mean_loss(policy, held_out, args.micro_batch, progress)
+            result["val_loss"] = mean_loss(policy, held_out, args.micro_batch, args.workers, progress)
     if args.shard:
         sharding.collect(policy, run.main)
     if run.main:

@@ -343,7 +343,7 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None)
     from accelerate import Accelerator
 
     import grpo
-    from medgr2 import loading, rollouts
+    from medgr2 import loading, rollouts, vlm
 
     accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
     policy = unending(loading.load(os.path.join(folder, "model"), accelerator.device))
@@ -356,7 +356,7 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None)
     args = argparse.Namespace(micro_batch=micro_batch, micro_group=micro_group, clip=1.0, **loss, **groups)
     for step in range(1 + steps):
         part = rows[step * row.prompts : (step + 1) * row.prompts]
-        batch = rollouts.Batch(step, part, rollouts.preprocess(policy, part))
+        batch = rollouts.Batch(step, part, vlm.preprocess(policy, *rollouts.open_rows(part)), None)
         with accelerator.autocast():
             groups = given_groups(policy, batch) if check else grpo.sample_groups(policy, batch, G, C, SEED)
         rewards = [torch.tensor([reward(ids) for ids in g.ids.tolist()]) for g in groups]

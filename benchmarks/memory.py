@@ -493,7 +493,8 @@ def real_sft(folder, plan, steps=2):
     response, _ = vlm.encode_continuations(policy, [example.response for example in examples])
     meter = grpo_step.Meter(False)
     for _ in range(steps):
-        sft.compute_gradient(policy, parameters, examples, plan.micro_batch, accelerator)
+        batch = sft.prepare_batch(policy, examples, plan.micro_batch, accelerator)
+        sft.compute_gradient(policy, parameters, *batch, accelerator)
         optimizer.step()
         optimizer.zero_grad()
         meter.tick()

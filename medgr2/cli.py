@@ -138,12 +138,14 @@ def add_training_arguments(parser):
     parser.add_argument("--report-to", nargs="+", choices=trackers.NAMES, default=[], help=report)
 
 
-def add_pixel_arguments(parser):
-    """Add the flags of the stages that show images to a model (loading.limit_pixels)."""
+def add_image_arguments(parser):
+    """Add the flags of the stages that show images to a model (loading.limit_pixels, prefetch.py)."""
     for flag, which in (("--min-pixels", "fewest"), ("--max-pixels", "most")):
         note = "a larger image is made smaller" if which == "most" else "a smaller image is made larger"
         help = f"{which} pixels of an image, width x height: {note} (the model's processor decides)"
         parser.add_argument(flag, type=number(int, 784), metavar="N", help=help)
+    workers = "processes that open and encode the next images ahead (0: a thread); same result"
+    parser.add_argument("--workers", type=number(int, 0), default=0, help=workers)
 
 
 def tell_cut(replies, cut, limit):

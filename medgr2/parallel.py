@@ -1,17 +1,19 @@
 """Several processes share batches that need no gradient."""
 
-from itertools import islice
-
 from accelerate.utils import gather_object
 
+from medgr2.prefetch import prefetch
 
-def take_turns(batches, work, accelerator):
-    """Yield work(batch) of each batch, in order, on every process; each of N processes does every N-th batch.
 
-    A batch is the same for any number of processes, and so are its padding and its results.
+def take_turns(batches, prepare, work, accelerator, workers=0):
+    """Yield work(prepare(batch)) of each batch, in order, on every process.
+
+    Each of N processes does every N-th batch, and prepares its next ones ahead (medgr2/prefetch.py). A batch
+    is the same for any number of processes, and so are its padding and its results.
     """
-    batches = iter(batches)
-    while turn := list(islice(batches, accelerator.num_processes)):
+    first, N = accelerator.process_index, accelerator.num_processes
+    prepared = prefetch(batches[first::N], prepare, workers)
+    for turn in range(0, len(batches), N):
         # Fewer batches than processes are left at the end.
-        own = turn[accelerator.process_index : accelerator.process_index + 1]
-        yield from gather_object([work(batch) for batch in own])
+        own = [work(next(prepared))] if turn + first < len(batches) else []
+        yield from gather_object(own)

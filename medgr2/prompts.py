@@ -49,6 +49,11 @@ def report_prompt():
     return "Describe this image."
 
 
+def prompt_of(record):
+    """The prompt to which the record has a reference response."""
+    return report_prompt() if "report" in record else policy_prompt(record)
+
+
 def format_response(rationale, answer):
     """A perfect reply to `policy_prompt`: the bare answer if `rationale` is empty or None.
 

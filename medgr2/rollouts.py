@@ -1,7 +1,6 @@
-"""Around the GRPO step: a thread that preprocesses the next batch, micro-batches, logging."""
+"""Around the GRPO step: the batches of records, prepared ahead; micro-batches; logging."""
 
-import copy
-from dataclasses import replace
+import itertools
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch.nn.functional import pad
 from medgr2 import context, records, training, vlm
 from medgr2.errors import RunError
 from medgr2.images import open_image
+from medgr2.prefetch import for_preparing, prefetch
 from medgr2.prompts import policy_prompt
 
 
@@ -22,36 +22,40 @@ def leave_out_too_long(policy, examples, max_new_tokens, on_error):
 
 
 class Batch(NamedTuple):
-    """Records to sample for at a time, preprocessed. `cursor`: number of the batch to draw next."""
+    """Records to sample for at a time, prepared. `cursor`: number of the batch to draw next."""
 
     cursor: int
     rows: list
+    # For the policy.
     inputs: vlm.Inputs
+    # For the reward model (reward.Asked).
+    asked: object
 
 
-def prefetch_batches(policy, examples, cursor, prompts, size, seed, accelerator):
+def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
     """Endlessly, from batch number `cursor`, this process's share of a step's P records: a list of Batches.
 
-    Each holds `size` records, or all if that is None. A thread preprocesses the next ones during training.
+    Each holds --rollout-batch records, or all if that is None.
     """
-    # The thread has a processor of its own: a tokenizer must not serve two threads at a time.
-    preparing = replace(policy, processor=copy.deepcopy(policy.processor))
-    return training.prefetch(batches(preparing, examples, cursor, prompts, size, seed, accelerator))
+    preparing, encode_asked = for_preparing(policy), reward_model.encoder()
 
+    def encode(cursor, rows):
+        images, texts = open_rows(rows)
+        inputs = vlm.preprocess(preparing, images, texts)
+        return Batch(cursor, rows, inputs, encode_asked(images, texts))
 
-def batches(policy, examples, cursor, prompts, size, seed, accelerator):
-    while True:
-        index = training.batch_indices(cursor, prompts, len(examples), seed)
-        cursor += 1
+    def prepare(cursor):
+        index = training.batch_indices(cursor, args.prompts, len(examples), args.seed)
         rows = [examples[i] for i in index[accelerator.process_index :: accelerator.num_processes]]
-        size = size or len(rows)
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        yield [Batch(cursor, part, preprocess(policy, part)) for part in parts]
+        size = args.rollout_batch or len(rows)
+        return [encode(cursor + 1, rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    return prefetch(itertools.count(cursor), prepare, args.workers)
 
 
-def preprocess(policy, rows):
-    """Question records → the model's preprocessed Inputs."""
-    return vlm.preprocess(policy, [open_image(r["image"]) for r in rows], [policy_prompt(r) for r in rows])
+def open_rows(rows):
+    """The images and the prompts of question records."""
+    return [open_image(row["image"]) for row in rows], [policy_prompt(row) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -462,8 +462,9 @@ def require_same_run(folder, metadata, free=()):
     advice = "choose another --out or remove it"
     if old["script"] != metadata["script"]:
         raise RunError(f"{folder}: holds another run (of {old['script']}); {advice}")
-    # No output depends on --image-root, --report-to and --push-to-hub.
-    names = sorted({*old["args"], *metadata["args"]} - {*free, "image_root", "report_to", "push_to_hub"})
+    # No output depends on these.
+    free = {*free, "image_root", "workers", "report_to", "push_to_hub"}
+    names = sorted({*old["args"], *metadata["args"]} - free)
     differences = []
     for name in names:
         there, here = old["args"].get(name), metadata["args"].get(name)

@@ -1,10 +1,44 @@
 """Around the filter of reward.py: places per cell, ties, pass rates, and what is printed of its result."""
 
+from operator import itemgetter
+
 import numpy as np
 
 from medgr2 import cli, records
 from medgr2.errors import require
-from medgr2.prompts import is_match
+from medgr2.images import find_unreadable
+from medgr2.prompts import is_match, prompt_of, reference_response
+
+
+def read_candidates(args):
+    """(candidates, those with an unreadable image, set aside with their reason)."""
+    skip = args.on_error == "skip"
+    rows = records.read_kept(args.data, records.QUESTION, args.image_root, skip and args.max_rejected)
+    unreadable = find_unreadable(rows, args.max_rejected) if skip else {}
+    readable = [row for row in rows if row["image"] not in unreadable]
+    require(readable, f"{args.data}: no image is readable; correct `image`, see --image-root")
+    rejected = [row for row in rows if row["image"] in unreadable]
+    reason = {"reason": "unreadable image"}
+    return readable, [row | reason | {"text": unreadable[row["image"]]} for row in rejected]
+
+
+def split_too_long(backbone, rows, on_error):
+    """(candidates that fit into the backbone's context, others with their reason).
+
+    Raises RecordError unless those may be skipped, and if no candidate fits.
+    """
+    from medgr2 import context, vlm
+
+    def count_reply(row):
+        return vlm.encode_continuations(backbone, [reference_response(row)])[0].shape[1]
+
+    too_long = context.find_too_long(backbone, rows, itemgetter("image"), prompt_of, count_reply)
+    advice = f"{len(too_long)} of {len(rows)} candidates; or set them aside with --on-error skip"
+    is_allowed = on_error == "skip" and len(too_long) < len(rows)
+    require(is_allowed or not too_long, f"{next(iter(too_long.values()), '')} ({advice})")
+    reason = {"reason": "longer than the model's context"}
+    rejected = [rows[i] | reason | {"text": why} for i, why in too_long.items()]
+    return [row for i, row in enumerate(rows) if i not in too_long], rejected
 
 
 def allocate(sizes, total):

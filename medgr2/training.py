@@ -1,8 +1,7 @@
-"""What training loops share: records, batches, prefetching, gradients over processes, resuming."""
+"""What training loops share: records, batches, gradients over processes, resuming."""
 
 import math
 import random
-from concurrent.futures import ThreadPoolExecutor
 
 from medgr2 import leakage, records
 from medgr2.errors import RunError
@@ -50,15 +49,6 @@ def batch_indices(step, size, n, seed):
             permutations[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(n), n)
         indices.append(permutations[epoch][i])
     return indices
-
-
-def prefetch(items):
-    """Yield the items of an endless iterator; a thread makes the next one while the caller uses this one."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items)
-        while True:
-            item, coming = coming.result(), thread.submit(next, items)
-            yield item
 
 
 def sum_gradients(parameters, accelerator):

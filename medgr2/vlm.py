@@ -101,6 +101,9 @@ class Inputs(dict):
         super().__init__(tensors)
         self.prompts = prompts
 
+    def to(self, device):
+        return Inputs({key: x.to(device) for key, x in self.items()}, self.prompts)
+
 
 def encode_prompts(vlm, images, texts, device=None):
     """B images (PIL, RGB) and B user texts → the model's Inputs, left-padded to (B, P).
@@ -119,7 +122,7 @@ def encode_prompts(vlm, images, texts, device=None):
     images = [[fit_pixels(image, *vlm.pixels)] for image in images]
     settings = {"padding": True, "padding_side": "left", "add_special_tokens": not has_bos}
     tensors = vlm.processor(text=chats, images=images, return_tensors="pt", **settings)
-    return Inputs({key: x.to(device or vlm.device) for key, x in tensors.items()}, prompts)
+    return Inputs(tensors, prompts).to(device or vlm.device)
 
 
 def repeat_prompts(vlm, inputs, group):
@@ -143,7 +146,7 @@ def encode_images(vlm, inputs):
     """
     if not vlm.reuses_features:
         return inputs.prompts
-    inputs, prompts = {key: x.to(vlm.device) for key, x in inputs.items()}, inputs.prompts
+    inputs, prompts = inputs.to(vlm.device), inputs.prompts
     tower = vlm.model.base_model.get_image_features
     asked = {key: inputs[key] for key in inspect.signature(tower).parameters if key in inputs}
     outputs = tower(**asked, return_dict=True)
@@ -211,7 +214,7 @@ def collate_features(kept):
     return SimpleNamespace(pooler_output=join([k.pooler_output for k in kept]), deepstack_features=deepstack)
 
 
-def encode_continuations(vlm, texts, end=True):
+def encode_continuations(vlm, texts, end=True, device=None):
     """N responses → (ids, mask), right-padded to (N, C). Each ends with the end-of-turn token, which counts.
 
     The name of a special token in a text is plain text: an image placeholder without an image would stop the
@@ -222,7 +225,7 @@ def encode_continuations(vlm, texts, end=True):
     width = max(map(len, rows))
     ids = torch.tensor([row + [vlm.tokenizer.pad_token_id] * (width - len(row)) for row in rows])  # (N, C)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])  # (N, C)
-    return ids.to(vlm.device), mask.to(vlm.device)
+    return ids.to(device or vlm.device), mask.to(device or vlm.device)
 
 
 def decode(vlm, ids, mask):

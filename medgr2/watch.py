@@ -5,28 +5,33 @@ import random
 from accelerate.utils import gather_object
 
 from medgr2 import records, runs, vlm
-from medgr2.images import open_image
-from medgr2.prompts import is_match, parse_response, policy_prompt
+from medgr2.prefetch import for_preparing, prefetch
+from medgr2.prompts import is_match, parse_response
+from medgr2.rollouts import open_rows
 
 
-def measure_policy(policy, reward_model, rows, max_new_tokens, batch, accelerator):
+def measure_policy(policy, reward_model, rows, max_new_tokens, batch, accelerator, workers=0):
     """True accuracy and mean reward-model score of the policy's greedy answers to `rows`, `batch` at a time.
 
     The rows are shared out over the processes; every process returns the figures of all.
     """
     correct, scores = [], []
     mine = rows[accelerator.process_index :: accelerator.num_processes]
-    for i in range(0, len(mine), batch):
-        part = mine[i : i + batch]
-        images, texts = [open_image(r["image"]) for r in part], [policy_prompt(r) for r in part]
+    parts, preparing = [mine[i : i + batch] for i in range(0, len(mine), batch)], for_preparing(policy)
+    encode_asked = reward_model.encoder()
+
+    def prepare(part):
+        images, texts = open_rows(part)
+        return vlm.encode_prompts(preparing, images, texts, "cpu"), encode_asked(images, texts)
+
+    for part, (inputs, asked) in zip(parts, prefetch(parts, prepare, workers)):
         with accelerator.autocast():
-            inputs = vlm.encode_prompts(policy, images, texts)
-            ids, mask, _ = vlm.sample(policy, inputs, None, max_new_tokens, temperature=0)
+            ids, mask, _ = vlm.sample(policy, inputs.to(policy.device), None, max_new_tokens, temperature=0)
         responses = vlm.decode(policy, ids, mask)
         for row, response in zip(part, responses):
             prediction = parse_response(response, row.get("options")).prediction
             correct.append(is_match(prediction, row["answer"]))
-        scores += reward_model(images, texts, responses)["overall"]
+        scores += reward_model(asked, responses)["overall"]
     correct, scores = gather_object(correct), gather_object(scores)
     return {"watch_accuracy": sum(correct) / len(rows), "watch_reward": sum(scores) / len(scores)}
 
@@ -45,7 +50,7 @@ class Watch:
     def __init__(self, policy, reward_model, args, accelerator, state):
         self.policy, self.reward_model, self.accelerator = policy, reward_model, accelerator
         self.every, self.max_new_tokens = args.watch_every, args.max_new_tokens
-        self.batch = args.micro_batch * args.group
+        self.batch, self.workers = args.micro_batch * args.group, args.workers
         rows = list(records.read_records(args.val, records.QUESTION, args.image_root)) if args.val else []
         rng = random.Random(runs.seed_of(args.seed, "watch"))
         self.rows = rng.sample(rows, min(len(rows), args.watch_items))
@@ -56,8 +61,8 @@ class Watch:
         return {"first": self.first, "last": self.last}
 
     def measure(self):
-        models = self.policy, self.reward_model
-        return measure_policy(*models, self.rows, self.max_new_tokens, self.batch, self.accelerator)
+        models, sizes = (self.policy, self.reward_model), (self.max_new_tokens, self.batch)
+        return measure_policy(*models, self.rows, *sizes, self.accelerator, self.workers)
 
     def check(self, step):
         """Measure if it is due → the figures for the log, else {}."""

@@ -134,8 +134,9 @@ def test_the_loss_and_gradient_of_sft_in_bf16_are_those_in_fp32_but_for_rounding
         # In bf16 most of an optimiser's steps would round to nothing.
         assert {p.dtype for p in parameters} == {torch.float32}
         assert lora is None or policy.model.dtype == loading.best_dtype()
+        batch = sft.prepare_batch(policy, examples, 2, accelerator)
         with accelerator.autocast():
-            loss, _ = sft.compute_gradient(policy, parameters, examples, 2, accelerator)
+            loss = sft.compute_gradient(policy, parameters, *batch, accelerator)
         return loss, gradient(policy)
 
     (loss, exact), (rounded_loss, rounded) = in_both(compute)
@@ -149,7 +150,7 @@ def groups_of(policy, rows, args):
     ids, mask = vlm.encode_continuations(policy, texts)
     sampled = {"ids": ids, "mask": mask, "truncated": torch.zeros(4, dtype=torch.bool), "texts": texts}
     scored = {"rewards": torch.tensor([0.1, 0.5, 0.4, 0.9]), "informative": True}
-    prompts = vlm.encode_images(policy, rollouts.preprocess(policy, rows))
+    prompts = vlm.encode_images(policy, vlm.preprocess(policy, *rollouts.open_rows(rows)))
     groups = [
         grpo.Group(row, prompt, **sampled, parsed=[], match=[], **scored)
         for row, prompt in zip(rows, prompts)

@@ -136,8 +136,8 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
         monkeypatch.setattr(medgr2, name, fake)
     monkeypatch.setattr(evaluation, "open_image", lambda path: opened.append(path))
     asked = [question | {"id": name} for name in "abc"]
-    respond, *_ = evaluation.open_model("model", 3)
-    got = [evaluation.predict(respond, batch) for batch in (asked[:3], asked[:1])]
+    model = evaluation.open_model("model", 3)._replace(find_too_long=None)
+    got = [predict(model, batch) for batch in (asked[:3], asked[:1])]
     assert [[(r["id"], r["response"]) for r in batch] for batch in got] == [
         [("a", "1"), ("b", "2"), ("c", "3")],
         [("a", "1")],
@@ -232,8 +232,12 @@ def test_baselines_are_fitted_to_the_whole_file_and_scored_by_group():
 
 @pytest.fixture(scope="module")
 def policy():
-    """(respond, score) of the toy policy."""
     return evaluation.open_model(str(POLICY), 64)
+
+
+def predict(model, rows, blind=False, scores=False, **drawn):
+    which = {"blind": blind, "scores": scores}
+    return evaluation.predict_batch(model, evaluation.prepare_batch(model, rows, **which), **which, **drawn)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +247,7 @@ def asked(tmp_path_factory, policy):
     rows = list(clinic.question_rows(str(home), "test", 3, 0, 2))
     rows[2]["options"] = [rows[2]["answer"], next(o for o in rows[2]["options"] if o != rows[2]["answer"])]
     rows.append({k: v for k, v in rows[0].items() if k != "options"} | {"id": "open"})
-    got = evaluation.predict(policy[0], rows, policy[1], blind=True, samples=3, seed=0)
+    got = predict(policy, rows, blind=True, scores=True, samples=3, seed=0)
     assert {len(r.get("options", ())) for r in got} == {0, 2, 3, 4}
     return got
 
@@ -283,22 +287,22 @@ def test_blind_predictions_are_those_on_a_grey_image_of_the_same_size(asked, pol
     grey = [r | {"id": r["id"] + "-grey", "image": str(tmp_path / f"{i}.png")} for i, r in enumerate(asked)]
     for r, old in zip(grey, asked):
         Image.new("RGB", Image.open(old["image"]).size, (128, 128, 128)).save(r["image"])
-    got = evaluation.predict(policy[0], grey)
+    got = predict(policy, grey)
     assert [r["prediction"] for r in got] == [r["blind"] for r in asked]
     assert [r["blind"] for r in asked] != [r["prediction"] for r in asked]
 
 
 def test_samples_depend_only_on_the_seed_and_their_own_record(asked, policy):
-    again = evaluation.predict(policy[0], asked[3:5], samples=3, seed=0)
+    again = predict(policy, asked[3:5], samples=3, seed=0)
     assert [r["samples"] for r in again] == [r["samples"] for r in asked[3:5]] and all(
         len(r["samples"]) == 3 for r in asked
     )
-    other = evaluation.predict(policy[0], asked, samples=3, seed=1)
+    other = predict(policy, asked, samples=3, seed=1)
     assert [r["samples"] for r in other] != [r["samples"] for r in asked]
 
 
 def test_flags_change_no_answer(asked, policy):
-    got = evaluation.predict(policy[0], asked)
+    got = predict(policy, asked)
     assert [r["response"] for r in got] == [r["response"] for r in asked]
 
 

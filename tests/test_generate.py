@@ -452,13 +452,14 @@ def test_what_is_sampled_depends_on_the_seed_and_not_on_the_batch(toy_stage, tmp
 def test_a_reply_cut_at_the_limit_is_truncated_and_one_that_just_fits_is_not(toy_vlm, tmp_path):
     image = next(records.read_records(write_images(tmp_path, 1)))
     drafts = generate.build_drafts(image, 0, ["direct"], TASKS, 6, 1, 0, "g")
-    whole = generate.ask_model(drafts, toy_vlm, 0, 200, 1)
+    inputs = generate.encode_drafts(toy_vlm, 1, drafts)
+    whole = generate.ask_model(drafts, inputs, toy_vlm, 0, 200, 1)
     assert not any(truncated for _, truncated in whole)
     # In tokens, with the end of turn.
     lengths = [int(vlm.encode_continuations(toy_vlm, [text])[1].sum()) for text, _ in whole]
     assert len(set(lengths)) >= 3
     limit = sorted(set(lengths))[1]
-    cut = generate.ask_model(drafts, toy_vlm, 0, limit, 1)
+    cut = generate.ask_model(drafts, inputs, toy_vlm, 0, limit, 1)
     for length, (text, truncated), (full, _) in zip(lengths, cut, whole):
         assert truncated == (length > limit) and full.startswith(text)
         # A reply one token too long lacks its end of turn only.

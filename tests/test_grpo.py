@@ -263,8 +263,18 @@ def flags(**over):
     )
 
 
+class Asked:
+    """In place of a reward model, whose encoder gives back the prompts."""
+
+    def encoder(self):
+        return lambda images, texts: texts
+
+
+ASKED = Asked()
+
+
 def batch_of(policy, rows):
-    return rollouts.Batch(0, rows, rollouts.preprocess(policy, rows))
+    return rollouts.Batch(0, rows, vlm.preprocess(policy, *rollouts.open_rows(rows)), None)
 
 
 def with_advantages(groups, **over):
@@ -582,14 +592,14 @@ def test_the_hybrid_reward_by_hand_and_malformed_gets_the_least_there_is(groups)
     g.parsed = [formed, formed, formed._replace(well_formed=False), formed]
     g.match, g.texts = [True, False, True, False], ["w"] * 4
 
-    def model(images, prompts, texts):
+    def model(asked, texts):
         return {"overall": [10.0, 2.0, 10.0, -6.0]}
 
     args = argparse.Namespace(alpha=0.8, beta=0.2, reward_scale="unit", min_spread=0.1)
-    (unit,) = grpo.score_groups(model, [g], args)
+    (unit,) = grpo.score_groups(model, None, [g], args)
     assert unit.rewards.tolist() == pytest.approx([1.0, 0.4, 0.0, 0.0])
     args.reward_scale = "raw"
-    (raw,) = grpo.score_groups(model, [g], args)
+    (raw,) = grpo.score_groups(model, None, [g], args)
     assert raw.rewards.tolist() == pytest.approx([8.2, 1.6, -4.8, -4.8])
 
 
@@ -600,7 +610,7 @@ def test_a_group_is_informative_if_its_rewards_differ_by_more_than_noise(groups)
     args = argparse.Namespace(alpha=0.8, beta=0.2, reward_scale="unit", min_spread=0.1)
 
     def is_informative(*R):
-        (scored,) = grpo.score_groups(lambda *_: {"overall": list(R)}, [g], args)
+        (scored,) = grpo.score_groups(lambda *_: {"overall": list(R)}, None, [g], args)
         return scored.informative
 
     # In units of the reward the std of (9.9, 10, 9.8, 10) is 0.005, that of (10, 0, 10, 10) is 0.25.
@@ -629,9 +639,10 @@ def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
 def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are_shared_out(policy, groups):
     examples = [g.record for g in groups]
 
-    def batches(cursor, k=0, n=1, size=None, make=rollouts.batches):
+    def batches(cursor, k=0, n=1, size=None, workers=0):
+        args = argparse.Namespace(prompts=4, rollout_batch=size, seed=3, workers=workers)
         process = argparse.Namespace(process_index=k, num_processes=n)
-        return make(policy, examples, cursor, 4, size, 3, process)
+        return rollouts.prefetch_batches(policy, ASKED, examples, cursor, args, process)
 
     def ids(parts):
         return [r["id"] for batch in parts for r in batch.rows]
@@ -641,7 +652,7 @@ def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are
         patch.setattr(
             rollouts, "open_image", lambda path: (threads.add(threading.current_thread()), real(path))[1]
         )
-        coming = batches(5, make=rollouts.prefetch_batches)
+        coming = batches(5)
         whole = [next(coming) for _ in range(4)]
     assert threads and threading.current_thread() not in threads
     assert [batch.cursor for (batch,) in whole] == [6, 7, 8, 9]
@@ -652,15 +663,16 @@ def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are
     shares = [next(batches(5, k, 3)) for k in range(3)]
     assert [ids(s) for s in shares] == [ids(whole[0])[k::3] for k in range(3)]
     (batch,) = whole[0]
-    assert [p.text for p in batch.inputs.prompts] == [policy_prompt(r) for r in batch.rows]
+    assert [p.text for p in batch.inputs.prompts] == [policy_prompt(r) for r in batch.rows] == batch.asked
     in_parts = next(batches(5, size=3))
     assert ids(in_parts) == ids(whole[0]) and [len(part.rows) for part in in_parts] == [3, 1]
 
 
 def test_what_is_sampled_does_not_depend_on_how_many_questions_are_sampled_at_a_time(policy, groups):
     def sampled(size):
+        args = argparse.Namespace(prompts=5, rollout_batch=size, seed=3, workers=0)
         process = argparse.Namespace(process_index=0, num_processes=1)
-        parts = next(rollouts.batches(policy, [g.record for g in groups], 2, 5, size, 3, process))
+        parts = next(rollouts.prefetch_batches(policy, ASKED, [g.record for g in groups], 2, args, process))
         found = [grpo.sample_groups(policy, batch, 4, 24, 0) for batch in parts]
         return [(g.record["id"], g.texts) for part in found for g in part], len(found)
 
@@ -872,15 +884,16 @@ def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path)
 def test_each_process_measures_its_share_of_the_watched_records(policy, groups, process, processes):
     rows, asked = [g.record for g in groups][:3], []
 
-    def reward_model(images, texts, responses):
-        asked.extend(texts)
-        return {"overall": [1.0] * len(texts)}
+    class Model(Asked):
+        def __call__(self, texts, responses):
+            asked.extend(texts)
+            return {"overall": [1.0] * len(texts)}
 
     accelerator = argparse.Namespace(process_index=process, num_processes=processes, autocast=nullcontext)
     with pytest.MonkeyPatch.context() as patch:
         # The other processes' share is one score each.
         patch.setattr(watch, "gather_object", lambda own: own + [1.0] * (3 - len(own)))
-        found = watch.measure_policy(policy, reward_model, rows, 24, 2, accelerator)
+        found = watch.measure_policy(policy, Model(), rows, 24, 2, accelerator)
     assert asked == [policy_prompt(r) for r in rows[process::processes]]
     assert found["watch_reward"] == 1.0
 

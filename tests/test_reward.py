@@ -1,5 +1,6 @@
 """reward.py and levels.py: the four levels, the heads' features, the evaluation, and filtering."""
 
+import argparse
 import copy
 import itertools
 import json
@@ -283,7 +284,8 @@ def test_the_answer_begins_at_its_tag_and_the_end_of_turn_belongs_to_it(backbone
 def test_features_are_what_the_models_own_logits_say(backbone, rows):
     record = rows[0]
     response, image = reference_response(record), open_image(record["image"])
-    got = reward.compute_features(backbone, [image], [policy_prompt(record)], [response], True)[0]
+    asked = reward.encode_asked(backbone, True, [image], [policy_prompt(record)])
+    got = reward.compute_features(backbone, asked, [response])[0]
     inputs = vlm.encode_prompts(backbone, [image], [policy_prompt(record)])
     ids = torch.tensor([backbone.tokenizer(response)["input_ids"] + [backbone.end_id]])
     full = torch.cat([inputs["input_ids"], ids], 1)
@@ -306,7 +308,8 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
     surprise = seen + torch.special.entr(logps.exp()).sum(-1)
     assert got[10].item() == pytest.approx(surprise[:start].sum().item(), abs=1e-3)
     # Without likelihoods: the last hidden state.
-    (state,) = reward.compute_features(backbone, [image], [policy_prompt(record)], [response], False)
+    asked = reward.encode_asked(backbone, False, [image], [policy_prompt(record)])
+    (state,) = reward.compute_features(backbone, asked, [response])
     assert torch.allclose(state, out.hidden_states[-1][0, -1], atol=1e-4)
 
 
@@ -314,7 +317,9 @@ def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbo
     prompt, response = policy_prompt(rows[0]), reference_response(rows[0])
 
     def image_difference(image):
-        features = reward.compute_features(backbone, [image], [prompt], [response], True)
+        features = reward.compute_features(
+            backbone, reward.encode_asked(backbone, True, [image], [prompt]), [response]
+        )
         return features[0, -10:].abs().max()
 
     blank = Image.new("RGB", (64, 64), (128, 128, 128))
@@ -326,11 +331,13 @@ def test_encoding_a_question_once_for_many_responses_changes_no_feature(backbone
     model = reward.RewardModel(backbone, reward.Heads(reward.feature_width(backbone, True), 8), True)
     groups = levels.build_levels(rows[:6] + rows[-2:], 2, 0)
     with torch.no_grad():
-        features, order = reward.collect_features(model, groups, 8, Accelerator())
+        args = argparse.Namespace(batch=8, workers=0)
+        features, order = reward.collect_features(model, groups, args, Accelerator())
         assert len(features) == len(order) == sum(len(labelled) for _, labelled in groups)
         for record, labelled in groups[:3]:
             image, prompt = open_image(record["image"]), reward.prompt_of(record)
-            alone = torch.cat([model.features([image], [prompt], [text]) for _, text in labelled])
+            asked = model.encoder()([image], [prompt])
+            alone = torch.cat([model.features(asked, [text]) for _, text in labelled])
             shared = torch.stack([x for x, (r, _) in zip(features, order) if r["id"] == record["id"]])
             assert torch.allclose(alone, shared, atol=2e-3, rtol=1e-3)
 
@@ -338,10 +345,10 @@ def test_encoding_a_question_once_for_many_responses_changes_no_feature(backbone
 def test_a_saved_reward_model_scores_the_same(backbone, rows, tmp_path):
     model = reward.RewardModel(backbone, reward.Heads(reward.feature_width(backbone, False), 8), False)
     model.save(str(tmp_path))
-    images, prompts = [open_image(rows[0]["image"])], [reward.prompt_of(rows[0])]
+    asked = model.encoder()([open_image(rows[0]["image"])], [reward.prompt_of(rows[0])])
     responses = ["<think>x</think><answer>y</answer>", "nonsense"]
-    first = model(images, prompts, responses)
-    again = reward.RewardModel.load(str(tmp_path))(images, prompts, responses)
+    first = model(asked, responses)
+    again = reward.RewardModel.load(str(tmp_path))(asked, responses)
     assert set(first) == set(reward.HEADS) and all(len(scores) == 2 for scores in first.values())
     assert all(first[head] == pytest.approx(again[head], abs=1e-5) for head in first)
     assert all(reward.R_MIN <= R <= reward.R_MAX for R in first["overall"])
@@ -486,16 +493,16 @@ def test_a_loss_of_the_heads_that_is_not_finite_is_one_line(monkeypatch, rows, t
 
 def test_features_and_scores_that_are_not_finite_are_one_line_that_names_the_response(backbone, rows):
     record = next(r for r in rows if "answer" in r)
-    asked = [open_image(record["image"])], [policy_prompt(record)], ["<answer>odd</answer>"]
+    asked = reward.encode_asked(backbone, True, [open_image(record["image"])], [policy_prompt(record)])
     heads = reward.Heads(reward.feature_width(backbone, True), 4)
     # A token that can never be sampled has no probability.
     banned = backbone.tokenizer("odd", add_special_tokens=False)["input_ids"]
     strict = replace(backbone, banned_ids=sorted({*backbone.banned_ids, *banned}))
     with pytest.raises(ModelError, match="features are not finite for the response '<answer>odd</answer>'"):
-        reward.RewardModel(strict, heads, True)(*asked)
+        reward.RewardModel(strict, heads, True)(asked, ["<answer>odd</answer>"])
     torch.nn.init.constant_(heads.out.bias, torch.inf)
     with pytest.raises(ModelError, match="a reward is not finite"):
-        reward.RewardModel(backbone, heads, True)(*asked)
+        reward.RewardModel(backbone, heads, True)(asked, ["<answer>odd</answer>"])
 
 
 def test_with_freeze_nothing_the_backbone_learns(monkeypatch, rows, tmp_path):

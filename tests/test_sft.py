@@ -46,7 +46,8 @@ def load(paths, weights, role="policy"):
 def gradient(policy, examples, micro_batch, accelerator=None):
     policy.model.zero_grad()
     parameters, accelerator = list(policy.model.parameters()), accelerator or OneProcess()
-    loss, tokens = sft.compute_gradient(policy, parameters, examples, micro_batch, accelerator)
+    batches, tokens = sft.prepare_batch(policy, examples, micro_batch, accelerator)
+    loss = sft.compute_gradient(policy, parameters, batches, tokens, accelerator)
     grads = torch.cat([p.grad.flatten() for p in parameters])
     policy.model.zero_grad()
     return grads, loss, tokens

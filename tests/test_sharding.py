@@ -150,7 +150,8 @@ def sft_gradient(source, policy, data, options, accelerator, shard):
 
     def compute(parameters):
         # In micro-batches of one, so that the processes' numbers of passes differ: 5, 3 + 2, 2 + 2 + 1.
-        sft.compute_gradient(policy, parameters, examples, 1, accelerator)
+        batch = sft.prepare_batch(policy, examples, 1, accelerator)
+        sft.compute_gradient(policy, parameters, *batch, accelerator)
 
     return compute
 
@@ -158,7 +159,7 @@ def sft_gradient(source, policy, data, options, accelerator, shard):
 def grpo_gradient(source, policy, data, options, accelerator, shard):
     """Five groups of four. The second and the fourth have no advantage, so processes differ in passes."""
     rows = list(records.read_records(data))[:5]
-    prompts = vlm.encode_images(policy, rollouts.preprocess(policy, rows))
+    prompts = vlm.encode_images(policy, vlm.preprocess(policy, *rollouts.open_rows(rows)))
     texts = ["a cyst", "left", "<answer>right</answer>", "x"]
     ids, mask = vlm.encode_continuations(policy, texts)
     groups = []
