@@ -456,7 +456,7 @@ def fit(model, groups, args, run, accelerator):
         training.step(optimizer, args.lr, norm)
         skipped.count(step, loss.item(), norm)
         # Log and commit. The heads alone are trained again within seconds.
-        if step % LOG_EVERY == 0:
+        if is_joint or step % LOG_EVERY == 0:
             run.log(step=step, loss=loss.item(), grad_norm=norm, skipped=skipped.total)
         if is_joint and run.due(step + 1, args.save_every):
             state = training.state({n: p for n, p in both.named_parameters() if p.requires_grad}, optimizer)

@@ -175,14 +175,14 @@ def compute_gradient(policy, parameters, batches, tokens, accelerator):
 
     batches: this process's MicroBatches.
     """
-    total = 0.0
+    # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
+    dummies, total = sharding.dummy_passes(policy, len(batches)), 0.0
     for batch in batches:
         # Divided by the whole batch's tokens, so that the gradients of micro-batches and processes add up.
         loss = micro_batch_loss(policy, batch) / tokens
         loss.backward()
         total += loss.item()
-    # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
-    for _ in range(sharding.dummy_passes(policy, len(batches))):
+    for _ in range(dummies):
         (0 * micro_batch_loss(policy, batches[0])).backward()
     training.sum_gradients(parameters, accelerator)
     return accelerator.reduce(torch.tensor(total, device=policy.device), "sum").item()

@@ -26,7 +26,7 @@ import eval as evaluation
 import medgr2.context
 import medgr2.loading
 import medgr2.vlm
-from medgr2 import measures, records
+from medgr2 import answering, measures, records
 from medgr2.images import open_image
 from medgr2.prompts import policy_prompt
 
@@ -113,6 +113,13 @@ def test_truncation_is_the_reason_only_if_the_answer_is_lost(question):
     assert reason("<answer>CT</answer> and", truncated=True) is None
 
 
+class Prompts(list):
+    """In place of encoded prompts."""
+
+    def to(self, device):
+        return self
+
+
 def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(monkeypatch, question):
     torch = pytest.importorskip("torch")
     stop, opened = 9, []
@@ -121,10 +128,10 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
         torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]]),
     )
     fake = types.SimpleNamespace(
-        load=lambda name, dtype: types.SimpleNamespace(stop_ids=[stop]),
+        load=lambda name, dtype: types.SimpleNamespace(stop_ids=[stop], device="cpu"),
         best_dtype=lambda: None,
         limit_pixels=lambda *_: None,
-        encode_prompts=lambda vlm_, images, texts: [text.split("\n")[0] for text in texts],
+        encode_prompts=lambda vlm_, images, texts, device: Prompts(text.split("\n")[0] for text in texts),
         sample=lambda vlm_, prompts, seeds, n, temperature, group: (
             ids[: len(prompts)],
             mask[: len(prompts)],
@@ -135,6 +142,7 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
     for name in ("loading", "vlm"):
         monkeypatch.setattr(medgr2, name, fake)
     monkeypatch.setattr(evaluation, "open_image", lambda path: opened.append(path))
+    monkeypatch.setattr(answering, "for_preparing", lambda loaded: loaded)
     asked = [question | {"id": name} for name in "abc"]
     model = evaluation.open_model("model", 3)._replace(find_too_long=None)
     got = [predict(model, batch) for batch in (asked[:3], asked[:1])]

@@ -493,8 +493,8 @@ def test_with_one_task_a_prompt_is_encoded_once_and_the_samples_are_the_same(
     sizes, encode = [], vlm.encode_prompts
 
     def count_and_encode(model, images, texts, device=None):
-        # On the CPU its tokens are only counted.
-        sizes.extend([len(texts)] * (device is None))
+        # One by itself is encoded to count its tokens.
+        sizes.extend([len(texts)] * (len(texts) > 1))
         return encode(model, images, texts, device)
 
     monkeypatch.setattr(vlm, "encode_prompts", count_and_encode)

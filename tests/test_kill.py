@@ -49,6 +49,11 @@ STAGES = {
         "train --model toy/backbone --data {d}/clinic/expert.jsonl {d}/clinic/reports.jsonl"
         " --resamples 1 --steps 100",
     ),
+    "joint": (
+        "reward.py",
+        "train --model toy/backbone --data {d}/clinic/expert.jsonl --freeze nothing --lr 1e-5"
+        " --resamples 1 --steps 6 --batch 4 --save-every 1",
+    ),
     "candidates": (
         "generate.py",
         "--model toy/generator --images {d}/clinic/unlabelled/images.jsonl --batch 2",
@@ -72,6 +77,7 @@ STAGES = {
 }
 # The stages that several processes share, and the file that grows while each works.
 SHARED = {
+    "joint": "metrics.jsonl",
     "candidates": "candidates.jsonl",
     "scored": "scored.jsonl",
     "sft": "metrics.jsonl",

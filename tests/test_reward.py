@@ -555,12 +555,12 @@ def test_a_candidate_longer_than_the_context_is_refused_or_set_aside(backbone, t
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     row = {"image": str(tmp_path / "a.png"), "question": "Which?", "answer": "CT"}
     rows = [row, row | {"rationale": "a cyst " * 600}, row | {"question": "Which? " * 600}]
-    fitting, rejected = reward.split_too_long(backbone, rows, "skip")
+    fitting, rejected = selection.split_too_long(backbone, rows, "skip")
     assert fitting == rows[:1] and [r | rejected[i] for i, r in enumerate(rows[1:])] == rejected
     assert {r["reason"] for r in rejected} == {"longer than the model's context"}
     for some, on_error, said in ((rows, "stop", "2 of 3"), (rows[1:], "skip", "2 of 2")):
         with pytest.raises(RecordError, match=f"context of 1024 .*{said} candidates.*--on-error skip"):
-            reward.split_too_long(backbone, some, on_error)
+            selection.split_too_long(backbone, some, on_error)
 
 
 def test_a_group_with_a_response_longer_than_the_context_is_refused_or_left_out(backbone, tmp_path, capsys):
