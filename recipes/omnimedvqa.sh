@@ -13,16 +13,16 @@ DATA=${DATA:-data}                              # record files to write
 
 export CYCLES=${CYCLES:-3} SEED=${SEED:-0} POLICY=$MODEL GENERATOR=$MODEL
 export REWARD_BACKBONE=${REWARD_BACKBONE:-Qwen/Qwen2.5-VL-3B-Instruct}
-# 512 tokens of an image at most (docs/scale.md).
-pixels="--max-pixels 401408"
-export GENERATE_FLAGS="--max-new-tokens 512 --batch 4 $pixels"
-export REWARD_FLAGS="--batch 4 $pixels"
-export SCORE_FLAGS="--keep 0.5 --batch 4 $pixels"
-export GENERATOR_FLAGS="$SFT_FLAGS --epochs 1 $pixels"
-export SFT_FLAGS="$SFT_FLAGS --epochs 2 $pixels"
-export GRPO_FLAGS="$GRPO_FLAGS --steps 500 --max-new-tokens 512 --watch-every 50 $pixels"
+# 512 tokens of an image at most (docs/scale.md); the next ones are prepared by 4 processes per GPU.
+images="--max-pixels 401408 --workers 4"
+export GENERATE_FLAGS="--max-new-tokens 512 --batch 4 $images"
+export REWARD_FLAGS="--batch 4 $images"
+export SCORE_FLAGS="--keep 0.5 --batch 4 $images"
+export GENERATOR_FLAGS="$SFT_FLAGS --epochs 1 $images"
+export SFT_FLAGS="$SFT_FLAGS --epochs 2 $images"
+export GRPO_FLAGS="$GRPO_FLAGS --steps 500 --max-new-tokens 512 --watch-every 50 $images"
 export MORE_FLAGS="--lr 3e-6"
-export EVAL_FLAGS="--max-new-tokens 512 --batch 16 $pixels"
+export EVAL_FLAGS="--max-new-tokens 512 --batch 16 $images"
 
 records() { "$PYTHON" -m medgr2.records "$@"; }
 [ -e "$DATA/omni.jsonl" ] ||

@@ -1,17 +1,23 @@
 """recipes/: a dry run shows what a recipe runs and checks it; the commands run with a small model."""
 
+import itertools
 import json
 import os
 import random
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_here
 from PIL import Image
+from test_sharding import over
 from test_vlm import build_qwen
+
+import sft
+from medgr2.prompts import PARADIGMS, TASKS
 
 RECIPES = sorted(path.stem for path in ROOT.glob("recipes/qwen*.sh"))
 
@@ -32,6 +38,24 @@ def source(tmp_path_factory):
     (folder / "model").mkdir()
     build_qwen(folder / "model", "Qwen2_5_")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(source, tmp_path_factory):
+    """That model, tuned until it replies the same well-formed question and answer to every image."""
+    # Imported here, so that the processes forked from this one need not do it.
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("tuned")
+    reply = {"question": "Which?", "options": ["CT", "MRI"], "answer": "CT", "rationale": "a"}
+    asked = itertools.product(PARADIGMS, TASKS)
+    rows = [reply | {"paradigm": paradigm, "task": task} for paradigm, task in asked]
+    rows = [row | {"id": str(i), "image": str(source / f"Images/{i}.png")} for i, row in enumerate(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--model {source}/model --role generator --freeze nothing --steps 80 --batch 5 --lr 1e-2"
+    flags += f" --data {folder}/rows.jsonl --image-root {source} --out {folder}/model"
+    done = run_here(sft, *flags.split())
+    assert done.returncode == 0, done.stderr
+    return folder / "model"
 
 
 def dry_run(source, recipe, **more):
@@ -80,3 +104,37 @@ def test_what_would_fail_later_ends_a_dry_run_in_one_line(source, change, told):
     done = dry_run(source, "qwen2.5vl_3b_1x80gb", **change)
     assert done.returncode == 2 and told in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr and not (source / "run").exists()
+
+
+# In place of the recipes' sizes, which take hours.
+FEW = {
+    "generate.py": "--part 1/6 --max-new-tokens 100",
+    "reward.py train": "--steps 2",
+    "sft.py": "--steps 1 --batch 4",
+    "grpo.py": "--steps 1 --prompts 2 --group 4 --max-new-tokens 16 --watch-items 2",
+    "eval.py": "--max-new-tokens 16",
+}
+
+
+def run_command(words):
+    """work(accelerator) for `over`: a command line."""
+
+    def work(accelerator):
+        assert accelerator.num_processes == 2
+        sys.argv = words
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+    return work
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_commands_of_a_recipe_run_over_two_processes(source, tuned, tmp_path, recipe, capfd):
+    done = dry_run(source, recipe, MODEL=tuned, REWARD_BACKBONE=tuned, OUT=tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for words in commands(done):
+        few = FEW.get(words[0]) or FEW.get(f"{words[0]} {words[1]}", "")
+        statuses = over(2, run_command([*words, *few.split(), "--workers", "1"]))
+        assert statuses is None, (words, statuses, capfd.readouterr().err)
+        assert os.path.isfile(os.path.join(words[words.index("--out") + 1], "metrics.json"))
+    trained = {"sft_expert", "cycle1/sft", "cycle1/grpo"}
+    assert all((tmp_path / "run" / name / "model.safetensors").is_file() for name in trained)
