@@ -97,6 +97,7 @@ def parse_args():
     p.add_argument("--micro-batch", type=count, default=8, help="groups per backward pass; same result")
     micro_group = "responses of each group per backward pass (default: all): less memory, same result"
     p.add_argument("--micro-group", type=count, help=micro_group)
+    cli.add_switch(p, "--gradient-checkpointing", "recompute activations: less memory, more time")
     patience = "end the run after this many steps in a row without any reward, or with most responses cut"
     p.add_argument("--patience", type=cli.number(int, 0), default=20, help=f"{patience}; 0 never")
     p.add_argument("--watch-every", type=count, default=10, help="steps between accuracy checks on --val")
@@ -366,7 +367,7 @@ def policy_gradient(policy, groups, counts, args, accelerator):
     # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
     dummies = sharding.dummy_passes(policy, len(batches))
     for index in batches:
-        with accelerator.autocast():
+        with accelerator.autocast(), vlm.checkpointing(policy, args.gradient_checkpointing):
             logps, of_parts = accumulate_gradient(policy, [groups[i] for i in index], counts, args)
         sums += of_parts
         for i, own in zip(index, logps.split(len(groups[0].texts))):
@@ -374,7 +375,7 @@ def policy_gradient(policy, groups, counts, args, accelerator):
                 # The first update: the policy is still the one that sampled.
                 updated[i] = replace(groups[i], old_logps=own)
     for _ in range(dummies):
-        with accelerator.autocast():
+        with accelerator.autocast(), vlm.checkpointing(policy, args.gradient_checkpointing):
             accumulate_gradient(policy, [without_weight(updated[learning[0]])], counts, args)
     return updated, rollouts.mean_metrics(sums, counts.tokens, accelerator)
 
@@ -423,7 +424,7 @@ def main(args):
     data = training.read_data(args, records.QUESTION, accelerator.is_main_process)
     paths = [args.model, args.reward, *args.data, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
-    free = ("micro_batch", "micro_group", "rollout_batch")
+    free = ("micro_batch", "micro_group", "gradient_checkpointing", "rollout_batch")
     run = runs.start(args, paths, accelerator.is_main_process, free=free)
     examples = [record for _, rows in data for record in rows]
     policy, reference, reward_model = load_models(args, accelerator)

@@ -215,9 +215,6 @@ def main(args):
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
     loading.limit_pixels(policy, args.min_pixels, args.max_pixels)
     examples = leave_out_too_long(policy, examples, args.on_error)
-    if args.gradient_checkpointing:
-        # It needs train(). Otherwise the model stays in eval(), so that it computes as it does when sampling.
-        policy.model.train().gradient_checkpointing_enable()
     if args.shard:
         sharding.shard(policy)
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -238,7 +235,7 @@ def main(args):
     prepared = prefetch(remaining, prepare, args.workers)
     for step, (batches, tokens) in zip(run.progress(remaining, "sft"), prepared):
         # Loss and gradient of the whole batch.
-        with accelerator.autocast():
+        with accelerator.autocast(), vlm.checkpointing(policy, args.gradient_checkpointing):
             loss = compute_gradient(policy, parameters.values(), batches, tokens, accelerator)
         # Clip the gradient.
         norm = training.clip_gradient(parameters.values(), args.clip)

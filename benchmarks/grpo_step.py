@@ -335,7 +335,7 @@ def given_groups(policy, batch):
     return groups
 
 
-def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None):
+def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None, checkpointing=False):
     """Our step, as grpo.py's main does it: `steps` after one to warm up, or the gradient of the check."""
     from dataclasses import replace
 
@@ -353,7 +353,8 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None)
     rows, meter = questions(folder), Meter(cuda)
     loss = {"loss": "grpo", "epsilon": 0.2, "epsilon_high": None, "kl": 0.0, "kl_estimator": "k3"}
     groups = {"mask_truncated": False, "scale_rewards": "group"}
-    args = argparse.Namespace(micro_batch=micro_batch, micro_group=micro_group, clip=1.0, **loss, **groups)
+    sizes = {"micro_batch": micro_batch, "micro_group": micro_group, "gradient_checkpointing": checkpointing}
+    args = argparse.Namespace(clip=1.0, **sizes, **loss, **groups)
     for step in range(1 + steps):
         part = rows[step * row.prompts : (step + 1) * row.prompts]
         batch = rollouts.Batch(step, part, vlm.preprocess(policy, *rollouts.open_rows(part)), None)

@@ -112,6 +112,9 @@ PLANS = {
     "grpo-7b-shard-8-whole-groups": Plan("7b", "grpo", gpus=8, shard=True),
     "grpo-7b-shard-8": Plan("7b", "grpo", gpus=8, shard=True, micro_group=1),
     "grpo-7b-shard-8-kl": Plan("7b", "grpo", gpus=8, shard=True, micro_group=1, kl=True),
+    "grpo-7b-shard-8-checkpointing": Plan(
+        "7b", "grpo", gpus=8, shard=True, micro_group=1, kl=True, checkpointing=True
+    ),
     "grpo-7b-shard-8-reward-7b": Plan("7b", "grpo", gpus=8, shard=True, micro_group=1, reward="7b"),
     "grpo-7b-shard-8-P-1280": Plan("7b", "grpo", gpus=8, shard=True, micro_group=1, prompt_tokens=1280),
     "sft-7b-shard-8-P-1280": Plan(
@@ -434,11 +437,12 @@ def learning_growth(policy, plan):
     """Activations and temporaries of a micro-batch, above weights and gradients of the one before."""
     import torch
 
-    if plan.checkpointing:
-        policy.model.train().gradient_checkpointing_enable()
+    from medgr2 import vlm
+
     for p in policy.model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    return growth(learn_sft if plan.stage == "sft" else learn_grpo, policy, plan)
+    with vlm.checkpointing(policy, plan.checkpointing):
+        return growth(learn_sft if plan.stage == "sft" else learn_grpo, policy, plan)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -450,6 +454,10 @@ CHECKS = {
     "GRPO": ("mid-256", Plan("mid", "grpo", reward=None)),
     "GRPO, `--micro-group 2`": ("mid-256", Plan("mid", "grpo", reward=None, micro_batch=8, micro_group=2)),
     "GRPO, `--micro-group 4`": ("mid-1024", Plan("mid", "grpo", reward=None, prompts=1, micro_group=4)),
+    "GRPO, `--micro-group 2 --gradient-checkpointing`": (
+        "mid-256",
+        Plan("mid", "grpo", reward=None, micro_batch=8, micro_group=2, checkpointing=True),
+    ),
     "SFT": ("mid-256", Plan("mid", "sft", micro_batch=4)),
     "SFT, `--gradient-checkpointing`": ("mid-256", Plan("mid", "sft", micro_batch=4, checkpointing=True)),
 }
@@ -463,7 +471,7 @@ def child(name, folder):
     row = grpo_step.ROWS[row_name]
     if plan.stage == "grpo":
         size = {"micro_batch": plan.micro_batch, "micro_group": plan.micro_group}
-        found = grpo_step.ours(row, folder, 1, False, **size)
+        found = grpo_step.ours(row, folder, 1, False, checkpointing=plan.checkpointing, **size)
         found["response_tokens"] = grpo_step.C
     else:
         found = real_sft(folder, plan)
@@ -482,8 +490,6 @@ def real_sft(folder, plan, steps=2):
 
     accelerator = Accelerator(cpu=True)
     policy = adapters.load_to_train(os.path.join(folder, "model"), accelerator.device, "images")
-    if plan.checkpointing:
-        policy.model.train().gradient_checkpointing_enable()
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=grpo_step.LR)
     rows = (grpo_step.questions(folder) * 2 * plan.micro_batch)[: 2 * plan.micro_batch]
@@ -494,7 +500,8 @@ def real_sft(folder, plan, steps=2):
     meter = grpo_step.Meter(False)
     for _ in range(steps):
         batch = sft.prepare_batch(policy, examples, plan.micro_batch, accelerator)
-        sft.compute_gradient(policy, parameters, *batch, accelerator)
+        with vlm.checkpointing(policy, plan.checkpointing):
+            sft.compute_gradient(policy, parameters, *batch, accelerator)
         optimizer.step()
         optimizer.zero_grad()
         meter.tick()

@@ -1,8 +1,9 @@
-"""Memory and time of a GRPO step with --micro-group, on a LLaVA of 50 M parameters.
+"""Memory and time of a GRPO step with --micro-group and --gradient-checkpointing, on a LLaVA of 50 M.
 
 P = 300 prompt tokens (256 of an image), C = 128 response tokens, G = 8 responses to one question. The step is
 that of benchmarks/grpo_step.py's `ours`. `whole` learns from the eight responses at once; parts of 4, 2 and 1
-compute the same gradient in several passes over the prompt's keys and values, and recompute nothing. Each
+compute the same gradient in several passes over the prompt's keys and values, and recompute nothing. A layer
+that is checkpointed (--gradient-checkpointing) keeps its input and computes the rest once more. Each
 measurement is a process of its own, and the variants take turns. *MB beyond weights, gradient and moments* is
 the growth of the process's peak memory above model and optimiser, without a gradient and AdamW's moments. As
 `whole` peaks before its gradient exists, its activations are more than that, and the ratios are too high.
@@ -28,8 +29,16 @@ from medgr2.errors import RunError
 
 RESULTS = os.path.join(ROOT, "benchmarks", "results", "micro_group.json")
 ROW, STEPS, RESPONSE_TOKENS = grpo_step.ROWS["mid-256"]._replace(prompts=1), 2, 128
-# --micro-group; None is a whole group.
-VARIANTS = {"whole": None, "parts of 4": 4, "parts of 2": 2, "parts of 1": 1}
+# --micro-group (None is a whole group), --gradient-checkpointing.
+VARIANTS = {
+    "whole": (None, False),
+    "parts of 4": (4, False),
+    "parts of 2": (2, False),
+    "parts of 1": (1, False),
+    "whole, checkpointed": (None, True),
+    "parts of 2, checkpointed": (2, True),
+    "parts of 1, checkpointed": (1, True),
+}
 
 
 def parse_args():
@@ -51,7 +60,8 @@ def child(variant, folder):
     grpo_step.C = RESPONSE_TOKENS
     if not os.path.exists(os.path.join(folder, "model")):
         grpo_step.build(ROW, folder, 1 + STEPS)
-    found = grpo_step.ours(ROW, folder, STEPS, cuda=False, micro_group=VARIANTS[variant])
+    size, checkpointing = VARIANTS[variant]
+    found = grpo_step.ours(ROW, folder, STEPS, False, micro_group=size, checkpointing=checkpointing)
     # Loaded once more, after the measurement, to count what learns: gradient and two moments in fp32.
     policy = loading.load(os.path.join(folder, "model"), "cpu")
     loading.freeze_images(policy)

@@ -13,6 +13,7 @@ prompt are neighbours: row b·G + g.
     logps, entropy = vlm.token_logps(policy, inputs, ids, mask)              # (N, C) each, with gradient
 """
 
+import contextlib
 import copy
 import inspect
 import re
@@ -22,7 +23,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from medgr2.errors import ModelError, RecordError
 from medgr2.images import fit_pixels
@@ -72,9 +73,13 @@ class VLM:
         return self.model.get_output_embeddings()
 
     @property
+    def is_checkpointing(self):
+        return self.model.training and self.model.is_gradient_checkpointing
+
+    @property
     def can_share_prefix(self):
-        if self.model.training and self.model.is_gradient_checkpointing:
-            # Checkpointed layers write no cache.
+        if self.is_checkpointing:
+            # Checkpointed layers write no cache; hidden_states_in_parts gives them one that they only read.
             return False
         if self.prefix_sharing == "without gradient":
             return not torch.is_grad_enabled()
@@ -275,7 +280,7 @@ class Prefix:
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
-            layer.keys, layer.values = keys, values
+            layer.keys, layer.values, layer.is_prefix = keys, values, True
         return Prefix(cache, self.mask, self.rope_deltas)
 
     def repeat(self, group):
@@ -342,17 +347,66 @@ class ReservedLayer(DynamicLayer):
         self.show()
 
 
-def prefill(vlm, inputs, group=1):
+class ReplayedLayer(DynamicLayer):
+    """A cache layer for checkpointed decoder layers, which compute once more in the backward pass.
+
+    It keeps the prompt's keys and values only. What continues the prompt (`is_prefix`) gets them before its
+    own, so a second call finds what the first one found.
+    """
+
+    is_prefix = False
+
+    def update(self, keys, values, *args, **kwargs):
+        if self.is_prefix:
+            return torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+        return keys, values
+
+
+def replayed_cache(vlm):
+    """An empty cache of ReplayedLayers; None if the model has layers of other kinds, such as sliding ones."""
+    cache = DynamicCache(config=vlm.model.config.get_text_config())
+    if vlm.prefix_sharing != "always" or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.layers = [ReplayedLayer() for _ in cache.layers]
+    return cache
+
+
+@contextlib.contextmanager
+def checkpointing(vlm, on=True):
+    """Within it decoder layers keep their inputs only, and the backward pass computes the rest once more.
+
+    Does nothing unless `on`.
+    """
+    if not on:
+        yield
+        return
+    for layer in vlm.model.get_decoder().layers:
+        # A ReplayedLayer is only read.
+        layer._can_checkpoint_with_cache = True
+    # It needs train(). Otherwise the model stays in eval(), so that it computes as it does when sampling.
+    vlm.model.train().gradient_checkpointing_enable()
+    try:
+        yield
+    finally:
+        vlm.model.eval().gradient_checkpointing_disable()
+
+
+def prefill(vlm, inputs, group=1, cache=None):
     """Encode B prompts once → (Prefix of N = B·G rows, last hidden states (N, D)).
 
-    With gradients on, they flow through the cache back to the prompt.
+    With gradients on, they flow through the cache back to the prompt. cache: replayed_cache's, or the model
+    makes one.
     """
     base = vlm.model.base_model
     if hasattr(base, "rope_deltas"):
         # The last batch's.
         base.rope_deltas = None
-    out = base(**inputs, use_cache=True)
-    prefix = Prefix(out.past_key_values, inputs["attention_mask"], getattr(base, "rope_deltas", None))
+    out = base(**inputs, past_key_values=cache, use_cache=True)
+    cache = cache or out.past_key_values
+    prefix = Prefix(cache, inputs["attention_mask"], getattr(base, "rope_deltas", None))
     # The last column is never padding.
     last = out.last_hidden_state[:, -1]
     if group > 1:
@@ -390,16 +444,18 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
     """
     prompts = inputs["attention_mask"].shape[0]
     group = ids.shape[0] // prompts
-    if size is None or size >= group:
+    cache = replayed_cache(vlm) if vlm.is_checkpointing else None
+    if (size is None or size >= group) and not cache:
         yield slice(None), hidden_states(vlm, inputs, ids, mask)
         return
     index = torch.arange(ids.shape[0], device=ids.device).view(prompts, group)
-    parts = [part.flatten() for part in index.split(size, 1)]
-    if not vlm.can_share_prefix:
+    parts = [part.flatten() for part in index.split(size or group, 1)]
+    if not (cache or vlm.can_share_prefix):
         for rows in parts:
             yield rows, hidden_states(vlm, inputs, ids[rows], mask[rows])
         return
-    prefix, last = prefill(vlm, inputs)
+    require_context(vlm, inputs, ids.shape[1])
+    prefix, last = prefill(vlm, inputs, cache=cache)
     computed = [last, *(x for layer in prefix.cache.layers for x in (layer.keys, layer.values))]
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in computed]
     for rows in parts:

@@ -180,13 +180,13 @@ PLANTED = {
     "continuations": (
         vlm,
         "encode_continuations",
-        "ids.to(vlm.device), mask.to(vlm.device)",
+        "ids.to(device or vlm.device), mask.to(device or vlm.device)",
         "ids, mask",
         scored,
     ),
     "banned tokens": (vlm, "lm_head", "device=weight.device", "device='cpu'", scored),
     "zeros to scatter into": (vlm, "token_logps", "device=mask.device", "device='cpu'", scored),
-    "image": (vlm, "encode_images", "x.to(vlm.device)", "x", sampled),
+    "image": (vlm, "encode_images", "inputs.to(vlm.device)", "inputs", sampled),
 }
 
 
@@ -290,7 +290,7 @@ def test_grpo(on_device, folder, qwen, monkeypatch):
     watch = f"--val {folder}/data/val.jsonl --watch-items 1"
     more = "--steps 2 --kl 0.1 --micro-group 1 --iterations 2 --scale-rewards batch --mask-truncated"
     run_twice(on_device, monkeypatch, grpo, f"{models} {small} {watch} {more} --out {folder}/grpo")
-    more = "--steps 1 --kl 0.1 --lora 2 --loss gspo --freeze vision"
+    more = "--steps 1 --kl 0.1 --lora 2 --loss gspo --freeze vision --gradient-checkpointing"
     on_device(grpo, f"{models} {small} {more} --out {folder}/grpo_lora")
     plant(
         monkeypatch, grpo, "accumulate_gradient", "for g in groups]).to(policy.device)", "for g in groups])"

@@ -251,6 +251,7 @@ def flags(**over):
         **{
             "micro_batch": 8,
             "micro_group": None,
+            "gradient_checkpointing": False,
             "mask_truncated": False,
             "max_new_tokens": 24,
             "loss": "grpo",
@@ -329,9 +330,10 @@ def assert_same(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
-def test_the_gradient_does_not_depend_on_micro_batches(policy, groups, loss):
+def test_the_gradient_does_not_depend_on_micro_batches_or_checkpointing(policy, groups, loss):
     whole, metrics, _ = gradient(policy, groups, loss=loss, micro_batch=6)
-    for smaller in ({"micro_batch": 1}, {"micro_batch": 6, "micro_group": 3}, {"micro_group": 1}):
+    sizes = ({"micro_batch": 1}, {"micro_batch": 6, "micro_group": 3}, {"micro_group": 1})
+    for smaller in (*sizes, {"micro_group": 2, "gradient_checkpointing": True}):
         parts, again, _ = gradient(policy, groups, loss=loss, **smaller)
         assert_same(whole, parts)
         assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)

@@ -474,6 +474,8 @@ def image(seed, width=16, height=16):
 IMAGES = [image(1), image(2, 24, 32), image(3, 40, 8)]
 TEXTS = ["What does the scan show?", "Which side is it, left or right? Think first, then answer.", "Hm"]
 # two a prompt
+# Those whose decoder has sliding layers.
+PLAIN_ROWS = ("gemma3",)
 ANSWERS = ["left", "a cyst in the kidney", "x", "", "mild.\n", "<answer>right</answer>"]
 
 
@@ -653,6 +655,44 @@ def test_a_group_in_parts_has_the_gradient_of_the_whole_and_encodes_each_prompt_
     largest_norm = max(g.norm() for g in whole.values())
     for name, g in whole.items():
         assert (g - parts[name]).norm() <= 1e-5 * (g.norm() + largest_norm), name
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing")
+@pytest.mark.parametrize("size", [None, 2, 1])
+def test_checkpointed_layers_compute_twice_and_change_no_gradient_of_a_group(vlm_, architecture, size):
+    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    # Three for each of the three prompts.
+    ids, mask = vlm.encode_continuations(vlm_, [*ANSWERS, "right", "?", "no"])
+    weights, widths = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)), []
+    layer = vlm_.model.get_decoder().layers[0]
+    hook = layer.input_layernorm.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+
+    def gradients(size):
+        vlm_.model.zero_grad()
+        widths.clear()
+        for rows, states in vlm.hidden_states_in_parts(vlm_, prompts, ids, mask, size):
+            logps = vlm.token_logps(vlm_, prompts, ids[rows], mask[rows], states=states)[0]
+            (weights[rows] * logps).sum().backward()
+        return {name: p.grad.clone() for name, p in vlm_.model.named_parameters() if p.grad is not None}
+
+    try:
+        whole = gradients(None)
+        with vlm.checkpointing(vlm_):
+            checkpointed = gradients(size)
+    finally:
+        hook.remove()
+        vlm_.model.zero_grad()
+    assert not vlm_.model.training and not vlm_.is_checkpointing
+    P, C = prompts["input_ids"].shape[1], ids.shape[1]
+    parts = {None: 1, 2: 2, 1: 3}[size]
+    # The prompt; each part, forward and backward; the prompt's backward at the end.
+    # A model with sliding layers has no cache for this: plain rows.
+    plain = [P + C] * 2 * parts
+    assert widths == (plain if architecture in PLAIN_ROWS else [P, *[C] * 2 * parts, P])
+    assert whole.keys() == checkpointed.keys()
+    largest_norm = max(g.norm() for g in whole.values())
+    for name, g in whole.items():
+        assert (g - checkpointed[name]).norm() <= 1e-5 * (g.norm() + largest_norm), name
 
 
 def test_what_does_not_fit_into_the_context_is_neither_answered_nor_scored(vlm_):
