@@ -170,7 +170,8 @@ def efficiency(path, curves, levels):
             ax.plot(k, [p["mean"] for p in points], color=color, marker="o", ms=4, label=method)
         for method, point in levels.items():
             ax.axhline(point["mean"], color=LINES[0], lw=1, ls="--", label=method)
-        ticks = sorted({p["k"] for points in curves.values() for p in points})
+        # Those of the longest curve: another method's point may be close to one of them.
+        ticks = [p["k"] for p in max(curves.values(), key=len, default=[])]
         ax.set_xscale("log")
         ax.set_xticks(ticks, [str(t) for t in ticks])
         ax.minorticks_off()

@@ -258,6 +258,7 @@ NAMES = (
     "logprob",
     "cycle",
     "authors_file",
+    "figure",
     "collect",
     "real_report",
 )
