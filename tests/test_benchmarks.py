@@ -254,6 +254,7 @@ NAMES = (
     "grpo_step",
     "memory",
     "micro_group",
+    "workers",
     "sharding",
     "logprob",
     "cycle",
