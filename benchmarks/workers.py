@@ -1,8 +1,8 @@
 """Seconds of a stage with --workers: reward.py score on JPEGs of 1,024 x 1,024 pixels.
 
 To open such an image and to resize it takes longer than a pass of the toy's backbone; on a GPU it may take
-longer than a pass of a large one. `one image` is the same command on one candidate: its start. Each measurement
-is a process of its own, and the variants take turns.
+longer than a pass of a large one. `one image` is the same command on one candidate: its start. Each
+measurement is a process of its own, and the variants take turns.
 
     python benchmarks/workers.py            into benchmarks/results/workers.json and docs/performance.md
     python benchmarks/workers.py --readme   writes the table from the committed result file
@@ -95,7 +95,8 @@ def write_table(result):
         compared = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
         is_other = name not in ("one image", "0 workers")
         rows.append([name, f"{own['median']:.1f}", compared if is_other else ""])
-    source = f"Command `python benchmarks/workers.py`; {IMAGES} images, {len(result['seconds']['one image'])} rounds; commit "
+    rounds = len(result["seconds"]["one image"])
+    source = f"Command `python benchmarks/workers.py`; {IMAGES} images, {rounds} rounds; commit "
     source += f"`{result['git']['commit'][:10]}`; {result['hardware']['cpus']} CPU cores. "
     source += f"Result file: `{os.path.relpath(RESULTS, ROOT)}`."
     table = readme.format_table(["", "seconds", "time / 0 workers"], rows)
