@@ -330,7 +330,7 @@ def leave_out_too_long(backbone, groups, on_error):
 
 def encode_groups(encode, groups):
     """The groups, the smallest first, and their images and prompts: Asked. encode: RewardModel.encoder()."""
-    # `fit` samples from the rows in this order.
+    # fit_heads samples from the rows in this order.
     groups = sorted(groups, key=lambda group: len(group[1]))
     images = [open_image(record["image"]) for record, _ in groups]
     return groups, encode(images, [prompt_of(record) for record, _ in groups])
@@ -384,23 +384,77 @@ def reward_loss(out, targets, whole=None):
     return mse + bce / (~whole[:, 1:].isnan()).sum().clamp(min=1)
 
 
-def backbone_loss(model, batch, encoded, weight, accelerator):
-    """This process's part, `encoded`, of the loss of a batch of groups, through the backbone."""
-    G = max(len(labelled) for _, labelled in batch)
-    with accelerator.autocast():
-        x, rows = group_features(model, encoded, G)
-    y = targets_of([level for _, level in rows], x.device)
-    whole = targets_of([level for _, labelled in batch for level, _ in labelled], x.device)
-    return reward_loss(model.heads(x), y, whole) * weight
+def standardise(model, groups, args, run, accelerator):
+    """Let the heads standardise by the features of these groups → (features (n, F), their levels)."""
+    progress = functools.partial(run.progress, description="features", together=True)
+    with torch.no_grad(), sharding.gathered(model.backbone):
+        features, rows = collect_features(model, groups, args, accelerator, progress)
+    model.heads.standardise(features)
+    return features, [level for _, level in rows]
 
 
-def prefetch_groups(model, groups, steps, args, rng, accelerator):
+def fit_heads(model, groups, args, run, accelerator):
+    """Train the heads on features computed once → the number of skipped steps (training.step).
+
+    Of several processes each computes the same.
+    """
+    features, levels = standardise(model, groups, args, run, accelerator)
+    targets = targets_of(levels, features.device)
+    optimizer = torch.optim.AdamW(model.heads.parameters(), lr=args.lr, weight_decay=0.1)
+    rng, skipped = random.Random(runs.seed_of(args.seed, "fit")), training.Skipped()
+    for step in run.progress(range(args.steps), "heads", together=True):
+        index = rng.sample(range(len(levels)), min(len(levels), HEADS_BATCH))
+        loss = reward_loss(model.heads(features[index]), targets[index])
+        loss.backward()
+        # Nothing is clipped: only the norm is wanted.
+        norm = training.clip_gradient(model.heads.parameters(), math.inf)
+        training.step(optimizer, args.lr, norm)
+        skipped.count(step, loss.item(), norm)
+        if step % LOG_EVERY == 0:
+            run.log(step=step, loss=loss.item(), grad_norm=norm, skipped=skipped.total)
+    return skipped.total
+
+
+def fit_jointly(model, groups, args, run, accelerator):
+    """Train heads and backbone together → the number of skipped steps."""
+    both = torch.nn.ModuleDict({"heads": model.heads, "backbone": model.backbone.model})
+    parameters = {name: p for name, p in both.named_parameters() if p.requires_grad}
+    # Apart, because the backbone's weights may be sharded. They do not decay: some get no gradient at all.
+    learning = [[p for p in part.parameters() if p.requires_grad] for part in both.values()]
+    decays = [{"params": part, "weight_decay": decay} for part, decay in zip(learning, (0.1, 0.0))]
+    optimizer = torch.optim.AdamW(decays, lr=args.lr)
+    if run.state:
+        model.heads.load_state_dict(run.state["standardisation"], strict=False)
+        training.restore_state(run.state, both, optimizer)
+    else:
+        standardise(model, groups, args, run, accelerator)
+    remaining = range(run.state.get("step", 0), args.steps)
+    skipped = training.Skipped(run.state.get("skipped", 0))
+    batches = prefetch_groups(model, groups, remaining, args, accelerator)
+    for step, batch in zip(run.progress(remaining, "heads and backbone"), batches):
+        loss = joint_loss(model, *batch, accelerator)
+        loss.backward()
+        training.sum_gradients(parameters.values(), accelerator)
+        loss = accelerator.reduce(loss.detach(), "sum").item()
+        # Nothing is clipped: only the norm is wanted.
+        norm = math.hypot(*(training.clip_gradient(part, math.inf) for part in learning))
+        training.step(optimizer, args.lr, norm)
+        skipped.count(step, loss, norm)
+        run.log(step=step, loss=loss, grad_norm=norm, skipped=skipped.total)
+        if run.due(step + 1, args.save_every):
+            standardisation = dict(model.heads.named_buffers())
+            state = training.state(parameters, optimizer) | {"standardisation": standardisation}
+            run.commit(step=step + 1, skipped=skipped.total, **state)
+    return skipped.total
+
+
+def prefetch_groups(model, groups, steps, args, accelerator):
     """For each step: (a batch of groups, this process's share of it, encoded, and its weight)."""
-    drawn = [rng.sample(range(len(groups)), min(len(groups), args.batch)) for _ in range(args.steps)]
-    encode = model.encoder()
+    rng, encode = random.Random(runs.seed_of(args.seed, "fit")), model.encoder()
+    drawn = [rng.sample(groups, min(len(groups), args.batch)) for _ in range(args.steps)]
 
     def prepare(step):
-        batch = [groups[i] for i in drawn[step]]
+        batch = drawn[step]
         own = batch[accelerator.process_index :: accelerator.num_processes]
         # A sharded backbone computes in all processes at once, so all make the same passes; one without a
         # group of its own makes them with weight 0.
@@ -409,60 +463,14 @@ def prefetch_groups(model, groups, steps, args, rng, accelerator):
     return prefetch(steps, prepare, args.workers)
 
 
-def fit(model, groups, args, run, accelerator):
-    """Train the heads on features computed once, or, with --freeze nothing, heads and backbone together.
-
-    Returns the number of skipped steps, whose gradient was not finite.
-    """
-    is_joint, rng = args.freeze == "nothing", random.Random(runs.seed_of(args.seed, "fit"))
-    # Apart, because the backbone's weights may be sharded. They do not decay: some get no gradient at all.
-    learning = [
-        [*model.heads.parameters()],
-        [p for p in model.backbone.model.parameters() if p.requires_grad],
-    ]
-    learning = learning if is_joint else learning[:1]
-    decays = [{"params": part, "weight_decay": decay} for part, decay in zip(learning, (0.1, 0.0))]
-    optimizer = torch.optim.AdamW(decays, lr=args.lr)
-    both = torch.nn.ModuleDict({"heads": model.heads, "backbone": model.backbone.model})
-    if run.state:
-        model.heads.load_state_dict(run.state["standardisation"], strict=False)
-        training.restore_state(run.state, both, optimizer)
-    else:
-        progress = functools.partial(run.progress, description="features", together=True)
-        with torch.no_grad(), sharding.gathered(model.backbone):
-            features, rows = collect_features(model, groups, args, accelerator, progress)
-        targets = targets_of([level for _, level in rows], features.device)
-        model.heads.standardise(features)
-    steps, skipped = (
-        range(run.state.get("step", 0), args.steps),
-        training.Skipped(run.state.get("skipped", 0)),
-    )
-    batches = prefetch_groups(model, groups, steps, args, rng, accelerator) if is_joint else None
-    for step in run.progress(steps, "heads", together=not is_joint):
-        # The loss of a batch; its features are recomputed if the backbone learns.
-        if is_joint:
-            loss = backbone_loss(model, *next(batches), accelerator)
-        else:
-            index = rng.sample(range(len(rows)), min(len(rows), HEADS_BATCH))
-            loss = reward_loss(model.heads(features[index]), targets[index])
-        # Gradient and step. With a frozen backbone all processes compute the same.
-        loss.backward()
-        loss = loss.detach()
-        if is_joint:
-            training.sum_gradients(itertools.chain(*learning), accelerator)
-            loss = accelerator.reduce(loss, "sum")
-        # Nothing is clipped: only the norm is wanted.
-        norm = math.hypot(*(training.clip_gradient(part, math.inf) for part in learning))
-        training.step(optimizer, args.lr, norm)
-        skipped.count(step, loss.item(), norm)
-        # Log and commit. The heads alone are trained again within seconds.
-        if is_joint or step % LOG_EVERY == 0:
-            run.log(step=step, loss=loss.item(), grad_norm=norm, skipped=skipped.total)
-        if is_joint and run.due(step + 1, args.save_every):
-            state = training.state({n: p for n, p in both.named_parameters() if p.requires_grad}, optimizer)
-            standardisation = dict(model.heads.named_buffers())
-            run.commit(step=step + 1, skipped=skipped.total, standardisation=standardisation, **state)
-    return skipped.total
+def joint_loss(model, batch, encoded, weight, accelerator):
+    """This process's part, `encoded`, of the loss of a batch of groups, through the backbone."""
+    G = max(len(labelled) for _, labelled in batch)
+    with accelerator.autocast():
+        x, rows = group_features(model, encoded, G)
+    y = targets_of([level for _, level in rows], x.device)
+    whole = targets_of([level for _, labelled in batch for level, _ in labelled], x.device)
+    return reward_loss(model.heads(x), y, whole) * weight
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -529,6 +537,7 @@ def train(args):
     work = f"{args.steps} steps on the responses to {len(groups)} questions and reports"
     context.tell_image_tokens(backbone, [record["image"] for record, _ in groups + held_out])
     run.announce(f"{work}, then {len(held_out)} held out")
+    fit = fit_heads if args.freeze == "backbone" else fit_jointly
     skipped = fit(model, groups, args, run, accelerator)
     progress = functools.partial(run.progress, description="held out", together=True)
     with sharding.gathered(backbone):
