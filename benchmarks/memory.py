@@ -92,6 +92,7 @@ class Plan:
         return " ".join(found)
 
 
+CHECKPOINTED = Plan("7b", "grpo", gpus=8, shard=True, micro_group=2, kl=True, checkpointing=True)
 # P = 512 tokens of an image (--max-pixels 401408) and 256 of text; C = 512. The last rows: larger images.
 PLANS = {
     "sft-3b": Plan("3b", "sft"),
@@ -112,11 +113,12 @@ PLANS = {
     "grpo-7b-shard-8-whole-groups": Plan("7b", "grpo", gpus=8, shard=True),
     "grpo-7b-shard-8": Plan("7b", "grpo", gpus=8, shard=True, micro_group=1),
     "grpo-7b-shard-8-kl": Plan("7b", "grpo", gpus=8, shard=True, micro_group=1, kl=True),
-    "grpo-7b-shard-8-checkpointing": Plan(
-        "7b", "grpo", gpus=8, shard=True, micro_group=1, kl=True, checkpointing=True
-    ),
     "grpo-7b-shard-8-reward-7b": Plan("7b", "grpo", gpus=8, shard=True, micro_group=1, reward="7b"),
     "grpo-7b-shard-8-P-1280": Plan("7b", "grpo", gpus=8, shard=True, micro_group=1, prompt_tokens=1280),
+    "grpo-7b-shard-8-checkpointing": replace(CHECKPOINTED, kl=False),
+    "grpo-7b-shard-8-checkpointing-kl": CHECKPOINTED,
+    "grpo-7b-shard-8-checkpointing-reward-7b": replace(CHECKPOINTED, reward="7b"),
+    "grpo-7b-shard-8-checkpointing-P-1280": replace(CHECKPOINTED, prompt_tokens=1280),
     "sft-7b-shard-8-P-1280": Plan(
         "7b", "sft", gpus=8, shard=True, checkpointing=True, micro_batch=4, prompt_tokens=1280
     ),
@@ -603,7 +605,7 @@ def hours(plan, card, gpus):
     # The reward model reads each response with the image and with a blank one.
     judge = decoder_weights(plan.reward)
     scored = QUESTIONS / gpus * 2 * compute(P + G * C, 1, judge)
-    learned = QUESTIONS / gpus * compute(P + G * C, 3)
+    learned = QUESTIONS / gpus * compute(P + G * C, 4 if plan.checkpointing else 3)
     found = {
         "generate": generate / gpus,
         "score": SAMPLES * 2 * compute(P + C, 1, judge) / gpus,
@@ -619,7 +621,7 @@ def hours(plan, card, gpus):
 
 
 TIMES = {
-    "7B, 8 x 48 GB, `--shard`": ("grpo-7b-shard-8", "L40, 48 GB", 8),
+    "7B, 8 x 48 GB, `--shard`": ("grpo-7b-shard-8-checkpointing", "L40, 48 GB", 8),
     "7B, 1 x 48 GB, `--lora`": ("grpo-7b-lora", "L40, 48 GB", 1),
     "3B, 1 x 80 GB, `--shard`": ("grpo-3b-shard-1", "A100, 80 GB", 1),
 }

@@ -11,9 +11,9 @@ cd "$(dirname "$0")/.."
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}
 START=${START:-srun --nodes 2 --ntasks-per-node 1}
 export OUT=${OUT:-runs/omni_7b_2nodes} GPU_GB=48 DISK_GB=${DISK_GB:-600}
-export PLANS="sft-7b-shard-8-checkpointing grpo-7b-shard-8"
+export PLANS="sft-7b-shard-8-checkpointing grpo-7b-shard-8-checkpointing"
 rendezvous="--rdzv_backend c10d --rdzv_endpoint ${HEAD:-$(hostname)}:29500"
 export LAUNCH=${LAUNCH:-$START torchrun --nnodes 2 $rendezvous --nproc_per_node ${GPUS:-8}}
 SFT_FLAGS="--shard --gradient-checkpointing --lr 1e-5 --batch 64 --micro-batch 4"
-GRPO_FLAGS="--shard --lr 1e-6 --prompts 32 --micro-batch 1 --micro-group 1"
+GRPO_FLAGS="--shard --lr 1e-6 --prompts 32 --micro-batch 1 --micro-group 2 --gradient-checkpointing"
 . recipes/omnimedvqa.sh

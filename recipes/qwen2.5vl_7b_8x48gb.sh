@@ -7,9 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}
 export OUT=${OUT:-runs/omni_7b} GPU_GB=48 DISK_GB=${DISK_GB:-600}
-export PLANS="sft-7b-shard-8-checkpointing grpo-7b-shard-8"
+export PLANS="sft-7b-shard-8-checkpointing grpo-7b-shard-8-checkpointing"
 export LAUNCH=${LAUNCH:-torchrun --standalone --nproc_per_node ${GPUS:-8}}
 SFT_FLAGS="--shard --gradient-checkpointing --lr 1e-5 --batch 32 --micro-batch 4"
 # The default, no KL term, loads no reference.
-GRPO_FLAGS="--shard --lr 1e-6 --prompts 16 --micro-batch 1 --micro-group 1"
+GRPO_FLAGS="--shard --lr 1e-6 --prompts 16 --micro-batch 1 --micro-group 2 --gradient-checkpointing"
 . recipes/omnimedvqa.sh
