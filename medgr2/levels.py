@@ -19,7 +19,8 @@ import re
 
 import numpy as np
 
-from medgr2 import cli, records, runs
+from medgr2 import cli, records, runs, training
+from medgr2.errors import require
 from medgr2.measures import auroc
 from medgr2.prompts import (
     UNSPACED,
@@ -28,6 +29,7 @@ from medgr2.prompts import (
     normalise,
     parse_response,
     policy_prompt,
+    prompt_of,
     reference_response,
 )
 
@@ -223,6 +225,41 @@ def build_levels(rows, resamples, seed):
         level_of.pop(None, None)
         groups.append((record, sorted((level, response) for response, level in level_of.items())))
     return groups
+
+
+def load_groups(args):
+    """(training groups, held-out groups), split by image: levels of expert records, and labelled rollouts."""
+    skip = args.on_error == "skip"
+    rows = [r for f in args.data for r in training.read_usable(f, ("image",), args.image_root, skip)]
+    rows = [r for r in rows if "answer" in r or "report" in r]
+    require(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
+    parts = records.split_records(rows, (1 - args.holdout, 0, args.holdout), args.seed)
+    held_out_images = {r["image"] for r in parts["test"]}
+    learned = build_levels(parts["train"], args.resamples, args.seed)
+    held_out = build_levels(parts["test"], 1, args.seed)
+    for record, labelled in label_rollouts(args.rollouts, args.image_root):
+        part = held_out if record["image"] in held_out_images else learned
+        part.append((record, labelled))
+    few = f"{args.data[0]}: too few records to train on and hold out; give more data, or another --holdout"
+    require(learned and held_out, few)
+    return learned, held_out
+
+
+def leave_out_too_long(backbone, groups, on_error):
+    """The groups that fit into the backbone's context with each of their responses."""
+    from medgr2 import context, vlm
+
+    def count_longest(group):
+        responses = [response for _, response in group[1]]
+        return vlm.encode_continuations(backbone, responses)[0].shape[1]
+
+    def prompt(group):
+        return prompt_of(group[0])
+
+    def image(group):
+        return group[0]["image"]
+
+    return context.leave_out_too_long(backbone, groups, image, prompt, count_longest, on_error == "skip")
 
 
 def label_rollouts(files, root=None):

@@ -33,6 +33,7 @@ def test_a_storage_counts_once_while_it_is_alive():
     "change",
     [
         {"stage": "grpo", "micro_batch": 2, "micro_group": 1},
+        {"stage": "grpo", "micro_batch": 2, "micro_group": 2, "checkpointing": True},
         {"stage": "sft", "micro_batch": 4, "checkpointing": True},
     ],
 )

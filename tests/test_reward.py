@@ -568,10 +568,10 @@ def test_a_group_with_a_response_longer_than_the_context_is_refused_or_left_out(
     record = {"image": str(tmp_path / "a.png"), "question": "Which?", "answer": "CT"}
     short, long = ("original", "CT"), ("perturbed", "a cyst " * 600)
     groups = [(record, [short, long]), (record, [short]), (record | {"question": "Which? " * 600}, [short])]
-    assert reward.leave_out_too_long(backbone, groups, "skip") == groups[1:2]
+    assert levels.leave_out_too_long(backbone, groups, "skip") == groups[1:2]
     assert "2 of 3 records are too long" in capsys.readouterr().out
     with pytest.raises(RecordError, match="2 of 3 .*--on-error skip"):
-        reward.leave_out_too_long(backbone, groups, "stop")
+        levels.leave_out_too_long(backbone, groups, "stop")
 
 
 def test_two_processes_train_the_reward_model_of_one_whether_the_backbone_learns_or_is_sharded(tmp_path):
