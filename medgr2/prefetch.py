@@ -85,5 +85,9 @@ def end_with(parent):
 
 
 def for_preparing(loaded):
-    """The VLM with a processor of its own: a tokenizer must not serve two threads at a time."""
-    return replace(loaded, processor=copy.deepcopy(loaded.processor))
+    """The VLM with a processor of its own: a tokenizer must not serve two threads at a time.
+
+    Its prompts keep no images if they are never encoded again: an image takes long to pass to a process.
+    """
+    keeps_images = loaded.prefix_sharing != "always"
+    return replace(loaded, processor=copy.deepcopy(loaded.processor), keeps_images=keeps_images)

@@ -51,6 +51,8 @@ class VLM:
     prefix_sharing: str = "always"
     # Whether an image's features are computed once and kept (loading.freeze_images).
     reuses_features: bool = False
+    # Whether encoded prompts keep their images, so that repeat_prompts can encode them again.
+    keeps_images: bool = True
     # peft's LoraModel around the model (adapters.add_lora), or None.
     lora: object = None
     # The most tokens that the model has positions for, prompt and reply together; None if it does not say.
@@ -94,7 +96,8 @@ class VLM:
 class Prompt:
     """An image and a text. `inputs`: the model's, (1, P), features in place of pixels, if they are kept."""
 
-    image: Image.Image
+    # None if it is not encoded again (VLM.keeps_images).
+    image: Image.Image | None
     text: str
     inputs: dict = None
 
@@ -117,7 +120,7 @@ def encode_prompts(vlm, images, texts, device=None):
     token. A <think> with which the chat template opens the reply is left out: it belongs to the reply, which
     is sampled, trained on and parsed with both tags.
     """
-    prompts = [Prompt(image, text) for image, text in zip(images, texts)]
+    prompts = [Prompt(image if vlm.keeps_images else None, text) for image, text in zip(images, texts)]
     texts = [vlm.special_names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text) for text in texts]
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}] for t in texts]
     chats = [vlm.processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
