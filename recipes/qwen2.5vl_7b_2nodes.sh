@@ -5,7 +5,7 @@
 #
 # cycle.sh runs on the first node; `srun` starts every stage on both. Without Slurm, let START be what starts a
 # command on each node. Estimated, not measured: as qwen2.5vl_7b_8x48gb.sh (each node holds the whole model, in
-# eight parts: 29.2 GB in SFT, 44.1 GB in GRPO), about half of its 9 hours a cycle.
+# eight parts: 29.2 GB in SFT, 36.7 GB in GRPO), about half of its 9 hours a cycle.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}

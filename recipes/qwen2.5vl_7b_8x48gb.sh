@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Qwen2.5-VL-7B on OmniMedVQA, three cycles, whole weights learn: one node of eight GPUs of 48 GB, as the paper.
 #
-# Estimated, not measured: 29.2 GB per GPU in SFT, 44.1 GB in GRPO, 9 hours a cycle of 50,000
+# Estimated, not measured: 29.2 GB per GPU in SFT, 36.7 GB in GRPO, 9 hours a cycle of 50,000
 # samples. Host memory: every process loads the model in fp32, 33 GB each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
