@@ -76,7 +76,7 @@ class VLM:
 
     @property
     def is_checkpointing(self):
-        return self.model.training and self.model.is_gradient_checkpointing
+        return self.model.training and self.model.is_activation_checkpointing
 
     @property
     def can_share_prefix(self):
@@ -390,11 +390,11 @@ def checkpointing(vlm, on=True):
         # A ReplayedLayer is only read.
         layer._can_checkpoint_with_cache = True
     # It needs train(). Otherwise the model stays in eval(), so that it computes as it does when sampling.
-    vlm.model.train().gradient_checkpointing_enable()
+    vlm.model.train().activation_checkpointing_enable()
     try:
         yield
     finally:
-        vlm.model.eval().gradient_checkpointing_disable()
+        vlm.model.eval().activation_checkpointing_disable()
 
 
 def prefill(vlm, inputs, group=1, cache=None):

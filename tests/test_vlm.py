@@ -657,7 +657,6 @@ def test_a_group_in_parts_has_the_gradient_of_the_whole_and_encodes_each_prompt_
         assert (g - parts[name]).norm() <= 1e-5 * (g.norm() + largest_norm), name
 
 
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing")
 @pytest.mark.parametrize("size", [None, 2, 1])
 def test_checkpointed_layers_compute_twice_and_change_no_gradient_of_a_group(vlm_, architecture, size):
     prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
@@ -756,7 +755,6 @@ def test_an_answer_of_padding_alone_counts_for_nothing(vlm_, group):
     )
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_gradient_checkpointing_changes_no_gradient_of_single_answers(architecture, built):
     vlm_ = loading.load(str(built(architecture)), "cpu")
     prompts, ids, mask = encoded(vlm_, 1)
@@ -769,8 +767,8 @@ def test_gradient_checkpointing_changes_no_gradient_of_single_answers(architectu
         return {name: p.grad.clone() for name, p in vlm_.model.named_parameters() if p.grad is not None}
 
     plain = gradients()
-    vlm_.model.train().gradient_checkpointing_enable()
-    checkpointed = gradients()
+    with vlm.checkpointing(vlm_):
+        checkpointed = gradients()
     assert len(passes) == 3, "checkpointing computes each layer once more in the backward pass"
     assert plain.keys() == checkpointed.keys()
     assert all(
