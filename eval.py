@@ -96,23 +96,23 @@ def parse_args():
 
 
 class Batch(NamedTuple):
-    """Records to answer, encoded. `too_long`: the indices of those that are not asked."""
+    """Records to answer, encoded. Those that are too long for the model are not asked."""
 
     records: list
-    too_long: set
-    prompts: object
+    asked: list
+    prompts: object = None
     # With blank images, for `blind`.
     blank: object = None
-    # For `scores`, by number of options: [(indices of the records that are asked, their prompts)].
+    # For `scores`, by number of options: [(indices in `asked`, their prompts)].
     by_options: list = ()
 
 
-def prepare_batch(model, records, blind=False, scores=False):
+def prepare_batch(model, rows, blind=False, scores=False):
     """Records → a Batch for predict_batch with the same options."""
-    too_long = set(model.find_too_long(records)) if model.find_too_long else set()
-    asked = [record for i, record in enumerate(records) if i not in too_long]
+    too_long = model.find_too_long(rows) if model.find_too_long else {}
+    asked = [record for i, record in enumerate(rows) if i not in too_long]
     if not asked:
-        return Batch(records, too_long, None)
+        return Batch(rows, asked)
     images, texts = [open_image(record["image"]) for record in asked], [policy_prompt(r) for r in asked]
     prompts, by_options = model.encode(images, texts), []
     blank = model.encode([blank_like(image) for image in images], texts) if blind else None
@@ -121,7 +121,7 @@ def prepare_batch(model, records, blind=False, scores=False):
         index = [i for i, record in enumerate(asked) if len(record.get("options", ())) == n]
         own = [images[i] for i in index], [texts[i] for i in index]
         by_options.append((index, model.encode(*own) if len(index) < len(asked) else prompts))
-    return Batch(records, too_long, prompts, blank, by_options)
+    return Batch(rows, asked, prompts, blank, by_options)
 
 
 def predict_batch(model, batch, blind=False, scores=False, samples=0, temperature=1.0, seed=0):
@@ -129,26 +129,12 @@ def predict_batch(model, batch, blind=False, scores=False, samples=0, temperatur
 
     A row has the fields in ADDED; `blind`, `scores` and `samples` add those in OPTIONAL.
     """
-    # Of a record that is not asked, the optional fields are empty.
-    not_asked = {"reason": TOO_LONG} | ({"blind": None} if blind else {})
-    not_asked |= {"option_logps": None, "option_tokens": None} if scores else {}
-    not_asked |= {"samples": [None] * samples} if samples else {}
-    asked = [record for i, record in enumerate(batch.records) if i not in batch.too_long]
-    answered = iter(answer(model, batch, asked, blind, scores, samples, temperature, seed) if asked else ())
-    return [
-        with_prediction(record, "") | not_asked if i in batch.too_long else next(answered)
-        for i, record in enumerate(batch.records)
-    ]
-
-
-def answer(model, batch, asked, blind, scores, samples, temperature, seed):
-    """The rows of those records of a Batch that are asked."""
-    replies = model.respond(batch.prompts)
-    rows = [with_prediction(record, *reply) for record, reply in zip(asked, replies)]
-    if blind:
+    replies = model.respond(batch.prompts) if batch.asked else []
+    rows = [with_prediction(record, *reply) for record, reply in zip(batch.asked, replies)]
+    if blind and rows:
         replies = model.respond(batch.blank)
         rows = [row | {"blind": parse_prediction(row, text)} for row, (text, _) in zip(rows, replies)]
-    if samples:
+    if samples and rows:
         ids = [(row["id"], k) for row in rows for k in range(samples)]
         seeds = [runs.seed_of(seed, "sample", *own) for own in ids]
         replies = model.respond(batch.prompts, seeds, temperature, group=samples)
@@ -158,10 +144,19 @@ def answer(model, batch, asked, blind, scores, samples, temperature, seed):
         # None for open questions.
         rows = [row | {"option_logps": None, "option_tokens": None} for row in rows]
     for index, prompts in batch.by_options:
-        scored = zip(index, *model.score(prompts, [rows[i] for i in index]))
-        for i, logps, tokens in scored:
+        for i, logps, tokens in zip(index, *model.score(prompts, [rows[i] for i in index])):
             rows[i] |= {"option_logps": logps, "option_tokens": tokens}
-    return rows
+    return with_those_not_asked(batch, rows, blind, scores, samples)
+
+
+def with_those_not_asked(batch, rows, blind, scores, samples):
+    """The rows of a Batch in its order: `rows` of those that were asked, the others without an answer."""
+    empty = {"blind": None} if blind else {}
+    empty |= {"option_logps": None, "option_tokens": None} if scores else {}
+    empty |= {"samples": [None] * samples} if samples else {}
+    answered = {row["id"]: row for row in rows}
+    not_asked = {"reason": TOO_LONG} | empty
+    return [answered.get(r["id"]) or with_prediction(r, "") | not_asked for r in batch.records]
 
 
 def parse_prediction(record, response):
@@ -318,7 +313,7 @@ def score_run(run, rows, seed, markdown):
     run.finish(result, f"accuracy {result['accuracy']:.3f} on {counts}")
 
 
-def answer_all(args):
+def answer(args):
     """Answer --data into predictions.jsonl → the run. Several processes take turns at the batches."""
     from accelerate import Accelerator
 
@@ -359,7 +354,7 @@ def main(args):
         for line in lines:
             print(line)
     else:
-        run = answer_all(args)
+        run = answer(args)
         if not run.main:
             return
         rows = list(records.read_records(run.path("predictions.jsonl"), root=records.ANYWHERE))

@@ -238,12 +238,12 @@ def sample_groups(policy, batch, group, max_new_tokens, seed):
     return groups
 
 
-def score_groups(reward_model, asked, groups, args):
+def score_groups(reward_model, encoded, groups, args):
     """The groups with their scores and hybrid rewards; a malformed response gets the least R and no match.
 
-    asked: images and prompts of the groups, as the reward model takes them.
+    encoded: the groups' prompts, as the reward model takes them.
     """
-    scores = reward_model(asked, [text for g in groups for text in g.texts])  # {head: P·G floats}
+    scores = reward_model(encoded, [text for g in groups for text in g.texts])  # {head: P·G floats}
     scored, G = [], len(groups[0].texts)
     for b, g in enumerate(groups):
         own = {head: values[b * G : (b + 1) * G] for head, values in scores.items()}
@@ -265,7 +265,7 @@ def rollout(policy, reward_model, batches, args, accelerator):
         for batch in parts:
             with accelerator.autocast():
                 groups = sample_groups(policy, batch, args.group, args.max_new_tokens, args.seed)
-            drawn += score_groups(reward_model, batch.asked, groups, args)
+            drawn += score_groups(reward_model, batch.scored, groups, args)
         share = sum(len(batch.rows) for batch in parts)
         kept = [g for g in drawn if g.informative][:share]
         missing = torch.tensor(share - len(kept), device=policy.device)

@@ -154,24 +154,24 @@ def token_statistics(x, part):
     return torch.cat([total, total / count.clamp(min=1), lowest.masked_fill(lowest.isinf(), 0.0)], 1)
 
 
-class Asked(NamedTuple):
+class EncodedPrompts(NamedTuple):
     """B images and prompts, encoded on the CPU: also with blank images, if the heads take likelihoods."""
 
     inputs: vlm.Inputs  # (B, P)
     blank: vlm.Inputs | None  # (B, P)
 
 
-def encode_asked(backbone, likelihood, images, prompts):
-    """B images and prompts → Asked."""
+def encode_with_blank(backbone, likelihood, images, prompts):
+    """B images and prompts → EncodedPrompts."""
     inputs = vlm.encode_prompts(backbone, images, prompts, "cpu")
     if not likelihood:
-        return Asked(inputs, None)
-    return Asked(
+        return EncodedPrompts(inputs, None)
+    return EncodedPrompts(
         inputs, vlm.encode_prompts(backbone, [blank_like(image) for image in images], prompts, "cpu")
     )
 
 
-def compute_features(backbone, asked, responses):
+def compute_features(backbone, encoded, responses):
     """B images and prompts, N = B·G responses → the heads' features: (N, 30) likelihoods, or states (N, D).
 
     Three series over the tokens: log p; log p + entropy, how much less likely a token is than the backbone
@@ -179,13 +179,13 @@ def compute_features(backbone, asked, responses):
     log p with a blank one.
     """
     ids, mask = vlm.encode_continuations(backbone, responses)  # (N, C)
-    inputs = asked.inputs.to(backbone.device)
+    inputs = encoded.inputs.to(backbone.device)
     states = vlm.hidden_states(backbone, inputs, ids, mask)  # (N, C+1, D)
-    if asked.blank is None:
+    if encoded.blank is None:
         # The state after the end of turn.
         return states[torch.arange(len(ids)), mask.sum(1)].float()  # (N, D)
     logps, entropy = vlm.token_logps(backbone, inputs, ids, mask, states=states)  # (N, C)
-    blank_logps, _ = vlm.token_logps(backbone, asked.blank.to(backbone.device), ids, mask)  # (N, C)
+    blank_logps, _ = vlm.token_logps(backbone, encoded.blank.to(backbone.device), ids, mask)  # (N, C)
     answer = answer_mask(backbone, responses, mask)
     # The reasoning (or the whole report) and the answer.
     parts = mask.bool() & ~answer, mask.bool() & answer
@@ -233,18 +233,18 @@ class Heads(torch.nn.Module):
 
 
 class RewardModel:
-    """Backbone and heads. Called with Asked of B prompts and N = B·G responses: {head: N floats}."""
+    """Backbone and heads. Called with EncodedPrompts (B) and N = B·G responses: {head: N floats}."""
 
     def __init__(self, backbone, heads, likelihood):
         self.backbone, self.heads, self.likelihood = backbone, heads, likelihood
 
     def encoder(self):
-        """encode(images, prompts) → Asked, which a thread or another process may call."""
-        return functools.partial(encode_asked, for_preparing(self.backbone), self.likelihood)
+        """encode(images, prompts) → EncodedPrompts, which a thread or another process may call."""
+        return functools.partial(encode_with_blank, for_preparing(self.backbone), self.likelihood)
 
-    def features(self, asked, responses):
+    def features(self, encoded, responses):
         """The heads' features (N, F). Raises ModelError if they are not finite."""
-        features = compute_features(self.backbone, asked, responses)
+        features = compute_features(self.backbone, encoded, responses)
         broken = (~features.isfinite()).any(1).nonzero()[:, 0].tolist()
         if broken:
             response = textwrap.shorten(responses[broken[0]], 80, placeholder=" ...")
@@ -255,8 +255,8 @@ class RewardModel:
         return features
 
     @torch.no_grad()
-    def __call__(self, asked, responses):
-        out = self.heads(self.features(asked, responses))  # (N, 4)
+    def __call__(self, encoded, responses):
+        out = self.heads(self.features(encoded, responses))  # (N, 4)
         scores = torch.cat([denormalise_reward(out[:, :1]), out[:, 1:].sigmoid()], 1)
         return dict(zip(HEADS, scores.T.tolist()))
 
@@ -295,7 +295,7 @@ class RewardModel:
 
 
 def encode_groups(encode, groups):
-    """The groups, the smallest first, and their images and prompts: Asked. encode: RewardModel.encoder()."""
+    """The groups, the smallest first, and their EncodedPrompts. encode: RewardModel.encoder()."""
     # fit_heads samples from the rows in this order.
     groups = sorted(groups, key=lambda group: len(group[1]))
     images = [open_image(record["image"]) for record, _ in groups]
@@ -307,13 +307,13 @@ def group_features(model, encoded, G=None):
 
     encoded: from encode_groups. `G`: compute as if the largest group had so many responses.
     """
-    groups, asked = encoded
+    groups, prompts = encoded
     # The model takes equally many responses to each prompt, so a smaller group repeats its own.
     G = G or max(len(labelled) for _, labelled in groups)
     responses = []
     for _, labelled in groups:
         responses += [response for _, response in itertools.islice(itertools.cycle(labelled), G)]
-    found = model.features(asked, responses)  # (B·G, F)
+    found = model.features(prompts, responses)  # (B·G, F)
     features = [found[b * G : b * G + len(labelled)] for b, (_, labelled) in enumerate(groups)]
     return torch.cat(features), [(record, level) for record, labelled in groups for level, _ in labelled]
 
@@ -369,13 +369,15 @@ def fit_heads(model, groups, args, run, accelerator):
     optimizer = torch.optim.AdamW(model.heads.parameters(), lr=args.lr, weight_decay=0.1)
     rng, skipped = random.Random(runs.seed_of(args.seed, "fit")), training.Skipped()
     for step in run.progress(range(args.steps), "heads", together=True):
+        # Loss and gradient of a batch.
         index = rng.sample(range(len(levels)), min(len(levels), HEADS_BATCH))
         loss = reward_loss(model.heads(features[index]), targets[index])
         loss.backward()
-        # Nothing is clipped: only the norm is wanted.
+        # Step. Nothing is clipped: only the norm is wanted.
         norm = training.clip_gradient(model.heads.parameters(), math.inf)
         training.step(optimizer, args.lr, norm)
         skipped.count(step, loss.item(), norm)
+        # Log.
         if step % LOG_EVERY == 0:
             run.log(step=step, loss=loss.item(), grad_norm=norm, skipped=skipped.total)
     return skipped.total
@@ -398,14 +400,16 @@ def fit_jointly(model, groups, args, run, accelerator):
     skipped = training.Skipped(run.state.get("skipped", 0))
     batches = prefetch_groups(model, groups, remaining, args, accelerator)
     for step, batch in zip(run.progress(remaining, "heads and backbone"), batches):
+        # Loss and gradient of the whole batch.
         loss = joint_loss(model, *batch, accelerator)
         loss.backward()
         training.sum_gradients(parameters.values(), accelerator)
         loss = accelerator.reduce(loss.detach(), "sum").item()
-        # Nothing is clipped: only the norm is wanted.
+        # Step. Nothing is clipped: only the norm is wanted.
         norm = math.hypot(*(training.clip_gradient(part, math.inf) for part in learning))
         training.step(optimizer, args.lr, norm)
         skipped.count(step, loss, norm)
+        # Log and commit.
         run.log(step=step, loss=loss, grad_norm=norm, skipped=skipped.total)
         if run.due(step + 1, args.save_every):
             standardisation = dict(model.heads.named_buffers())
@@ -470,14 +474,14 @@ def image_swap_drop(model, groups, args, accelerator, progress=iter):
 
     def prepare(batch):
         rows, swapped = zip(*batch)
-        asked = [
+        encoded = [
             encode_references(encode, rows, [row["image"] for row in shown]) for shown in (rows, swapped)
         ]
-        return rows, *asked
+        return rows, *encoded
 
     def work(batch):
-        rows, *asked = batch
-        before, after = (score_references(model, rows, own)["overall"] for own in asked)
+        rows, *encoded = batch
+        before, after = (score_references(model, rows, own)["overall"] for own in encoded)
         return [a - b for a, b in zip(before, after)]
 
     turns = parallel.take_turns(batches, prepare, work, accelerator, args.workers)
@@ -524,13 +528,13 @@ def train(args):
 
 
 def encode_references(encode, rows, image_paths):
-    """These images with the prompts of the records: Asked."""
+    """These images with the prompts of the records: EncodedPrompts."""
     return encode([open_image(path) for path in image_paths], [prompt_of(row) for row in rows])
 
 
-def score_references(model, rows, asked):
+def score_references(model, rows, encoded):
     """{head: a score each} of the records' reference responses."""
-    return model(asked, [reference_response(row) for row in rows])
+    return model(encoded, [reference_response(row) for row in rows])
 
 
 def select_candidates(rows, seed, per=(), threshold=None, top_k=None, keep=None, cap=None):
@@ -590,8 +594,8 @@ def score(args):
 
     def score_batch(prepared):
         """Question and answer of each candidate as a response to the image, and their rewards."""
-        part, asked = prepared
-        scores = score_references(model, part, asked)
+        part, encoded = prepared
+        scores = score_references(model, part, encoded)
         rewards = [{head: round(scores[head][k], 4) for head in HEADS} for k in range(len(part))]
         return [row | {"reward": reward} for row, reward in zip(part, rewards)]
 

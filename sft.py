@@ -171,9 +171,9 @@ def micro_batch_loss(policy, batch):
 
 
 def compute_gradient(policy, parameters, batches, tokens, accelerator):
-    """Leave the gradient of the whole batch, of so many response tokens, in the parameters → its loss.
+    """Leave the gradient of the whole batch in the parameters → its loss.
 
-    batches: this process's MicroBatches.
+    batches: this process's MicroBatches; tokens: the response tokens of the whole batch.
     """
     # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
     dummies, total = sharding.dummy_passes(policy, len(batches)), 0.0

@@ -1,4 +1,4 @@
-"""A model that answers questions for eval.py: on this machine, or behind a server. Only this needs torch."""
+"""A model that answers questions for eval.py, here or behind a server. eval.py needs torch only here."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from medgr2.prompts import format_response, policy_prompt
 
 
 class Model(NamedTuple):
-    # encode(images, texts) → prompts, as the next two take them. A thread or another process may call it.
+    # encode(images, texts) → prompts, for respond and score. A thread or another process may call it.
     encode: Callable
     # respond(prompts, seeds=None, temperature=0, group=1) → [(response, truncated)]: `group` responses to
     # each prompt in turn. Greedy responses need no seeds.

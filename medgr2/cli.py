@@ -144,7 +144,7 @@ def add_image_arguments(parser):
         note = "a larger image is made smaller" if which == "most" else "a smaller image is made larger"
         help = f"{which} pixels of an image, width x height: {note} (the model's processor decides)"
         parser.add_argument(flag, type=number(int, 784), metavar="N", help=help)
-    workers = "processes that open and encode the next images ahead (0: a thread); same result"
+    workers = "processes that open and encode the next images (0: a thread); same result"
     parser.add_argument("--workers", type=number(int, 0), default=0, help=workers)
 
 

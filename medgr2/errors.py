@@ -59,6 +59,8 @@ def explain_system_error(error, args):
     short = textwrap.shorten(text, 160, placeholder=" ...")
     if re.search("/dev/shm|</torch_", text) and os.strerror(errno.ENOSPC) in text:
         return f"{short}: /dev/shm is full; give it more room (docker run --shm-size=8g)"
+    if text.startswith("DataLoader worker"):
+        return f"{short.rstrip('.')}: lower --workers, or give the machine more memory"
     if is_out_of_memory(error):
         return f"{short or 'out of memory'}; {advise_memory(args)}"
     if isinstance(error, UnicodeEncodeError):

@@ -1,80 +1,88 @@
 """Prefetching: the next batches are prepared (images opened, resized, encoded) while this one is computed."""
 
+import atexit
 import copy
+import functools
+import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
-from collections import deque
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 
-from medgr2.errors import RunError, UserError
+from medgr2.errors import UserError
 
 
 def prefetch(indices, prepare, workers=0):
-    """Yield prepare(i) of each index, in order. A thread makes the next one, or `workers` processes do.
+    """Yield prepare(i) of each index, in order. A thread prepares the next one, or `workers` processes do.
 
-    `indices` may be endless. An error of prepare(i) is raised when it is the turn of i. Raises RunError if a
-    worker process dies.
+    `indices` may be endless. An error of prepare(i) is raised when it is the turn of i.
     """
-    indices = iter(indices)
     if workers:
         yield from by_processes(indices, prepare, workers)
         return
     with ThreadPoolExecutor(1) as thread:
-        coming = deque(thread.submit(prepare, i) for i in islice(indices, 1))
-        while coming:
-            done = coming.popleft().result()
-            coming.extend(thread.submit(prepare, i) for i in islice(indices, 1))
-            yield done
+        coming = None
+        for i in indices:
+            ready, coming = coming, thread.submit(prepare, i)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
 
 
 def by_processes(indices, prepare, workers):
     """As prefetch. Each process prepares two ahead."""
     from torch.utils.data import DataLoader
 
-    # Forked, so that nothing is imported or loaded again. They may not use the GPU.
+    # After an error an iterator may outlive its loop, and Python waits for its processes before it ends.
+    atexit.register(kill_workers)
+    # Forked, so that nothing is imported or loaded again. They must not use the GPU.
     loader = DataLoader(
         Prepared(prepare), batch_size=None, sampler=indices, collate_fn=unchanged, num_workers=workers,
-        worker_init_fn=start_worker, multiprocessing_context="fork",
+        worker_init_fn=functools.partial(start_worker, os.getpid()), multiprocessing_context="fork",
     )  # fmt: skip
-    try:
-        for done in loader:
-            if isinstance(done, UserError):
-                raise done
-            yield done
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        why = " ".join(str(error).split())
-        raise RunError(f"--workers: {why}; lower --workers or give it more memory") from None
+    for pickled in loader:
+        done, error = pickle.loads(pickled)
+        if error:
+            raise error
+        yield done
 
 
 class Prepared:
-    """A data set of prepare(i). A user's mistake is an item, so that its message stays one line."""
+    """A data set of (prepare(i), None), or (None, the error), pickled.
+
+    DataLoader would add its own lines to the message of an error, and lose one of pickling, as of a full
+    /dev/shm.
+    """
 
     def __init__(self, prepare):
         self.prepare = prepare
 
     def __getitem__(self, i):
         try:
-            return self.prepare(i)
-        except UserError as error:
-            return error
+            return bytes(ForkingPickler.dumps((self.prepare(i), None)))
+        except Exception as error:
+            if not isinstance(error, UserError):
+                # Shown below the traceback of the process that raises it.
+                error.add_note(traceback.format_exc())
+            return pickle.dumps((None, error))
 
 
 def unchanged(item):
     return item
 
 
-def start_worker(number):
-    # A run that is to stop needs its workers up to its next commit.
+def start_worker(parent, number):
+    # A run that stops still needs its workers until its next commit.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
     # torch's worker would wait for a process that was killed, if what it has prepared fills the pipe.
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
 def end_with(parent):
@@ -82,6 +90,13 @@ def end_with(parent):
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def kill_workers():
+    # torch's handler would raise an error for each of them.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def for_preparing(loaded):

@@ -28,8 +28,8 @@ class Batch(NamedTuple):
     rows: list
     # For the policy.
     inputs: vlm.Inputs
-    # For the reward model (reward.Asked).
-    asked: object
+    # For the reward model (reward.EncodedPrompts).
+    scored: object
 
 
 def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
@@ -37,12 +37,11 @@ def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
 
     Each holds --rollout-batch records, or all if that is None.
     """
-    preparing, encode_asked = for_preparing(policy), reward_model.encoder()
+    preparing, encode_scored = for_preparing(policy), reward_model.encoder()
 
     def encode(cursor, rows):
         images, texts = open_rows(rows)
-        inputs = vlm.preprocess(preparing, images, texts)
-        return Batch(cursor, rows, inputs, encode_asked(images, texts))
+        return Batch(cursor, rows, vlm.preprocess(preparing, images, texts), encode_scored(images, texts))
 
     def prepare(cursor):
         index = training.batch_indices(cursor, args.prompts, len(examples), args.seed)

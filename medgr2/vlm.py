@@ -15,15 +15,18 @@ prompt are neighbours: row b·G + g.
 
 import contextlib
 import copy
+import functools
 import inspect
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+import torch.utils.checkpoint
 from PIL import Image
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medgr2.errors import ModelError, RecordError
 from medgr2.images import fit_pixels
@@ -51,6 +54,8 @@ class VLM:
     prefix_sharing: str = "always"
     # Whether an image's features are computed once and kept (loading.freeze_images).
     reuses_features: bool = False
+    # Whether decoder layers are recomputed in the backward pass (`checkpointing`).
+    is_checkpointing: bool = False
     # Whether encoded prompts keep their images, so that repeat_prompts can encode them again.
     keeps_images: bool = True
     # peft's LoraModel around the model (adapters.add_lora), or None.
@@ -73,10 +78,6 @@ class VLM:
     @property
     def head(self):
         return self.model.get_output_embeddings()
-
-    @property
-    def is_checkpointing(self):
-        return self.model.training and self.model.is_activation_checkpointing
 
     @property
     def can_share_prefix(self):
@@ -350,7 +351,7 @@ class ReservedLayer(DynamicLayer):
         self.show()
 
 
-class ReplayedLayer(DynamicLayer):
+class RecomputedLayer(DynamicLayer):
     """A cache layer for checkpointed decoder layers, which compute once more in the backward pass.
 
     It keeps the prompt's keys and values only. What continues the prompt (`is_prefix`) gets them before its
@@ -368,39 +369,47 @@ class ReplayedLayer(DynamicLayer):
         return keys, values
 
 
-def replayed_cache(vlm):
-    """An empty cache of ReplayedLayers; None if the model has layers of other kinds, such as sliding ones."""
+def recomputed_cache(vlm):
+    """An empty cache of RecomputedLayers; None if the model has other layers, such as sliding ones."""
     cache = DynamicCache(config=vlm.model.config.get_text_config())
     if vlm.prefix_sharing != "always" or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
-    cache.layers = [ReplayedLayer() for _ in cache.layers]
+    cache.layers = [RecomputedLayer() for _ in cache.layers]
     return cache
 
 
 @contextlib.contextmanager
 def checkpointing(vlm, on=True):
-    """Within it decoder layers keep their inputs only, and the backward pass computes the rest once more.
+    """Inside this context layers keep only their inputs, and the backward pass computes the rest once more.
 
-    Does nothing unless `on`.
+    Does nothing unless `on`. Raises ModelError if the decoder's layers are not made for it.
     """
     if not on:
         yield
         return
-    for layer in vlm.model.get_decoder().layers:
-        # A ReplayedLayer is only read.
-        layer._can_checkpoint_with_cache = True
-    # It needs train(). Otherwise the model stays in eval(), so that it computes as it does when sampling.
-    vlm.model.train().activation_checkpointing_enable()
+    layers = [x for x in vlm.model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    if not {*vlm.model.get_decoder().layers} <= {*layers}:
+        name = type(vlm.model).__name__
+        raise ModelError(f"{name}: its layers cannot be recomputed; train without --gradient-checkpointing")
+    # The library's own switch also adds hooks, at each call, and trains with dropout.
+    recompute = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    for layer in layers:
+        layer._gradient_checkpointing_func = recompute
+        # A RecomputedLayer keeps what it got first, so recomputing changes nothing.
+        layer.training = layer.gradient_checkpointing = layer._can_checkpoint_with_cache = True
+    vlm.is_checkpointing = True
     try:
         yield
     finally:
-        vlm.model.eval().activation_checkpointing_disable()
+        vlm.is_checkpointing = False
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing = layer._can_checkpoint_with_cache = False
 
 
 def prefill(vlm, inputs, group=1, cache=None):
     """Encode B prompts once → (Prefix of N = B·G rows, last hidden states (N, D)).
 
-    With gradients on, they flow through the cache back to the prompt. cache: replayed_cache's, or the model
+    With gradients on, they flow through the cache back to the prompt. cache: recomputed_cache's, or the model
     makes one.
     """
     base = vlm.model.base_model
@@ -447,7 +456,7 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
     """
     prompts = inputs["attention_mask"].shape[0]
     group = ids.shape[0] // prompts
-    cache = replayed_cache(vlm) if vlm.is_checkpointing else None
+    cache = recomputed_cache(vlm) if vlm.is_checkpointing else None
     if (size is None or size >= group) and not cache:
         yield slice(None), hidden_states(vlm, inputs, ids, mask)
         return

@@ -18,20 +18,20 @@ def measure_policy(policy, reward_model, rows, max_new_tokens, batch, accelerato
     correct, scores = [], []
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     parts, preparing = [mine[i : i + batch] for i in range(0, len(mine), batch)], for_preparing(policy)
-    encode_asked = reward_model.encoder()
+    encode = reward_model.encoder()
 
     def prepare(part):
         images, texts = open_rows(part)
-        return vlm.encode_prompts(preparing, images, texts, "cpu"), encode_asked(images, texts)
+        return vlm.encode_prompts(preparing, images, texts, "cpu"), encode(images, texts)
 
-    for part, (inputs, asked) in zip(parts, prefetch(parts, prepare, workers)):
+    for part, (inputs, encoded) in zip(parts, prefetch(parts, prepare, workers)):
         with accelerator.autocast():
             ids, mask, _ = vlm.sample(policy, inputs.to(policy.device), None, max_new_tokens, temperature=0)
         responses = vlm.decode(policy, ids, mask)
         for row, response in zip(part, responses):
             prediction = parse_response(response, row.get("options")).prediction
             correct.append(is_match(prediction, row["answer"]))
-        scores += reward_model(asked, responses)["overall"]
+        scores += reward_model(encoded, responses)["overall"]
     correct, scores = gather_object(correct), gather_object(scores)
     return {"watch_accuracy": sum(correct) / len(rows), "watch_reward": sum(scores) / len(scores)}
 

@@ -80,7 +80,7 @@ def children(pid):
 
 def wait_until_gone(pids, seconds):
     """Assert that none of these processes runs any more after so many seconds."""
-    deadline = time.monotonic() + seconds
+    deadline, pids = time.monotonic() + seconds, list(pids)
     # What a process that has ended leaves until its parent asks for it has no /proc/PID/exe.
     while left := [pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")]:
         assert time.monotonic() < deadline, f"{left} of {pids} are left after {seconds} s"

@@ -264,14 +264,14 @@ def flags(**over):
     )
 
 
-class Asked:
-    """In place of a reward model, whose encoder gives back the prompts."""
+class Texts:
+    """In place of a reward model, whose encoder gives back the texts of the prompts."""
 
     def encoder(self):
         return lambda images, texts: texts
 
 
-ASKED = Asked()
+TEXTS_ALONE = Texts()
 
 
 def batch_of(policy, rows):
@@ -594,7 +594,7 @@ def test_the_hybrid_reward_by_hand_and_malformed_gets_the_least_there_is(groups)
     g.parsed = [formed, formed, formed._replace(well_formed=False), formed]
     g.match, g.texts = [True, False, True, False], ["w"] * 4
 
-    def model(asked, texts):
+    def model(encoded, texts):
         return {"overall": [10.0, 2.0, 10.0, -6.0]}
 
     args = argparse.Namespace(alpha=0.8, beta=0.2, reward_scale="unit", min_spread=0.1)
@@ -641,10 +641,10 @@ def test_the_watch_warns_when_reward_rises_while_accuracy_falls_and_only_then():
 def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are_shared_out(policy, groups):
     examples = [g.record for g in groups]
 
-    def batches(cursor, k=0, n=1, size=None, workers=0):
-        args = argparse.Namespace(prompts=4, rollout_batch=size, seed=3, workers=workers)
+    def batches(cursor, k=0, n=1, size=None):
+        args = argparse.Namespace(prompts=4, rollout_batch=size, seed=3, workers=0)
         process = argparse.Namespace(process_index=k, num_processes=n)
-        return rollouts.prefetch_batches(policy, ASKED, examples, cursor, args, process)
+        return rollouts.prefetch_batches(policy, TEXTS_ALONE, examples, cursor, args, process)
 
     def ids(parts):
         return [r["id"] for batch in parts for r in batch.rows]
@@ -665,7 +665,7 @@ def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are
     shares = [next(batches(5, k, 3)) for k in range(3)]
     assert [ids(s) for s in shares] == [ids(whole[0])[k::3] for k in range(3)]
     (batch,) = whole[0]
-    assert [p.text for p in batch.inputs.prompts] == [policy_prompt(r) for r in batch.rows] == batch.asked
+    assert [p.text for p in batch.inputs.prompts] == [policy_prompt(r) for r in batch.rows] == batch.scored
     in_parts = next(batches(5, size=3))
     assert ids(in_parts) == ids(whole[0]) and [len(part.rows) for part in in_parts] == [3, 1]
 
@@ -674,7 +674,9 @@ def test_what_is_sampled_does_not_depend_on_how_many_questions_are_sampled_at_a_
     def sampled(size):
         args = argparse.Namespace(prompts=5, rollout_batch=size, seed=3, workers=0)
         process = argparse.Namespace(process_index=0, num_processes=1)
-        parts = next(rollouts.prefetch_batches(policy, ASKED, [g.record for g in groups], 2, args, process))
+        parts = next(
+            rollouts.prefetch_batches(policy, TEXTS_ALONE, [g.record for g in groups], 2, args, process)
+        )
         found = [grpo.sample_groups(policy, batch, 4, 24, 0) for batch in parts]
         return [(g.record["id"], g.texts) for part in found for g in part], len(found)
 
@@ -886,7 +888,7 @@ def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path)
 def test_each_process_measures_its_share_of_the_watched_records(policy, groups, process, processes):
     rows, asked = [g.record for g in groups][:3], []
 
-    class Model(Asked):
+    class Model(Texts):
         def __call__(self, texts, responses):
             asked.extend(texts)
             return {"overall": [1.0] * len(texts)}

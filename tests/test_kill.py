@@ -52,7 +52,7 @@ STAGES = {
     "joint": (
         "reward.py",
         "train --model toy/backbone --data {d}/clinic/expert.jsonl --freeze nothing --lr 1e-5"
-        " --resamples 1 --steps 6 --batch 4 --save-every 1",
+        " --resamples 1 --steps 6 --batch 4 --save-every 1 --workers 1",
     ),
     "candidates": (
         "generate.py",
@@ -66,7 +66,7 @@ STAGES = {
     "sft": (
         "sft.py",
         "--model toy/policy --data {d}/scored/accepted.jsonl --epochs 6 --batch 6 --save-every 2"
-        " --image-root {d}",
+        " --image-root {d} --workers 1",
     ),
     "grpo": (
         "grpo.py",

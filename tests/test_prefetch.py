@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import clinic
 import pytest
 import torch
-from helpers import ROOT, children, run_here, wait_until_gone
+from helpers import ROOT, run_here, wait_until_gone
 
 import eval as evaluation
 import generate
@@ -20,7 +21,7 @@ import grpo
 import reward
 import sft
 from medgr2 import images, loading
-from medgr2.errors import RecordError, RunError
+from medgr2.errors import RecordError
 from medgr2.prefetch import prefetch
 
 
@@ -66,7 +67,7 @@ def test_as_many_processes_as_workers_prepare_and_each_computes_with_one_thread(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_mistake_is_raised_in_its_turn_as_the_line_that_it_is(workers):
+def test_a_users_mistake_is_raised_in_its_turn_with_its_one_line_message(workers):
     def prepare(i):
         if i == 2:
             raise RecordError("x.jsonl: record 2 has no image")
@@ -78,14 +79,69 @@ def test_a_mistake_is_raised_in_its_turn_as_the_line_that_it_is(workers):
         next(coming)
 
 
-def test_a_worker_that_is_killed_is_one_line():
+def test_a_bug_in_a_worker_arrives_with_its_traceback():
     def prepare(i):
-        if i == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return i
+        return [1, 2][i]
 
-    with pytest.raises(RunError, match="^--workers: DataLoader worker .* lower --workers or give it more"):
-        list(prefetch(range(9), prepare, 2))
+    coming = prefetch(range(5), prepare, 2)
+    assert [next(coming), next(coming)] == [1, 2]
+    with pytest.raises(IndexError) as caught:
+        next(coming)
+    assert str(caught.value) == "list index out of range" and "return [1, 2][i]" in caught.value.__notes__[0]
+
+
+def test_an_item_that_cannot_be_passed_is_an_error_in_its_turn():
+    coming = prefetch(range(3), lambda i: i if i < 2 else threading.Lock(), 1)
+    assert [next(coming), next(coming)] == [0, 1]
+    with pytest.raises(TypeError, match="cannot pickle"):
+        next(coming)
+
+
+# In a process of its own: `happen` after the first two batches, with workers that have prepared more.
+SCRIPT = """
+import argparse, multiprocessing, os, signal, sys, time
+sys.path.insert(0, {root!r})
+from medgr2 import cli
+from medgr2.prefetch import prefetch
+
+def kill_worker():
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    # Busy, as in a forward pass.
+    for _ in range(300):
+        time.sleep(0.1)
+
+def kill_this():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def main(args):
+    coming = prefetch(range(1000), lambda i: b"x" * 1_000_000, 2)
+    next(coming), next(coming)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    {happen}
+
+cli.run_main(main, argparse.Namespace())
+"""
+
+
+@pytest.mark.parametrize(
+    "happen, status, last",
+    [
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+        (
+            "kill_worker()",
+            2,
+            r".*DataLoader worker \(pid \d+\) is killed by signal: Killed: lower --workers, or .*",
+        ),
+        ("kill_this()", -signal.SIGKILL, ""),
+    ],
+)
+def test_a_run_that_fails_or_is_killed_ends_and_so_do_its_workers(tmp_path, happen, status, last):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT), happen=happen))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert re.fullmatch(last, (done.stderr.splitlines() or [""])[-1]), done.stderr
+    wait_until_gone(map(int, done.stdout.split()), 10)
 
 
 def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_alone():
@@ -175,16 +231,3 @@ def test_workers_prepare_all_images_of_a_stage_and_change_no_byte_of_what_it_wri
     pids = log.read_text().split()
     # So this process opens no image.
     assert pids and str(os.getpid()) not in pids
-
-
-def test_the_workers_of_a_run_that_is_killed_end_too(folder):
-    flags = f"--model toy/policy --data {folder}/data/expert.jsonl --steps 100000 --workers 2".split()
-    command = [sys.executable, "sft.py", *flags, "--out", str(folder / "killed")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        until = time.monotonic() + 60
-        while len(children(run.pid)) < 2 and time.monotonic() < until:
-            time.sleep(0.1)
-        workers = children(run.pid)
-        run.kill()
-    assert len(workers) == 2
-    wait_until_gone(workers, 20)

@@ -284,7 +284,7 @@ def test_the_answer_begins_at_its_tag_and_the_end_of_turn_belongs_to_it(backbone
 def test_features_are_what_the_models_own_logits_say(backbone, rows):
     record = rows[0]
     response, image = reference_response(record), open_image(record["image"])
-    asked = reward.encode_asked(backbone, True, [image], [policy_prompt(record)])
+    asked = reward.encode_with_blank(backbone, True, [image], [policy_prompt(record)])
     got = reward.compute_features(backbone, asked, [response])[0]
     inputs = vlm.encode_prompts(backbone, [image], [policy_prompt(record)])
     ids = torch.tensor([backbone.tokenizer(response)["input_ids"] + [backbone.end_id]])
@@ -308,7 +308,7 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
     surprise = seen + torch.special.entr(logps.exp()).sum(-1)
     assert got[10].item() == pytest.approx(surprise[:start].sum().item(), abs=1e-3)
     # Without likelihoods: the last hidden state.
-    asked = reward.encode_asked(backbone, False, [image], [policy_prompt(record)])
+    asked = reward.encode_with_blank(backbone, False, [image], [policy_prompt(record)])
     (state,) = reward.compute_features(backbone, asked, [response])
     assert torch.allclose(state, out.hidden_states[-1][0, -1], atol=1e-4)
 
@@ -318,7 +318,7 @@ def test_the_image_difference_is_zero_on_a_blank_image_and_not_on_another(backbo
 
     def image_difference(image):
         features = reward.compute_features(
-            backbone, reward.encode_asked(backbone, True, [image], [prompt]), [response]
+            backbone, reward.encode_with_blank(backbone, True, [image], [prompt]), [response]
         )
         return features[0, -10:].abs().max()
 
@@ -493,7 +493,7 @@ def test_a_loss_of_the_heads_that_is_not_finite_is_one_line(monkeypatch, rows, t
 
 def test_features_and_scores_that_are_not_finite_are_one_line_that_names_the_response(backbone, rows):
     record = next(r for r in rows if "answer" in r)
-    asked = reward.encode_asked(backbone, True, [open_image(record["image"])], [policy_prompt(record)])
+    asked = reward.encode_with_blank(backbone, True, [open_image(record["image"])], [policy_prompt(record)])
     heads = reward.Heads(reward.feature_width(backbone, True), 4)
     # A token that can never be sampled has no probability.
     banned = backbone.tokenizer("odd", add_special_tokens=False)["input_ids"]

@@ -85,7 +85,8 @@ def over(world, work, **more):
             if any(rank.exitcode for rank in ranks) or time.monotonic() > deadline:
                 for rank in ranks:
                     rank.kill()
-        return torch.load(out) if out.exists() else [rank.exitcode for rank in ranks]
+        statuses = [rank.exitcode for rank in ranks]
+        return statuses if any(statuses) else torch.load(out)
 
 
 # ---------------------------------------------------------------------------------------------------------
