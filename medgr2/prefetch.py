@@ -1,6 +1,5 @@
 """Prefetching: the next batches are prepared (images opened, resized, encoded) while this one is computed."""
 
-import atexit
 import copy
 import functools
 import multiprocessing
@@ -12,6 +11,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import util
 from multiprocessing.reduction import ForkingPickler
 
 from medgr2.errors import UserError
@@ -39,8 +39,8 @@ def by_processes(indices, prepare, workers):
     """As prefetch. Each process prepares two ahead."""
     from torch.utils.data import DataLoader
 
-    # After an error an iterator may outlive its loop, and Python waits for its processes before it ends.
-    atexit.register(kill_workers)
+    # After an error or a signal the workers may outlive the loop, and Python waits for them before it ends.
+    util.Finalize(None, kill_workers, exitpriority=0)
     # Forked, so that nothing is imported or loaded again. They must not use the GPU.
     loader = DataLoader(
         Prepared(prepare), batch_size=None, sampler=indices, collate_fn=unchanged, num_workers=workers,
