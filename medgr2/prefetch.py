@@ -4,7 +4,6 @@ import copy
 import functools
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -47,7 +46,8 @@ def by_processes(indices, prepare, workers):
         worker_init_fn=functools.partial(start_worker, os.getpid()), multiprocessing_context="fork",
     )  # fmt: skip
     for pickled in loader:
-        done, error = pickle.loads(pickled)
+        # What this process's own worker has pickled, as multiprocessing passes any object.
+        done, error = ForkingPickler.loads(pickled)
         if error:
             raise error
         yield done
@@ -70,7 +70,7 @@ class Prepared:
             if not isinstance(error, UserError):
                 # Shown below the traceback of the process that raises it.
                 error.add_note(traceback.format_exc())
-            return pickle.dumps((None, error))
+            return bytes(ForkingPickler.dumps((None, error)))
 
 
 def unchanged(item):
