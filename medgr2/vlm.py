@@ -82,7 +82,7 @@ class VLM:
     @property
     def can_share_prefix(self):
         if self.is_checkpointing:
-            # Checkpointed layers write no cache; hidden_states_in_parts gives them one that they only read.
+            # Checkpointed layers write no usual cache; hidden_states_in_parts gives them one of its own.
             return False
         if self.prefix_sharing == "without gradient":
             return not torch.is_grad_enabled()
