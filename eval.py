@@ -8,8 +8,8 @@ answers with every scorer of medgr2/scorers.py, over the same denominator and ov
 
 Reads   question records (JSONL) and a model, on this machine or behind an OpenAI-compatible server
         (--endpoint); or a third-party file of predictions
-Writes  OUT/predictions.jsonl, in the order of --data: the record with `response`, `prediction` (None if it
-        cannot be parsed, and then a `reason`), `correct` and `image_hash`
+Writes  OUT/predictions.jsonl, the questions about one image together: the record with `response`,
+        `prediction` (None if it cannot be parsed, and then a `reason`), `correct` and `image_hash`
         OUT/metrics.json, which holds what is printed; docs/metrics.md explains every name
 
 Intervals are 95% percentile bootstraps over images, and images are told apart by content: questions about one
@@ -44,7 +44,7 @@ import numpy as np
 from medgr2 import cli, endpoint, measures, records, runs, scorers
 from medgr2.answering import open_model, open_server
 from medgr2.errors import require
-from medgr2.images import blank_like, hash_image, open_image
+from medgr2.images import blank_like, hash_image, open_images
 from medgr2.prompts import is_match, normalise, parse_response, policy_prompt
 
 # Fields that this stage adds to a record.
@@ -113,7 +113,7 @@ def prepare_batch(model, rows, blind=False, scores=False):
     asked = [record for i, record in enumerate(rows) if i not in too_long]
     if not asked:
         return Batch(rows, asked)
-    images, texts = [open_image(record["image"]) for record in asked], [policy_prompt(r) for r in asked]
+    images, texts = open_images(record["image"] for record in asked), [policy_prompt(r) for r in asked]
     prompts, by_options = model.encode(images, texts), []
     blank = model.encode([blank_like(image) for image in images], texts) if blind else None
     # Questions with equally many options are one group of equally many continuations.
@@ -320,17 +320,21 @@ def answer(args):
     from medgr2 import parallel
 
     questions, accelerator = read_questions(args.data, args.image_root), Accelerator()
+    images = [record["image"] for record in questions]
     run = runs.start(args, [args.model, args.data], accelerator.is_main_process, free=FREE)
     if args.endpoint:
         model = open_server(args)
     else:
-        pixels, images = (args.min_pixels, args.max_pixels), [record["image"] for record in questions]
+        pixels = args.min_pixels, args.max_pixels
         model = open_model(args.model, args.max_new_tokens, pixels, images)
     which = {"blind": args.blind, "scores": args.scores}
     drawn = {"samples": args.samples, "temperature": args.temperature, "seed": args.seed}
     prepare = functools.partial(prepare_batch, model, **which)
     work = functools.partial(predict_batch, model, **which, **drawn)
     run.announce(f"{len(questions)} questions to answer", args.endpoint)
+    # Those about one image stand together: it is encoded once for them.
+    first = {image: i for i, image in reversed([*enumerate(images)])}
+    questions.sort(key=lambda record: first[record["image"]])
     # A resumed run divides the questions into the same batches, so that it writes the same bytes.
     steps = range(run.state.get("step", 0), -(-len(questions) // args.batch))
     batches = [questions[i * args.batch : (i + 1) * args.batch] for i in steps]

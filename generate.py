@@ -27,7 +27,7 @@ from operator import itemgetter
 
 from medgr2 import cli, endpoint, records, runs
 from medgr2.errors import RunError, require
-from medgr2.images import find_unreadable, hash_image, open_image
+from medgr2.images import find_unreadable, hash_image, open_images
 from medgr2.prefetch import for_preparing
 from medgr2.prompts import PARADIGMS, TASKS, generator_prompt, normalise, parse_candidate
 
@@ -160,7 +160,7 @@ def open_generator(args, tasks, images):
     """
     if args.endpoint:
         sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
-        return open_images, functools.partial(ask_server, ask=endpoint.connect(args), **sampling), images
+        return images_of, functools.partial(ask_server, ask=endpoint.connect(args), **sampling), images
     generator = loading.load(args.model, dtype=loading.best_dtype())
     loading.limit_pixels(generator, args.min_pixels, args.max_pixels)
     context.tell_image_tokens(generator, [record["image"] for record in images])
@@ -174,28 +174,28 @@ def open_generator(args, tasks, images):
     return encode, functools.partial(ask_model, generator=generator, group=group, **sampling), images
 
 
-def open_images(drafts):
-    return {path: open_image(path) for path in {draft["image"] for draft in drafts}}
+def images_of(drafts):
+    return open_images(draft["image"] for draft in drafts)
 
 
 def ask_server(drafts, images, ask, **sampling):
     """Ask a model behind a server, one request per draft. ask: from endpoint.connect."""
     requests = []
-    for draft in drafts:
+    for draft, image in zip(drafts, images):
         prompt = generator_prompt(draft["paradigm"], draft["task"])
-        requests.append(endpoint.Request(images[draft["image"]], prompt, draft["seed"]))
+        requests.append(endpoint.Request(image, prompt, draft["seed"]))
     return ask(requests, **sampling)
 
 
 def encode_drafts(generator, group, drafts):
     """The Inputs of a model on this machine, on the CPU. `group` consecutive drafts share a prompt."""
-    images, asked = open_images(drafts), drafts[::group]
+    asked = drafts[::group]
     prompts = [generator_prompt(draft["paradigm"], draft["task"]) for draft in asked]
-    return vlm.encode_prompts(generator, [images[draft["image"]] for draft in asked], prompts, "cpu")
+    return vlm.encode_by_image(generator, images_of(asked), prompts, "cpu")
 
 
 def ask_model(drafts, inputs, generator, temperature, max_new_tokens, group):
-    """Ask a model on this machine. Each prompt is prefilled once for its `group` drafts."""
+    """Ask a model on this machine. Each image is prefilled once, each prompt once for its `group` drafts."""
     inputs, seeds = inputs.to(generator.device), [draft["seed"] for draft in drafts]
     ids, mask, truncated = vlm.sample(generator, inputs, seeds, max_new_tokens, temperature, group)  # (N, C)
     return list(zip(vlm.decode(generator, ids, mask), truncated.tolist()))

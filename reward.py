@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 from medgr2 import cli, measures, records, runs, selection, training
 from medgr2.errors import ModelError, require
-from medgr2.images import blank_like, open_image
+from medgr2.images import blank_like, open_images
 from medgr2.levels import (
     LEVELS,
     evaluate_levels,
@@ -161,14 +161,12 @@ class EncodedPrompts(NamedTuple):
     blank: vlm.Inputs | None  # (B, P)
 
 
-def encode_with_blank(backbone, likelihood, images, prompts):
-    """B images and prompts → EncodedPrompts."""
-    inputs = vlm.encode_prompts(backbone, images, prompts, "cpu")
+def encode_with_blank(backbone, likelihood, images, prompts, encode=vlm.encode_by_image):
+    """B images and prompts → EncodedPrompts. Images of one size share their blank image."""
+    inputs = encode(backbone, images, prompts, "cpu")
     if not likelihood:
         return EncodedPrompts(inputs, None)
-    return EncodedPrompts(
-        inputs, vlm.encode_prompts(backbone, [blank_like(image) for image in images], prompts, "cpu")
-    )
+    return EncodedPrompts(inputs, encode(backbone, [blank_like(image) for image in images], prompts, "cpu"))
 
 
 def compute_features(backbone, encoded, responses):
@@ -238,9 +236,9 @@ class RewardModel:
     def __init__(self, backbone, heads, likelihood):
         self.backbone, self.heads, self.likelihood = backbone, heads, likelihood
 
-    def encoder(self):
+    def encoder(self, **options):
         """encode(images, prompts) → EncodedPrompts, which a thread or another process may call."""
-        return functools.partial(encode_with_blank, for_preparing(self.backbone), self.likelihood)
+        return functools.partial(encode_with_blank, for_preparing(self.backbone), self.likelihood, **options)
 
     def features(self, encoded, responses):
         """The heads' features (N, F). Raises ModelError if they are not finite."""
@@ -298,7 +296,7 @@ def encode_groups(encode, groups):
     """The groups, the smallest first, and their EncodedPrompts. encode: RewardModel.encoder()."""
     # fit_heads samples from the rows in this order.
     groups = sorted(groups, key=lambda group: len(group[1]))
-    images = [open_image(record["image"]) for record, _ in groups]
+    images = open_images(record["image"] for record, _ in groups)
     return groups, encode(images, [prompt_of(record) for record, _ in groups])
 
 
@@ -420,14 +418,14 @@ def fit_jointly(model, groups, args, run, accelerator):
 
 def prefetch_groups(model, groups, steps, args, accelerator):
     """For each step: (a batch of groups, this process's share of it, encoded, and its weight)."""
-    rng, encode = random.Random(runs.seed_of(args.seed, "fit")), model.encoder()
+    # A sharded backbone computes in all processes at once, so all make the same passes: plain rows.
+    rng, encode = random.Random(runs.seed_of(args.seed, "fit")), model.encoder(encode=vlm.encode_prompts)
     drawn = [rng.sample(groups, min(len(groups), args.batch)) for _ in range(args.steps)]
 
     def prepare(step):
         batch = drawn[step]
         own = batch[accelerator.process_index :: accelerator.num_processes]
-        # A sharded backbone computes in all processes at once, so all make the same passes; one without a
-        # group of its own makes them with weight 0.
+        # One without a group of its own makes them with weight 0.
         return batch, encode_groups(encode, own or batch[:1]), bool(own)
 
     return prefetch(steps, prepare, args.workers)
@@ -529,7 +527,7 @@ def train(args):
 
 def encode_references(encode, rows, image_paths):
     """These images with the prompts of the records: EncodedPrompts."""
-    return encode([open_image(path) for path in image_paths], [prompt_of(row) for row in rows])
+    return encode(open_images(image_paths), [prompt_of(row) for row in rows])
 
 
 def score_references(model, rows, encoded):

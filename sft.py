@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from medgr2 import cli, runs, training
 from medgr2.errors import RunError, require
-from medgr2.images import open_image
+from medgr2.images import open_images
 from medgr2.prefetch import for_preparing, prefetch
 from medgr2.prompts import (
     format_candidate,
@@ -48,6 +48,8 @@ def parse_args():
     p.add_argument("--steps", type=count, help="steps, instead of --epochs")
     p.add_argument("--batch", type=count, default=8, help="examples per step")
     p.add_argument("--micro-batch", type=count, default=32, help="examples per backward pass; same result")
+    by_image = "keep the examples about an image together: it is encoded and prefilled once for them"
+    cli.add_switch(p, "--by-image", by_image)
     p.add_argument("--lr", type=positive, default=1e-3, help="peak rate (the toy's; about 1e-5 for 7B)")
     share = cli.number(float, 0, 1)
     p.add_argument("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
@@ -129,28 +131,40 @@ def leave_out_too_long(policy, examples, on_error):
     return context.leave_out_too_long(policy, examples, *parts, on_error == "skip")
 
 
-def micro_batches(examples, size):
-    """Examples, `size` at a time, similar lengths together: less padding."""
+def micro_batches(examples, size, by_image):
+    """Examples, `size` at a time: similar lengths together, for less padding; with by_image one image's."""
     examples = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
+    if by_image:
+        examples = [example for own in group_by_image(examples).values() for example in own]
     return [examples[i : i + size] for i in range(0, len(examples), size)]
 
 
-def collate(policy, examples):
-    """Examples → a MicroBatch."""
+def group_by_image(examples):
+    """{image: its Examples}, in their order."""
+    groups = {}
+    for example in examples:
+        groups.setdefault(example.image, []).append(example)
+    return groups
+
+
+def collate(policy, by_image, examples):
+    """Examples → a MicroBatch. With by_image it takes two passes, also if no image occurs twice."""
     images, prompts, responses = zip(*examples)
     ids, mask = vlm.encode_continuations(policy, responses, device="cpu")  # (B, C)
-    inputs = vlm.encode_prompts(policy, [open_image(path) for path in images], prompts, "cpu")  # (B, P)
+    encode = functools.partial(vlm.encode_by_image, always=True) if by_image else vlm.encode_prompts
+    inputs = encode(policy, open_images(images), prompts, "cpu")  # (B, P)
     return MicroBatch(inputs, ids, mask, int(mask.sum()))
 
 
-def prepare_batch(policy, examples, micro_batch, accelerator):
+def prepare_batch(policy, examples, micro_batch, by_image, accelerator):
     """The examples of a step → (this process's MicroBatches, response tokens of the whole batch)."""
     tokens = int(vlm.encode_continuations(policy, [e.response for e in examples], device="cpu")[1].sum())
-    own = examples[accelerator.process_index :: accelerator.num_processes]
-    batches = [collate(policy, part) for part in micro_batches(own, micro_batch)]
+    process, N = accelerator.process_index, accelerator.num_processes
+    own = examples[len(examples) * process // N : len(examples) * (process + 1) // N]
+    batches = [collate(policy, by_image, part) for part in micro_batches(own, micro_batch, by_image)]
     if not own:
         # A process without examples computes one that does not count.
-        batch = collate(policy, examples[:1])
+        batch = collate(policy, by_image, examples[:1])
         batches = [batch._replace(mask=torch.zeros_like(batch.mask), tokens=0)]
     return batches, tokens
 
@@ -159,15 +173,16 @@ def prepare_batch(policy, examples, micro_batch, accelerator):
 # The loss and its gradient. `policy` is the VLM that learns, in the role of a generator too.
 
 
-def micro_batch_loss(policy, batch):
-    """Sum of -log π over the response tokens of a MicroBatch."""
+def micro_batch_losses(policy, batch):
+    """Yield the sum of -log π over the response tokens of a MicroBatch; the caller calls its backward()."""
     ids, mask = batch.ids.to(policy.device), batch.mask.to(policy.device)  # (B, C)
-    states = vlm.hidden_states(policy, batch.inputs.to(policy.device), ids, mask)[:, :-1]  # (B, C, D)
-    hidden, weight, head = vlm.lm_head(policy, states)  # weight (V, D)
-    # Padding is no target: -100 is ignored.
-    targets = ids.masked_fill(mask == 0, -100)  # (B, C)
-    # The same as cross_entropy(hidden @ weight.T, targets), but the logits (B, C, V) never exist.
-    return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum", **head)
+    inputs = batch.inputs.to(policy.device)  # (B, P)
+    for _, states in vlm.hidden_states_in_parts(policy, inputs, ids, mask):  # (B, C+1, D)
+        hidden, weight, head = vlm.lm_head(policy, states[:, :-1])  # (B, C, D), (V, D)
+        # Padding is no target: -100 is ignored.
+        targets = ids.masked_fill(mask == 0, -100)  # (B, C)
+        # The same as cross_entropy(hidden @ weight.T, targets), but the logits (B, C, V) never exist.
+        yield linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum", **head)
 
 
 def compute_gradient(policy, parameters, batches, tokens, accelerator):
@@ -178,12 +193,13 @@ def compute_gradient(policy, parameters, batches, tokens, accelerator):
     # A sharded model computes in all processes at once: those with fewer passes add some of weight 0.
     dummies, total = sharding.dummy_passes(policy, len(batches)), 0.0
     for batch in batches:
-        # Divided by the whole batch's tokens, so that the gradients of micro-batches and processes add up.
-        loss = micro_batch_loss(policy, batch) / tokens
-        loss.backward()
-        total += loss.item()
+        for loss in micro_batch_losses(policy, batch):
+            # Divided by the whole batch's tokens, so that gradients of micro-batches and processes add up.
+            (loss / tokens).backward()
+            total += loss.item() / tokens
     for _ in range(dummies):
-        (0 * micro_batch_loss(policy, batches[0])).backward()
+        for loss in micro_batch_losses(policy, batches[0]):
+            (0 * loss).backward()
     training.sum_gradients(parameters, accelerator)
     return accelerator.reduce(torch.tensor(total, device=policy.device), "sum").item()
 
@@ -191,10 +207,11 @@ def compute_gradient(policy, parameters, batches, tokens, accelerator):
 @torch.no_grad()
 def mean_loss(policy, examples, micro_batch, workers=0, progress=iter):
     """Mean -log π per response token over all examples."""
-    total, tokens, parts = 0.0, 0, micro_batches(examples, micro_batch)
-    encoded = prefetch(parts, functools.partial(collate, for_preparing(policy)), workers)
+    total, tokens, parts = 0.0, 0, micro_batches(examples, micro_batch, by_image=True)
+    encoded = prefetch(parts, functools.partial(collate, for_preparing(policy), True), workers)
     for _, batch in zip(progress(parts), encoded):
-        total, tokens = total + micro_batch_loss(policy, batch).item(), tokens + batch.tokens
+        total += sum(loss.item() for loss in micro_batch_losses(policy, batch))
+        tokens += batch.tokens
     return total / tokens
 
 
@@ -226,11 +243,12 @@ def main(args):
     context.tell_image_tokens(policy, [example.image for example in examples])
     run.announce(f"{steps} steps of {args.batch} examples out of {len(examples)}")
     preparing, remaining = for_preparing(policy), range(run.state.get("step", 0), steps)
+    groups = list(group_by_image(examples).values()) if args.by_image else [[example] for example in examples]
 
     def prepare(step):
-        # Each epoch is another permutation of the examples.
-        index = training.batch_indices(step, args.batch, len(examples), args.seed)
-        return prepare_batch(preparing, [examples[i] for i in index], args.micro_batch, accelerator)
+        # Each epoch is another permutation of the examples, or of their images.
+        batch = training.batch_of(step, args.batch, groups, args.seed)
+        return prepare_batch(preparing, batch, args.micro_batch, args.by_image, accelerator)
 
     prepared = prefetch(remaining, prepare, args.workers)
     for step, (batches, tokens) in zip(run.progress(remaining, "sft"), prepared):

@@ -256,10 +256,12 @@ def tokens(rows, length):
 
 
 def prompts(rows, length):
+    from medgr2 import vlm
+
     ids, mask = tokens(rows, length)
     # One is padded, as in most batches: a mask is then made, and the keys are repeated for all heads.
     mask[0, 0] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return vlm.Inputs({"input_ids": ids, "attention_mask": mask}, [])
 
 
 def sample(policy, plan, rows):
@@ -501,7 +503,7 @@ def real_sft(folder, plan, steps=2):
     response, _ = vlm.encode_continuations(policy, [example.response for example in examples])
     meter = grpo_step.Meter(False)
     for _ in range(steps):
-        batch = sft.prepare_batch(policy, examples, plan.micro_batch, accelerator)
+        batch = sft.prepare_batch(policy, examples, plan.micro_batch, False, accelerator)
         with vlm.checkpointing(policy, plan.checkpointing):
             sft.compute_gradient(policy, parameters, *batch, accelerator)
         optimizer.step()

@@ -35,7 +35,7 @@ def open_model(name, max_new_tokens, pixels=(None, None), images=()):
     parts = {"image_of": itemgetter("image"), "text_of": policy_prompt, "new_of": lambda _: max_new_tokens}
     preparing = for_preparing(vlm_)
     return Model(
-        functools.partial(vlm.encode_prompts, preparing, device="cpu"),
+        functools.partial(vlm.encode_by_image, preparing, device="cpu"),
         functools.partial(ask_model, vlm_, max_new_tokens),
         functools.partial(compute_option_logps, vlm_),
         functools.partial(context.find_too_long, preparing, **parts),

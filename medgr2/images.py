@@ -1,6 +1,7 @@
 """Images of any format as RGB pixels: opened, bounded in size, hashed; written if they come as bytes."""
 
 import base64
+import functools
 import hashlib
 import math
 import os
@@ -86,11 +87,27 @@ def open_image(path):
         raise RecordError(f"{path}: not a readable image ({reason}): {advice}") from None
 
 
+def open_images(paths):
+    """open_image of each path; equal paths get the same object, so that prompts about it can share it."""
+    opened, found = {}, []
+    for path in paths:
+        if path not in opened:
+            opened[path] = open_image(path)
+        found.append(opened[path])
+    return found
+
+
 def blank_like(image):
     """A grey image, which shows nothing, of the same size and so of as many tokens."""
+    return blank_image(*image.size)
+
+
+# The same object for each size, so that prompts can share it (vlm.encode_by_image).
+@functools.lru_cache(maxsize=64)
+def blank_image(width, height):
     from PIL import Image
 
-    return Image.new("RGB", image.size, (128, 128, 128))
+    return Image.new("RGB", (width, height), (128, 128, 128))
 
 
 def require_size(path, width, height):

@@ -64,6 +64,7 @@ def load(name, device=None, dtype=torch.float32, learns=False):
     if fault:
         raise ModelError(f"{name}: {fault}")
     loaded.prefix_sharing = find_prefix_sharing(loaded, learns)
+    loaded.shares_images = loaded.prefix_sharing == "always" and can_share_images(loaded)
     if loaded.prefix_sharing != "always":
         limits = {
             "never": "cannot continue a prefilled prompt: it computes whole rows instead",
@@ -491,7 +492,8 @@ def learns_as_plain_rows(loaded):
     def words(group):
         rows = [text for text in TEXTS for _ in range(group)]
         inputs = loaded.tokenizer(rows, padding=True, padding_side="left", return_tensors="pt")
-        return {key: inputs[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
+        tensors = {key: inputs[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
+        return vlm.Inputs(tensors, [])
 
     def gradient(states):
         # Of norms and biases: few numbers, in every layer.
@@ -504,9 +506,35 @@ def learns_as_plain_rows(loaded):
 
 
 @torch.no_grad()
+def can_share_images(loaded):
+    """Whether prompts about one image give the states of plain rows: tried with three about two images."""
+    # A sliding window would count the padding between image and question.
+    if not vlm.has_plain_cache(loaded):
+        return False
+    black, white = two_images()
+    images, texts, trial = [black, white, black], [*TEXTS, TEXTS[1]], replace(loaded, shares_images=True)
+    ids, mask = encode_continuations(loaded, ["left", "x", "a cyst"])
+    try:
+        shared = vlm.hidden_states(loaded, vlm.encode_by_image(trial, images, texts), ids, mask)
+        plain = vlm.hidden_states(loaded, encode_prompts(loaded, images, texts), ids, mask)
+    except Exception as error:
+        # As above: all kinds of exceptions.
+        if is_out_of_memory(error):
+            raise
+        return False
+    real = pad(mask, (1, 0), value=1).bool()
+    return is_close(loaded, shared[real].float(), plain[real].float())
+
+
+def two_images():
+    """A black and a white one, of two sizes."""
+    return [Image.new("RGB", (64, 64), "black"), Image.new("RGB", (96, 64), "white")]
+
+
+@torch.no_grad()
 def can_reuse_features(loaded):
     """Whether kept features give the states that pixels give: tried with two images of two sizes."""
-    images = [Image.new("RGB", (64, 64), "black"), Image.new("RGB", (96, 64), "white")]
+    images = two_images()
     continuations = encode_continuations(loaded, ["left", "x"])
     reusing = replace(loaded, reuses_features=True)
     try:

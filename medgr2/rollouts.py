@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from medgr2 import context, records, training, vlm
 from medgr2.errors import RunError
-from medgr2.images import open_image
+from medgr2.images import open_images
 from medgr2.prefetch import for_preparing, prefetch
 from medgr2.prompts import policy_prompt
 
@@ -38,14 +38,15 @@ def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
     Each holds --rollout-batch records, or all if that is None.
     """
     preparing, encode_scored = for_preparing(policy), reward_model.encoder()
+    groups = [[example] for example in examples]
 
     def encode(cursor, rows):
         images, texts = open_rows(rows)
         return Batch(cursor, rows, vlm.preprocess(preparing, images, texts), encode_scored(images, texts))
 
     def prepare(cursor):
-        index = training.batch_indices(cursor, args.prompts, len(examples), args.seed)
-        rows = [examples[i] for i in index[accelerator.process_index :: accelerator.num_processes]]
+        rows = training.batch_of(cursor, args.prompts, groups, args.seed)
+        rows = rows[accelerator.process_index :: accelerator.num_processes]
         size = args.rollout_batch or len(rows)
         return [encode(cursor + 1, rows[i : i + size]) for i in range(0, len(rows), size)]
 
@@ -54,7 +55,7 @@ def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
 
 def open_rows(rows):
     """The images and the prompts of question records."""
-    return [open_image(row["image"]) for row in rows], [policy_prompt(row) for row in rows]
+    return open_images(row["image"] for row in rows), [policy_prompt(row) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What training loops share: records, batches, gradients over processes, resuming."""
 
+import itertools
 import math
 import random
 
@@ -37,18 +38,19 @@ def read_data(args, fields, main):
     return data
 
 
-def batch_indices(step, size, n, seed):
-    """Indices of one step's `size` examples out of n. Every epoch is a permutation of its own.
+def batch_of(step, size, groups, seed):
+    """One step's `size` examples. Every epoch is a permutation of the groups (lists of examples) of its own.
 
     Depends only on the arguments, so that a resumed run needs no history.
     """
-    permutations, indices = {}, []
+    epochs, batch, n = {}, [], sum(map(len, groups))
     for position in range(step * size, (step + 1) * size):
         epoch, i = divmod(position, n)
-        if epoch not in permutations:
-            permutations[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(n), n)
-        indices.append(permutations[epoch][i])
-    return indices
+        if epoch not in epochs:
+            permutation = random.Random(seed_of(seed, "epoch", epoch)).sample(groups, len(groups))
+            epochs[epoch] = list(itertools.chain.from_iterable(permutation))
+        batch.append(epochs[epoch][i])
+    return batch
 
 
 def sum_gradients(parameters, accelerator):

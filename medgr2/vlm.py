@@ -20,11 +20,13 @@ import inspect
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
 from PIL import Image
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -52,6 +54,8 @@ class VLM:
     logit_rule: tuple = (1.0, None)
     # Whether a prefilled prompt can be continued: "always", "without gradient" or "never" (plain rows).
     prefix_sharing: str = "always"
+    # Whether prompts about one image can share it (encode_by_image).
+    shares_images: bool = False
     # Whether an image's features are computed once and kept (loading.freeze_images).
     reuses_features: bool = False
     # Whether decoder layers are recomputed in the backward pass (`checkpointing`).
@@ -103,15 +107,28 @@ class Prompt:
     inputs: dict = None
 
 
-class Inputs(dict):
-    """The model's inputs of B prompts, left-padded to (B, P), and `prompts`, what they were made of."""
+class Questions(NamedTuple):
+    """What follows the image in each of B prompts, left-padded to (B, S)."""
 
-    def __init__(self, tensors, prompts):
+    ids: torch.Tensor  # (B, S)
+    mask: torch.Tensor  # (B, S)
+    # Which of the images: the row of its inputs.
+    image: torch.Tensor  # (B,)
+
+
+class Inputs(dict):
+    """The model's inputs of B prompts, left-padded to (B, P), and `prompts`, what they were made of.
+
+    With `questions`, prompts share images: the tensors are of the U images and what precedes them, (U, P).
+    """
+
+    def __init__(self, tensors, prompts, questions=None):
         super().__init__(tensors)
-        self.prompts = prompts
+        self.prompts, self.questions = prompts, questions
 
     def to(self, device):
-        return Inputs({key: x.to(device) for key, x in self.items()}, self.prompts)
+        questions = self.questions and Questions(*(x.to(device) for x in self.questions))
+        return Inputs({key: x.to(device) for key, x in self.items()}, self.prompts, questions)
 
 
 def encode_prompts(vlm, images, texts, device=None):
@@ -121,17 +138,74 @@ def encode_prompts(vlm, images, texts, device=None):
     token. A <think> with which the chat template opens the reply is left out: it belongs to the reply, which
     is sampled, trained on and parsed with both tags.
     """
-    prompts = [Prompt(image if vlm.keeps_images else None, text) for image, text in zip(images, texts)]
+    chats, settings = write_chats(vlm, texts)
+    fitted = [[fit_pixels(image, *vlm.pixels)] for image in images]
+    settings |= {"padding": True, "padding_side": "left"}
+    tensors = vlm.processor(text=chats, images=fitted, return_tensors="pt", **settings)
+    return Inputs(tensors, make_prompts(vlm, images, texts)).to(device or vlm.device)
+
+
+def make_prompts(vlm, images, texts):
+    return [Prompt(image if vlm.keeps_images else None, text) for image, text in zip(images, texts)]
+
+
+def write_chats(vlm, texts):
+    """User texts, each about one image → the text that the tokenizer gets, and its settings."""
     texts = [vlm.special_names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text) for text in texts]
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}] for t in texts]
     chats = [vlm.processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
     chats = [OPEN_THINK.sub("", chat) for chat in chats]
     # Some templates write <bos>; the tokenizer must not write a second one.
     has_bos = vlm.tokenizer.bos_token is not None and chats[0].startswith(vlm.tokenizer.bos_token)
-    images = [[fit_pixels(image, *vlm.pixels)] for image in images]
-    settings = {"padding": True, "padding_side": "left", "add_special_tokens": not has_bos}
-    tensors = vlm.processor(text=chats, images=images, return_tensors="pt", **settings)
-    return Inputs(tensors, prompts).to(device or vlm.device)
+    return chats, {"add_special_tokens": not has_bos}
+
+
+def encode_by_image(vlm, images, texts, device=None, always=False):
+    """As encode_prompts, but prompts about one image (the same object) share it: Inputs with `questions`.
+
+    It is then encoded, and prefilled with what precedes it, once. If no image occurs twice the Inputs are
+    plain, unless `always`; those of a model that cannot share images (VLM.shares_images) are always plain.
+    """
+    shown = list({id(image): b for b, image in reversed([*enumerate(images)])}.values())[::-1]
+    if not vlm.shares_images or len(shown) == len(images) and not always:
+        return encode_prompts(vlm, images, texts, device)
+    whole = encode_prompts(vlm, [images[b] for b in shown], [texts[b] for b in shown], "cpu")  # (U, P)
+    # With one token in the image's place; the question is what both end with.
+    chats, settings = write_chats(vlm, texts)
+    short = vlm.tokenizer(chats, **settings)["input_ids"]
+    start = len(short[shown[0]]) - count_common_end(vlm, short[shown[0]], whole["input_ids"][0].tolist())
+    ids = [torch.tensor(row[start:]) for row in short]
+    number = {id(images[b]): u for u, b in enumerate(shown)}
+    questions = Questions(
+        pad_left(ids, vlm.tokenizer.pad_token_id),
+        pad_left([torch.ones_like(row) for row in ids]),
+        torch.tensor([number[id(image)] for image in images]),
+    )
+    inputs = Inputs({}, make_prompts(vlm, images, texts), questions)
+    widths = whole["attention_mask"].sum(1)
+    for key, x in whole.items():
+        if x.shape == whole["input_ids"].shape:
+            # One number per token: of what precedes the question.
+            parts = [row[-n : -len(ids[b])] for row, n, b in zip(x, widths, shown)]
+            x = pad_left(parts, vlm.tokenizer.pad_token_id if key == "input_ids" else 0)
+        inputs[key] = x
+    return inputs.to(device or vlm.device)
+
+
+def count_common_end(vlm, a, b):
+    """How many tokens two prompts with the same question end with, before their image."""
+    for count, (x, y) in enumerate(zip(reversed(a), reversed(b))):
+        if x != y or x == vlm.model.config.image_token_id:
+            return count
+    raise ModelError(f"{type(vlm.model).__name__}: found no image in its prompt")
+
+
+def pad_left(rows, fill=0):
+    return pad_sequence(rows, True, fill, "left")
+
+
+def count_prompts(inputs):
+    return len(inputs.questions.ids if inputs.questions else inputs["attention_mask"])
 
 
 def repeat_prompts(vlm, inputs, group):
@@ -248,11 +322,16 @@ def require_context(vlm, inputs, new):
 
     Most models would answer, and learn, from positions that they were never trained on.
     """
-    # Prompts are padded to the longest.
-    mask = inputs["attention_mask"]
-    if vlm.context is not None and mask.shape[1] + new > vlm.context:
-        prompt = inputs.prompts[int(mask.sum(1).argmax())].text if hasattr(inputs, "prompts") else ""
-        raise RecordError(describe_too_long(vlm, mask.shape[1], new, prompt))
+    mask, questions = inputs["attention_mask"], inputs.questions
+    width = mask.shape[1] + (questions.ids.shape[1] if questions else 0)
+    if vlm.context is None or width + new <= vlm.context:
+        return
+    # The widest image may not be that of the widest question.
+    tokens = mask.sum(1)[questions.image] + questions.mask.sum(1) if questions else mask.sum(1)  # (B,)
+    longest = int(tokens.max())
+    if longest + new > vlm.context:
+        prompt = inputs.prompts[int(tokens.argmax())].text if inputs.prompts else ""
+        raise RecordError(describe_too_long(vlm, longest, new, prompt))
 
 
 def describe_too_long(vlm, tokens, new, prompt):
@@ -274,10 +353,12 @@ class Prefix:
     rope_deltas  (N, 1) or None. M-RoPE (Qwen) counts positions without padding, and an image advances them by
                  its longer side; this is what the text after the image adds. Kept here, because the model
                  overwrites it at its next batch.
+    padding      (N, 1) or None. Most models count positions with the padding before a prompt, which is this
+                 much. Only needed if there is more padding behind an image (Questions).
     """
 
-    def __init__(self, cache, mask, rope_deltas):
-        self.cache, self.mask, self.rope_deltas = cache, mask, rope_deltas
+    def __init__(self, cache, mask, rope_deltas, padding=None):
+        self.cache, self.mask, self.rope_deltas, self.padding = cache, mask, rope_deltas, padding
 
     def with_cache(self, tensors):
         """The same prefix with these keys and values in place of its own: two per layer, in order."""
@@ -285,7 +366,11 @@ class Prefix:
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
             layer.keys, layer.values, layer.is_prefix = keys, values, True
-        return Prefix(cache, self.mask, self.rope_deltas)
+        return Prefix(cache, self.mask, self.rope_deltas, self.padding)
+
+    def tensors(self):
+        """The keys and values: two per layer, in order."""
+        return [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
 
     def repeat(self, group):
         """Repeat each row `group` times."""
@@ -297,6 +382,11 @@ class Prefix:
             self.cache.batch_repeat_interleave(group)
         self.select_positions(rows)
 
+    def branch(self, images):
+        """A row for each of B questions, `images` (B,): the row of its image. Padding may follow."""
+        self.padding = (1 - self.mask).sum(1, keepdim=True)
+        self.select(images)
+
     def select(self, rows):
         """Keep only these rows (n,)."""
         self.cache.reorder_cache(rows)
@@ -305,6 +395,7 @@ class Prefix:
     def select_positions(self, rows):
         self.mask = self.mask[rows]
         self.rope_deltas = None if self.rope_deltas is None else self.rope_deltas[rows]
+        self.padding = None if self.padding is None else self.padding[rows]
 
     def reserve(self, tokens):
         """Reserve space for `tokens` more in each plain DynamicLayer; other layers manage their own."""
@@ -315,12 +406,14 @@ class Prefix:
     def append(self, mask):
         """Count C more tokens → their positions as the model's keyword arguments. mask (N, C)."""
         self.mask = torch.cat([self.mask, mask], 1)  # (N, P+C)
-        if self.rope_deltas is None:
+        if self.rope_deltas is None and self.padding is None:
             # Most models count on from the length of their cache.
             return {}
-        text = (self.mask.cumsum(-1) - 1)[:, -mask.shape[1] :] + self.rope_deltas  # (N, C)
+        text = (self.mask.cumsum(-1) - 1)[:, -mask.shape[1] :]  # (N, C)
+        if self.rope_deltas is None:
+            return {"position_ids": text + self.padding}
         # A text advances equally in time, height and width.
-        return {"position_ids": text.expand(3, -1, -1)}
+        return {"position_ids": (text + self.rope_deltas).expand(3, -1, -1)}
 
 
 class ReservedLayer(DynamicLayer):
@@ -371,11 +464,17 @@ class RecomputedLayer(DynamicLayer):
 
 def recomputed_cache(vlm):
     """An empty cache of RecomputedLayers; None if the model has other layers, such as sliding ones."""
-    cache = DynamicCache(config=vlm.model.config.get_text_config())
-    if vlm.prefix_sharing != "always" or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if vlm.prefix_sharing != "always" or not has_plain_cache(vlm):
         return None
+    cache = DynamicCache(config=vlm.model.config.get_text_config())
     cache.layers = [RecomputedLayer() for _ in cache.layers]
     return cache
+
+
+def has_plain_cache(vlm):
+    """Do all layers keep the keys and values of all tokens? No sliding windows, no recurrent states."""
+    layers = DynamicCache(config=vlm.model.config.get_text_config()).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
 
 
 @contextlib.contextmanager
@@ -406,11 +505,24 @@ def checkpointing(vlm, on=True):
             layer.training = layer.gradient_checkpointing = layer._can_checkpoint_with_cache = False
 
 
-def prefill(vlm, inputs, group=1, cache=None):
+def prefill(vlm, inputs, group=1):
     """Encode B prompts once → (Prefix of N = B·G rows, last hidden states (N, D)).
 
-    With gradients on, they flow through the cache back to the prompt. cache: recomputed_cache's, or the model
-    makes one.
+    With gradients on, they flow through the cache back to the prompt.
+    """
+    prefix, last = prefill_rows(vlm, inputs)
+    if inputs.questions:
+        prefix.branch(inputs.questions.image)
+        last = decode_step(vlm, prefix, inputs.questions.ids, inputs.questions.mask)[:, -1]
+    if group > 1:
+        prefix.repeat(group)
+    return prefix, last.repeat_interleave(group, 0)
+
+
+def prefill_rows(vlm, inputs, cache=None):
+    """As prefill, of each row of the tensors: those of images if `inputs` has questions.
+
+    cache: recomputed_cache's, or the model makes one.
     """
     base = vlm.model.base_model
     if hasattr(base, "rope_deltas"):
@@ -420,10 +532,7 @@ def prefill(vlm, inputs, group=1, cache=None):
     cache = cache or out.past_key_values
     prefix = Prefix(cache, inputs["attention_mask"], getattr(base, "rope_deltas", None))
     # The last column is never padding.
-    last = out.last_hidden_state[:, -1]
-    if group > 1:
-        prefix.repeat(group)
-    return prefix, last.repeat_interleave(group, 0)
+    return prefix, out.last_hidden_state[:, -1]
 
 
 def decode_step(vlm, prefix, ids, mask):
@@ -440,11 +549,20 @@ def hidden_states(vlm, inputs, ids, mask):
     `mask` is 0; the state after a shorter continuation is at position mask.sum().
     """
     require_context(vlm, inputs, ids.shape[1])
-    group = ids.shape[0] // inputs["attention_mask"].shape[0]
+    group = ids.shape[0] // count_prompts(inputs)
+    if group == 1 and inputs.questions:
+        return states_of_questions(vlm, prefill_rows(vlm, inputs)[0], inputs.questions, ids, mask)
     if group > 1 and vlm.can_share_prefix:
         prefix, last = prefill(vlm, inputs, group)
         return torch.cat([last[:, None], decode_step(vlm, prefix, ids, mask)], 1)
     return plain_hidden_states(vlm, repeat_prompts(vlm, inputs, group) if group > 1 else inputs, ids, mask)
+
+
+def states_of_questions(vlm, prefix, questions, ids, mask):
+    """hidden_states of one continuation per question, in one pass. prefix: of the images."""
+    prefix.branch(questions.image)
+    joined = torch.cat([questions.ids, ids], 1), torch.cat([questions.mask, mask], 1)  # (N, S+C)
+    return decode_step(vlm, prefix, *joined)[:, -ids.shape[1] - 1 :]
 
 
 def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
@@ -453,29 +571,37 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
     For learning with less memory: the caller runs a part's backward pass before it asks for the next part,
     and asks until there is none. A prompt is still encoded once. Each part leaves its gradient of the prefix,
     and when all have, one backward pass takes it on to the prompt. Without `size`, one part: all rows.
+    Questions that share images have one continuation each, in one part.
     """
-    prompts = inputs["attention_mask"].shape[0]
+    prompts = count_prompts(inputs)
     group = ids.shape[0] // prompts
     cache = recomputed_cache(vlm) if vlm.is_checkpointing else None
-    if (size is None or size >= group) and not cache:
+    whole = group == 1 or (size is None or size >= group) and not cache
+    if whole and not inputs.questions:
         yield slice(None), hidden_states(vlm, inputs, ids, mask)
         return
     index = torch.arange(ids.shape[0], device=ids.device).view(prompts, group)
     parts = [part.flatten() for part in index.split(size or group, 1)]
-    if not (cache or vlm.can_share_prefix):
+    if not (cache or vlm.can_share_prefix or inputs.questions):
         for rows in parts:
             yield rows, hidden_states(vlm, inputs, ids[rows], mask[rows])
         return
     require_context(vlm, inputs, ids.shape[1])
-    prefix, last = prefill(vlm, inputs, cache=cache)
-    computed = [last, *(x for layer in prefix.cache.layers for x in (layer.keys, layer.values))]
+    prefix, last = prefill_rows(vlm, inputs, cache)
+    computed = [last, *prefix.tensors()]
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in computed]
     for rows in parts:
         n = len(rows) // prompts
         own = prefix.with_cache(leaves[1:])
+        if inputs.questions:
+            yield rows, states_of_questions(vlm, own, inputs.questions, ids, mask)
+            continue
         own.repeat(n)
         first = leaves[0].repeat_interleave(n, 0)[:, None]
         yield rows, torch.cat([first, decode_step(vlm, own, ids[rows], mask[rows])], 1)
+    if inputs.questions and last.requires_grad:
+        # Sharding gathers a layer's weights again when the gradient of its output arrives: one of zeros.
+        leaves[0].grad = torch.zeros_like(last)
     reached = [(x, leaf.grad) for x, leaf in zip(computed, leaves) if leaf.grad is not None]
     if reached:
         torch.autograd.backward(*zip(*reached))
@@ -552,7 +678,7 @@ def sample(vlm, inputs, seeds, max_new_tokens, temperature=1.0, group=1):
     (N ints), so a row does not depend on its batch.
     """
     require_context(vlm, inputs, max_new_tokens)
-    N = inputs["attention_mask"].shape[0] * group
+    N = count_prompts(inputs) * group
     uniform = uniform_numbers(seeds, max_new_tokens) if temperature else torch.zeros(N, max_new_tokens)
     uniform = uniform.to(vlm.device)  # (N, C)
     stops = torch.tensor(vlm.stop_ids, device=vlm.device)

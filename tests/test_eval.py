@@ -131,7 +131,7 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
         load=lambda name, dtype: types.SimpleNamespace(stop_ids=[stop], device="cpu"),
         best_dtype=lambda: None,
         limit_pixels=lambda *_: None,
-        encode_prompts=lambda vlm_, images, texts, device: Prompts(text.split("\n")[0] for text in texts),
+        encode_by_image=lambda vlm_, images, texts, device: Prompts(text.split("\n")[0] for text in texts),
         sample=lambda vlm_, prompts, seeds, n, temperature, group: (
             ids[: len(prompts)],
             mask[: len(prompts)],
@@ -141,7 +141,7 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
     )
     for name in ("loading", "vlm"):
         monkeypatch.setattr(medgr2, name, fake)
-    monkeypatch.setattr(evaluation, "open_image", lambda path: opened.append(path))
+    monkeypatch.setattr(evaluation, "open_images", lambda paths: [opened.append(path) for path in paths])
     monkeypatch.setattr(answering, "for_preparing", lambda loaded: loaded)
     asked = [question | {"id": name} for name in "abc"]
     model = evaluation.open_model("model", 3)._replace(find_too_long=None)
@@ -453,8 +453,12 @@ def home(tmp_path_factory):
     return home
 
 
-def test_predictions_are_the_records_in_order_and_a_second_parser_agrees(home):
+def test_predictions_are_the_records_by_image_and_a_second_parser_agrees(home):
     given, got = lines(home / "test.jsonl"), lines(home / "a" / "predictions.jsonl")
+    # Two questions per image, one after the other, but for the file that came in between a pair.
+    open_question = given.pop(7)
+    assert open_question["id"] == "open" and given[6]["image"] == given[7]["image"]
+    given.insert(8, open_question)
     assert [{k: v for k, v in r.items() if k not in evaluation.ADDED and k != "image"} for r in got] == [
         {k: v for k, v in r.items() if k != "image"} for r in given
     ]

@@ -487,23 +487,24 @@ def test_an_image_too_large_for_the_context_is_refused_at_the_start_or_left_out(
     assert {row["parent"] for row in rejected} == {first["id"], third["id"]}
 
 
-def test_with_one_task_a_prompt_is_encoded_once_and_the_samples_are_the_same(
+def test_with_one_task_a_prompt_is_encoded_once_an_image_always_and_the_samples_are_the_same(
     toy_stage, tmp_path, monkeypatch
 ):
-    sizes, encode = [], vlm.encode_prompts
+    sizes, encode = [], vlm.encode_by_image
 
     def count_and_encode(model, images, texts, device=None):
-        # One by itself is encoded to count its tokens.
-        sizes.extend([len(texts)] * (len(texts) > 1))
-        return encode(model, images, texts, device)
+        inputs = encode(model, images, texts, device)
+        sizes.append((len(texts), len(inputs["pixel_values"])))
+        return inputs
 
-    monkeypatch.setattr(vlm, "encode_prompts", count_and_encode)
+    monkeypatch.setattr(vlm, "encode_by_image", count_and_encode)
     flags = "--images", write_images(tmp_path, 2), "--per-image", 3, "--max-new-tokens", 30
     tasks = "--tasks", "Disease Diagnosis"
     assert toy_stage(*flags, *tasks, "--out", tmp_path / "once")[0] == 0
     # Named twice, it counts as two tasks.
     assert toy_stage(*flags, *tasks, "Disease Diagnosis", "--out", tmp_path / "apart")[0] == 0
-    assert sizes == [6, 18]
+    # Three paradigms, two images.
+    assert sizes == [(6, 2), (18, 2)]
     assert_same_output(tmp_path / "once", tmp_path / "apart", ("candidates.jsonl", "rejected.jsonl"))
 
 

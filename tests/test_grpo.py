@@ -20,7 +20,6 @@ from helpers import run_in_one_and_two
 import grpo
 from medgr2 import loading, records, rollouts, vlm, watch
 from medgr2.errors import RunError, UserError
-from medgr2.images import open_image
 from medgr2.prompts import is_match, parse_response, policy_prompt
 from medgr2.watch import is_hacking
 from reward import Heads, RewardModel
@@ -649,10 +648,10 @@ def test_batches_are_prepared_in_another_thread_resume_from_their_cursor_and_are
     def ids(parts):
         return [r["id"] for batch in parts for r in batch.rows]
 
-    threads, real = set(), open_image
+    threads, real = set(), rollouts.open_images
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            rollouts, "open_image", lambda path: (threads.add(threading.current_thread()), real(path))[1]
+            rollouts, "open_images", lambda paths: (threads.add(threading.current_thread()), real(paths))[1]
         )
         coming = batches(5)
         whole = [next(coming) for _ in range(4)]

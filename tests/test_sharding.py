@@ -40,9 +40,10 @@ CASES = {
         "checkpointing": True,
     },
     "grpo --lora --kl": {"freeze": "images", "lora": 4, "kl": 0.1},
+    "sft --by-image --gradient-checkpointing": {"by_image": True, "checkpointing": True},
 }
 # Those that the suite computes, and for how many steps; the rest takes minutes.
-FEW = {"sft": 2, "sft --lora --gradient-checkpointing": 1}
+FEW = {"sft": 2, "sft --lora --gradient-checkpointing": 1, "sft --by-image --gradient-checkpointing": 1}
 FEW |= {"grpo --micro-group --kl": 1, "grpo --micro-group --gradient-checkpointing": 1}
 
 
@@ -110,6 +111,7 @@ def data(tmp_path_factory):
 def train(source, data, case, accelerator, steps=1, shard=False):
     """`steps` updates → {"gradient": of the first, "update": of the weights, "bytes": held} by name."""
     options = {"freeze": "vision", "lora": None, "checkpointing": False, "kl": 0.0, "micro_group": None}
+    options["by_image"] = False
     options |= CASES[case]
     torch.manual_seed(0)
     policy = adapters.load_to_train(source, "cpu", options["freeze"], options["lora"])
@@ -154,8 +156,9 @@ def sft_gradient(source, policy, data, options, accelerator, shard):
     examples = sft.load_examples([(str(data), list(records.read_records(data)))], [1.0], "policy")[:5]
 
     def compute(parameters):
-        # In micro-batches of one, so that the processes' numbers of passes differ: 5, 3 + 2, 2 + 2 + 1.
-        batch = sft.prepare_batch(policy, examples, 1, accelerator)
+        # So small that the processes' numbers of passes differ: 5, 2 + 3, 1 + 2 + 2.
+        size, by_image = (2, True) if options["by_image"] else (1, False)
+        batch = sft.prepare_batch(policy, examples, size, by_image, accelerator)
         with vlm.checkpointing(policy, options["checkpointing"]):
             sft.compute_gradient(policy, parameters, *batch, accelerator)
 

@@ -8,10 +8,21 @@ from medgr2.errors import RunError
 
 
 def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
-    n, size = 10, 4
-    flat = [i for step in range(5) for i in training.batch_indices(step, size, n, seed=1)]
+    groups, size = [[i] for i in range(10)], 4
+    flat = [i for step in range(5) for i in training.batch_of(step, size, groups, seed=1)]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert training.batch_indices(3, size, n, 1) == flat[12:16]
+    assert training.batch_of(3, size, groups, 1) == flat[12:16]
+
+
+def test_a_group_stays_together_and_in_its_order_in_every_epoch():
+    groups = [[0], [1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    flat = [i for step in range(5) for i in training.batch_of(step, 4, groups, seed=1)]
+    orders = set()
+    for epoch in (flat[:10], flat[10:]):
+        starts = [epoch.index(group[0]) for group in groups]
+        assert all(epoch[start : start + len(group)] == group for start, group in zip(starts, groups))
+        orders.add(tuple(starts))
+    assert len(orders) == 2
 
 
 NAN, INF = float("nan"), float("inf")

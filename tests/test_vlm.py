@@ -854,6 +854,116 @@ def test_of_images_smolvlm_s_own_processor_makes_what_is_made_in_its_place(built
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Prompts about one image.
+
+
+# The second image is asked about three times, in between the others.
+ABOUT = [1, 0, 1, 2, 1]
+QUESTIONS = ["What does the scan show?", "Hm", "Which side is it, left or right?", "Why?", "Is there a cyst?"]
+REPLIES = ["left", "a cyst in the kidney", "x", "mild.\n", "<answer>right</answer>"]
+
+
+def by_image(vlm_, group=1):
+    """The questions as Inputs that share images, ids and mask of the replies, and their images."""
+    if not vlm_.shares_images:
+        pytest.skip("has sliding layers: nothing is shared")
+    inputs = vlm.encode_by_image(vlm_, [IMAGES[i] for i in ABOUT], QUESTIONS)
+    replies = [reply for reply in REPLIES for _ in range(group)]
+    return inputs, *vlm.encode_continuations(vlm_, replies), [IMAGES[i] for i in ABOUT]
+
+
+@pytest.fixture
+def tokens_computed(vlm_):
+    """The decoder's passes: (rows, tokens) each."""
+    passes = []
+    hook = (
+        vlm_.model.get_decoder()
+        .layers[0]
+        .input_layernorm.register_forward_pre_hook(lambda _, args: passes.append(tuple(args[0].shape[:2])))
+    )
+    yield passes
+    hook.remove()
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_questions_about_one_image_have_the_log_probabilities_of_plain_rows(vlm_, tokens_computed, group):
+    inputs, ids, mask, images = by_image(vlm_, group)
+    with torch.no_grad():
+        logps, entropy = vlm.token_logps(vlm_, inputs, ids, mask)
+        computed = list(tokens_computed)
+        plain = plain_logps(vlm_, images, QUESTIONS, ids, mask)
+    assert largest(logps - plain[0]) < 1e-4 and largest(entropy - plain[1]) < 1e-4
+    # What precedes the questions once per image, then each question once, then each reply.
+    P, S, C = inputs["input_ids"].shape[1], inputs.questions.ids.shape[1], ids.shape[1]
+    assert computed == ([(3, P), (5, S + C)] if group == 1 else [(3, P), (5, S), (10, C)])
+    assert (inputs["input_ids"] == vlm_.model.config.image_token_id).any(1).all()
+    assert not (inputs.questions.ids == vlm_.model.config.image_token_id).any()
+
+
+def test_questions_about_one_image_are_answered_as_if_asked_alone(vlm_):
+    inputs, *_, images = by_image(vlm_)
+    for settings in ({"seeds": [3, 1, 4, 1, 5]}, {"seeds": None, "temperature": 0}):
+        together = kept(*vlm.sample(vlm_, inputs, max_new_tokens=12, **settings))
+        for row, (picture, text) in enumerate(zip(images, QUESTIONS)):
+            own = settings | {"seeds": settings["seeds"] and [settings["seeds"][row]]}
+            alone = vlm.encode_prompts(vlm_, [picture], [text])
+            assert kept(*vlm.sample(vlm_, alone, max_new_tokens=12, **own)) == [together[row]]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_of_questions_about_one_image_is_that_of_plain_rows(
+    vlm_, checkpointing, tokens_computed
+):
+    inputs, ids, mask, images = by_image(vlm_)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+
+    def gradient():
+        found = {name: p.grad for name, p in vlm_.model.named_parameters() if p.grad is not None}
+        vlm_.model.zero_grad()
+        return found
+
+    vlm_.model.zero_grad()
+    with vlm.checkpointing(vlm_, checkpointing):
+        for _, states in vlm.hidden_states_in_parts(vlm_, inputs, ids, mask):
+            logps = vlm.token_logps(vlm_, inputs, ids, mask, states=states)[0]
+            (weights * logps).sum().backward()
+    shared, computed = gradient(), list(tokens_computed)
+    (weights * plain_logps(vlm_, images, QUESTIONS, ids, mask)[0]).sum().backward()
+    plain = gradient()
+    P, width = inputs["input_ids"].shape[1], inputs.questions.ids.shape[1] + ids.shape[1]
+    assert computed == [(3, P), (5, width), *[(5, width), (3, P)] * checkpointing]
+    assert shared.keys() == plain.keys()
+    largest_norm = max(g.norm() for g in plain.values())
+    for name, g in plain.items():
+        assert (g - shared[name]).norm() <= 1e-5 * (g.norm() + largest_norm), name
+
+
+def test_only_the_same_image_object_is_shared_and_only_if_the_model_can(vlm_, architecture):
+    assert vlm_.shares_images == (architecture not in PLAIN_ROWS)
+    different = [image.copy() for image in (IMAGES[0], IMAGES[0], IMAGES[1])]
+    assert vlm.encode_by_image(vlm_, different, TEXTS).questions is None
+    always = vlm.encode_by_image(vlm_, different, TEXTS, always=True)
+    assert len(always["input_ids"]) == 3 and bool(always.questions) == vlm_.shares_images
+    cannot = replace(vlm_, shares_images=False)
+    plain = vlm.encode_by_image(cannot, [IMAGES[0]] * 3, TEXTS, always=True)
+    assert plain.questions is None and len(plain["input_ids"]) == 3
+
+
+def test_questions_that_do_not_fit_into_the_context_are_refused_by_their_own_length(vlm_):
+    inputs, ids, mask, images = by_image(vlm_)
+    longest = max(
+        plain_prompt(vlm_, picture, text)["input_ids"].shape[1] for picture, text in zip(images, QUESTIONS)
+    )
+    new = ids.shape[1]
+    with torch.no_grad():
+        vlm.hidden_states(replace(vlm_, context=longest + new), inputs, ids, mask)
+        with pytest.raises(
+            RecordError, match=f"^{longest} tokens of prompt and image and {new} of the reply"
+        ):
+            vlm.hidden_states(replace(vlm_, context=longest + new - 1), inputs, ids, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Sampling.
 
 
@@ -1264,7 +1374,7 @@ def test_a_prompt_without_an_image_is_encoded_alike_before_and_after_one_with(vl
     text = vlm_.tokenizer(
         ["What does the scan show?", "Hm"], padding=True, padding_side="left", return_tensors="pt"
     )
-    text = {k: text[k] for k in ("input_ids", "attention_mask")}
+    text = vlm.Inputs({k: text[k] for k in ("input_ids", "attention_mask")}, [])
     ids, mask = vlm.encode_continuations(vlm_, ANSWERS[:4])
     with torch.no_grad():
         vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES[1:], TEXTS[1:]), [1, 2], 2)
