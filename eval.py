@@ -103,25 +103,17 @@ class Batch(NamedTuple):
     prompts: object = None
     # With blank images, for `blind`.
     blank: object = None
-    # For `scores`, by number of options: [(indices in `asked`, their prompts)].
-    by_options: list = ()
 
 
-def prepare_batch(model, rows, blind=False, scores=False):
+def prepare_batch(model, rows, blind=False):
     """Records → a Batch for predict_batch with the same options."""
     too_long = model.find_too_long(rows) if model.find_too_long else {}
     asked = [record for i, record in enumerate(rows) if i not in too_long]
     if not asked:
         return Batch(rows, asked)
     images, texts = open_images(record["image"] for record in asked), [policy_prompt(r) for r in asked]
-    prompts, by_options = model.encode(images, texts), []
     blank = model.encode([blank_like(image) for image in images], texts) if blind else None
-    # Questions with equally many options are one group of equally many continuations.
-    for n in sorted({len(record["options"]) for record in asked if "options" in record} if scores else ()):
-        index = [i for i, record in enumerate(asked) if len(record.get("options", ())) == n]
-        own = [images[i] for i in index], [texts[i] for i in index]
-        by_options.append((index, model.encode(*own) if len(index) < len(asked) else prompts))
-    return Batch(rows, asked, prompts, blank, by_options)
+    return Batch(rows, asked, model.encode(images, texts), blank)
 
 
 def predict_batch(model, batch, blind=False, scores=False, samples=0, temperature=1.0, seed=0):
@@ -140,12 +132,9 @@ def predict_batch(model, batch, blind=False, scores=False, samples=0, temperatur
         replies = model.respond(batch.prompts, seeds, temperature, group=samples)
         drawn = [replies[i : i + samples] for i in range(0, len(replies), samples)]
         rows = [row | {"samples": parse_predictions(row, own)} for row, own in zip(rows, drawn)]
-    if scores:
-        # None for open questions.
-        rows = [row | {"option_logps": None, "option_tokens": None} for row in rows]
-    for index, prompts in batch.by_options:
-        for i, logps, tokens in zip(index, *model.score(prompts, [rows[i] for i in index])):
-            rows[i] |= {"option_logps": logps, "option_tokens": tokens}
+    if scores and rows:
+        scored = zip(rows, model.score(batch.prompts, rows))
+        rows = [row | {"option_logps": logps, "option_tokens": tokens} for row, (logps, tokens) in scored]
     return with_those_not_asked(batch, rows, blind, scores, samples)
 
 
@@ -327,10 +316,14 @@ def answer(args):
     else:
         pixels = args.min_pixels, args.max_pixels
         model = open_model(args.model, args.max_new_tokens, pixels, images)
-    which = {"blind": args.blind, "scores": args.scores}
-    drawn = {"samples": args.samples, "temperature": args.temperature, "seed": args.seed}
-    prepare = functools.partial(prepare_batch, model, **which)
-    work = functools.partial(predict_batch, model, **which, **drawn)
+    drawn = {
+        "scores": args.scores,
+        "samples": args.samples,
+        "temperature": args.temperature,
+        "seed": args.seed,
+    }
+    prepare = functools.partial(prepare_batch, model, blind=args.blind)
+    work = functools.partial(predict_batch, model, blind=args.blind, **drawn)
     run.announce(f"{len(questions)} questions to answer", args.endpoint)
     # Those about one image stand together: it is encoded once for them.
     first = {image: i for i, image in reversed([*enumerate(images)])}

@@ -169,8 +169,10 @@ def encode_with_blank(backbone, likelihood, images, prompts, encode=vlm.encode_b
     return EncodedPrompts(inputs, encode(backbone, [blank_like(image) for image in images], prompts, "cpu"))
 
 
-def compute_features(backbone, encoded, responses):
-    """B images and prompts, N = B·G responses → the heads' features: (N, 30) likelihoods, or states (N, D).
+def compute_features(backbone, encoded, responses, owner=None):
+    """B images and prompts, N responses → the heads' features: (N, 30) likelihoods, or states (N, D).
+
+    owner: as vlm.hidden_states takes it. By default each prompt has N / B responses.
 
     Three series over the tokens: log p; log p + entropy, how much less likely a token is than the backbone
     expected there (free wording costs nothing, contradicting the image does); log p with the image minus
@@ -178,12 +180,14 @@ def compute_features(backbone, encoded, responses):
     """
     ids, mask = vlm.encode_continuations(backbone, responses)  # (N, C)
     inputs = encoded.inputs.to(backbone.device)
-    states = vlm.hidden_states(backbone, inputs, ids, mask)  # (N, C+1, D)
+    states = vlm.hidden_states(backbone, inputs, ids, mask, owner)  # (N, C+1, D)
     if encoded.blank is None:
         # The state after the end of turn.
         return states[torch.arange(len(ids)), mask.sum(1)].float()  # (N, D)
     logps, entropy = vlm.token_logps(backbone, inputs, ids, mask, states=states)  # (N, C)
-    blank_logps, _ = vlm.token_logps(backbone, encoded.blank.to(backbone.device), ids, mask)  # (N, C)
+    blank = encoded.blank.to(backbone.device)
+    states = vlm.hidden_states(backbone, blank, ids, mask, owner)
+    blank_logps, _ = vlm.token_logps(backbone, blank, ids, mask, states=states)  # (N, C)
     answer = answer_mask(backbone, responses, mask)
     # The reasoning (or the whole report) and the answer.
     parts = mask.bool() & ~answer, mask.bool() & answer
@@ -240,9 +244,9 @@ class RewardModel:
         """encode(images, prompts) → EncodedPrompts, which a thread or another process may call."""
         return functools.partial(encode_with_blank, for_preparing(self.backbone), self.likelihood, **options)
 
-    def features(self, encoded, responses):
+    def features(self, encoded, responses, owner=None):
         """The heads' features (N, F). Raises ModelError if they are not finite."""
-        features = compute_features(self.backbone, encoded, responses)
+        features = compute_features(self.backbone, encoded, responses, owner)
         broken = (~features.isfinite()).any(1).nonzero()[:, 0].tolist()
         if broken:
             response = textwrap.shorten(responses[broken[0]], 80, placeholder=" ...")
@@ -254,9 +258,15 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, encoded, responses):
-        out = self.heads(self.features(encoded, responses))  # (N, 4)
-        scores = torch.cat([denormalise_reward(out[:, :1]), out[:, 1:].sigmoid()], 1)
-        return dict(zip(HEADS, scores.T.tolist()))
+        B = vlm.count_prompts(encoded.inputs)
+        pairs = [(n * B // len(responses), response) for n, response in enumerate(responses)]
+        # Late in training many responses to a question are equal: each is computed once.
+        different = list(dict.fromkeys(pairs))
+        owner, texts = zip(*different)
+        out = self.heads(self.features(encoded, texts, list(owner) if len(texts) > B else None))  # (n, 4)
+        scores = torch.cat([denormalise_reward(out[:, :1]), out[:, 1:].sigmoid()], 1).tolist()
+        score_of = dict(zip(different, scores))
+        return dict(zip(HEADS, map(list, zip(*(score_of[pair] for pair in pairs)))))
 
     def save(self, folder):
         loading.save(self.backbone, os.path.join(folder, "backbone"))
@@ -300,20 +310,19 @@ def encode_groups(encode, groups):
     return groups, encode(images, [prompt_of(record) for record, _ in groups])
 
 
-def group_features(model, encoded, G=None):
+def group_features(model, encoded, batch=None):
     """Features of all responses, (n, F), and the (record, level) of each. Each prompt is prefilled once.
 
-    encoded: from encode_groups. `G`: compute as if the largest group had so many responses.
+    encoded: from encode_groups. batch: the groups of all processes, if they must make the same passes.
     """
     groups, prompts = encoded
-    # The model takes equally many responses to each prompt, so a smaller group repeats its own.
-    G = G or max(len(labelled) for _, labelled in groups)
-    responses = []
-    for _, labelled in groups:
-        responses += [response for _, response in itertools.islice(itertools.cycle(labelled), G)]
-    found = model.features(prompts, responses)  # (B·G, F)
-    features = [found[b * G : b * G + len(labelled)] for b, (_, labelled) in enumerate(groups)]
-    return torch.cat(features), [(record, level) for record, labelled in groups for level, _ in labelled]
+    owner = [b for b, (_, labelled) in enumerate(groups) for _ in labelled]
+    if all(len(labelled) == 1 for _, labelled in batch or groups):
+        # One pass over prompt and response.
+        owner = None
+    responses = [response for _, labelled in groups for _, response in labelled]
+    rows = [(record, level) for record, labelled in groups for level, _ in labelled]
+    return model.features(prompts, responses, owner), rows
 
 
 def collect_features(model, groups, args, accelerator, progress=iter):
@@ -433,9 +442,8 @@ def prefetch_groups(model, groups, steps, args, accelerator):
 
 def joint_loss(model, batch, encoded, weight, accelerator):
     """This process's part, `encoded`, of the loss of a batch of groups, through the backbone."""
-    G = max(len(labelled) for _, labelled in batch)
     with accelerator.autocast():
-        x, rows = group_features(model, encoded, G)
+        x, rows = group_features(model, encoded, batch)
     y = targets_of([level for _, level in rows], x.device)
     whole = targets_of([level for _, labelled in batch for level, _ in labelled], x.device)
     return reward_loss(model.heads(x), y, whole) * weight

@@ -70,7 +70,7 @@ def ask_server(ask, max_new_tokens, prompts, seeds=None, temperature=0, group=1)
 
 
 def compute_option_logps(vlm_, prompts, questions):
-    """Of B questions with n options each: Σ log π (nats) and number of tokens of each option, lists (B, n).
+    """[(Σ log π in nats, number of tokens)] of B questions, each a list over its options, or None without.
 
     An option follows the prompt as an answer without reasoning, and ends with its closing tag: without the
     tag, `CT` would be as probable as all that begins with `CT`. Only the option and the tag count. Image and
@@ -81,8 +81,11 @@ def compute_option_logps(vlm_, prompts, questions):
     from medgr2 import vlm
 
     head, tail = format_response(None, "\n").split("\n")
-    n = len(questions[0]["options"])
-    options = [option + tail for question in questions for option in question["options"]]
+    numbers = [len(question.get("options", ())) for question in questions]
+    owner = [b for b, n in enumerate(numbers) for _ in range(n)]
+    if not owner:
+        return [(None, None)] * len(questions)
+    options = [option + tail for question in questions for option in question.get("options", ())]
     option_ids, option_mask = vlm.encode_continuations(vlm_, options, end=False)  # (B·n, C)
     head_ids = vlm.encode_continuations(vlm_, [head], end=False)[0].expand(len(options), -1)  # (B·n, H)
     ids = torch.cat([head_ids, option_ids], 1)  # (B·n, H+C)
@@ -90,7 +93,8 @@ def compute_option_logps(vlm_, prompts, questions):
     scored = torch.cat([torch.zeros_like(head_ids), option_mask], 1)  # (B·n, H+C)
     prompts = prompts.to(vlm_.device)  # (B, P)
     with torch.no_grad():
-        states = vlm.hidden_states(vlm_, prompts, ids, mask)
+        states = vlm.hidden_states(vlm_, prompts, ids, mask, owner)
         # Zero for the tokens that are not scored.
         logps, _ = vlm.token_logps(vlm_, prompts, ids, scored, states=states)  # (B·n, H+C)
-    return logps.double().sum(1).view(-1, n).tolist(), scored.sum(1).view(-1, n).tolist()
+    found = zip(logps.double().sum(1).split(numbers), scored.sum(1).split(numbers))
+    return [(sums.tolist() or None, tokens.tolist() or None) for sums, tokens in found]

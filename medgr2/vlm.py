@@ -210,7 +210,12 @@ def count_prompts(inputs):
 
 def repeat_prompts(vlm, inputs, group):
     """Inputs with `group` rows per prompt, encoded again: in many models an image has no row to repeat."""
-    return collate_prompts(vlm, [prompt for prompt in inputs.prompts for _ in range(group)])
+    return select_prompts(vlm, inputs, [b for b in range(count_prompts(inputs)) for _ in range(group)])
+
+
+def select_prompts(vlm, inputs, owner):
+    """Inputs of these prompts, encoded again."""
+    return collate_prompts(vlm, [inputs.prompts[b] for b in owner])
 
 
 def preprocess(vlm, images, texts):
@@ -542,20 +547,28 @@ def decode_step(vlm, prefix, ids, mask):
     return vlm.model.base_model(input_ids=ids, **state, **positions).last_hidden_state
 
 
-def hidden_states(vlm, inputs, ids, mask):
+def hidden_states(vlm, inputs, ids, mask, owner=None):
     """Hidden states of N = B·G continuations (N, C). A prompt is encoded once if its prefix can be shared.
 
+    owner: N numbers, each continuation's prompt, if prompts have different numbers of them.
     Returns (N, C+1, D): position c predicts token c, and position C follows the last one. It is garbage where
     `mask` is 0; the state after a shorter continuation is at position mask.sum().
     """
     require_context(vlm, inputs, ids.shape[1])
-    group = ids.shape[0] // count_prompts(inputs)
+    group = 0 if owner else ids.shape[0] // count_prompts(inputs)
     if group == 1 and inputs.questions:
         return states_of_questions(vlm, prefill_rows(vlm, inputs)[0], inputs.questions, ids, mask)
-    if group > 1 and vlm.can_share_prefix:
-        prefix, last = prefill(vlm, inputs, group)
-        return torch.cat([last[:, None], decode_step(vlm, prefix, ids, mask)], 1)
-    return plain_hidden_states(vlm, repeat_prompts(vlm, inputs, group) if group > 1 else inputs, ids, mask)
+    if group == 1:
+        return plain_hidden_states(vlm, inputs, ids, mask)
+    if not vlm.can_share_prefix:
+        rows = select_prompts(vlm, inputs, owner) if owner else repeat_prompts(vlm, inputs, group)
+        return plain_hidden_states(vlm, rows, ids, mask)
+    prefix, last = prefill(vlm, inputs, group or 1)
+    if owner:
+        owner = torch.tensor(owner, device=ids.device)
+        prefix.select(owner)
+        last = last[owner]
+    return torch.cat([last[:, None], decode_step(vlm, prefix, ids, mask)], 1)
 
 
 def states_of_questions(vlm, prefix, questions, ids, mask):

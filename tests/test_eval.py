@@ -244,8 +244,8 @@ def policy():
 
 
 def predict(model, rows, blind=False, scores=False, **drawn):
-    which = {"blind": blind, "scores": scores}
-    return evaluation.predict_batch(model, evaluation.prepare_batch(model, rows, **which), **which, **drawn)
+    batch = evaluation.prepare_batch(model, rows, blind)
+    return evaluation.predict_batch(model, batch, blind, scores, **drawn)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import reward
-from medgr2 import levels, loading, measures, records, selection, vlm
+from medgr2 import levels, loading, measures, records, rollouts, selection, vlm
 from medgr2.errors import ModelError, RecordError, RunError
 from medgr2.images import open_image
 from medgr2.prompts import format_response, policy_prompt, reference_response
@@ -340,6 +340,35 @@ def test_encoding_a_question_once_for_many_responses_changes_no_feature(backbone
             alone = torch.cat([model.features(asked, [text]) for _, text in labelled])
             shared = torch.stack([x for x, (r, _) in zip(features, order) if r["id"] == record["id"]])
             assert torch.allclose(alone, shared, atol=2e-3, rtol=1e-3)
+
+
+def test_equal_responses_to_a_question_are_computed_once_and_have_equal_scores(backbone, rows, monkeypatch):
+    torch.manual_seed(0)
+    model = reward.RewardModel(backbone, reward.Heads(reward.feature_width(backbone, True), 8), True)
+    asked = model.encoder()(*rollouts.open_rows(rows[:2]))
+    computed, features = [], reward.compute_features
+
+    def count(backbone, encoded, responses, owner=None):
+        computed.append((list(responses), owner))
+        return features(backbone, encoded, responses, owner)
+
+    monkeypatch.setattr(reward, "compute_features", count)
+    # The first question has two responses three times, the second the same ones and two more.
+    texts = ["a", "b", "a", "b", "a", "b", "a", "b", "c", "d", "a", "b"]
+    model.heads.standardise(model.features(asked, texts))
+    # In the middle of the range, where nothing is clamped.
+    model.heads.out.bias.data.fill_(0.5)
+    computed.clear()
+    scores = model(asked, texts)
+    assert len(set(scores["overall"])) == 6
+    assert computed == [(["a", "b", "a", "b", "c", "d"], [0, 0, 1, 1, 1, 1])]
+    for n, text in enumerate(texts):
+        alone = model(model.encoder()(*rollouts.open_rows([rows[n // 6]])), [text])
+        assert {head: values[n] for head, values in scores.items()} == pytest.approx(
+            {head: value for head, (value,) in alone.items()}, abs=1e-3
+        )
+    computed.clear()
+    assert len(set(model(asked, ["a"] * 12)["overall"])) == 2 and computed == [(["a", "a"], None)]
 
 
 def test_a_saved_reward_model_scores_the_same(backbone, rows, tmp_path):

@@ -900,6 +900,23 @@ def test_questions_about_one_image_have_the_log_probabilities_of_plain_rows(vlm_
     assert not (inputs.questions.ids == vlm_.model.config.image_token_id).any()
 
 
+@pytest.mark.parametrize("shares", ["images", "prompts", "nothing"])
+def test_prompts_may_have_different_numbers_of_continuations(vlm_, shares):
+    owner, able = (
+        [0, 2, 2, 4, 4, 4],
+        replace(vlm_, prefix_sharing="never" if shares == "nothing" else "always"),
+    )
+    asked = [IMAGES[i] for i in ABOUT], QUESTIONS
+    inputs = (by_image(vlm_)[0]) if shares == "images" else vlm.encode_prompts(able, *asked)
+    ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
+    with torch.no_grad():
+        states = vlm.hidden_states(able, inputs, ids, mask, owner)
+        logps, entropy = vlm.token_logps(able, inputs, ids, mask, states=states)
+        own = [[part[b] for b in owner] for part in asked]
+        plain = plain_logps(vlm_, *own, ids, mask)
+    assert largest(logps - plain[0]) < 1e-4 and largest(entropy - plain[1]) < 1e-4
+
+
 def test_questions_about_one_image_are_answered_as_if_asked_alone(vlm_):
     inputs, *_, images = by_image(vlm_)
     for settings in ({"seeds": [3, 1, 4, 1, 5]}, {"seeds": None, "temperature": 0}):
