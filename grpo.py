@@ -100,7 +100,7 @@ def parse_args():
     cli.add_switch(p, "--gradient-checkpointing", "recompute activations: less memory, more time")
     patience = "end the run after this many steps in a row without any reward, or with most responses cut"
     p.add_argument("--patience", type=cli.number(int, 0), default=20, help=f"{patience}; 0 never")
-    p.add_argument("--watch-every", type=count, default=10, help="steps between accuracy checks on --val")
+    p.add_argument("--watch-every", type=count, default=25, help="steps between accuracy checks on --val")
     p.add_argument("--watch-items", type=count, default=200, help="records of --val to check")
     skip = "at a bad line or unreadable image of --data, or a record too long: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)

@@ -21,14 +21,14 @@ Writes  the page, the same bytes for the same input; report_template.html has it
 import base64
 import glob
 import hashlib
+import heapq
 import io
 import json
 import os
-import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from medgr2 import cli, records
+from medgr2 import cli, records, runs
 from medgr2.errors import RecordError, RunError
 from medgr2.images import hash_image, open_image, require_file
 from medgr2.prompts import is_match
@@ -324,6 +324,30 @@ def thin_out(points):
 # Items: {RECORD_FIELDS, "set", "path" of the image, then "responses" or "accepted"}.
 
 
+class Draw:
+    """At most `limit` of all items, drawn by `seed`, in the order of the files. Only they are in memory.
+
+    An item's random number follows from its key, and the lowest numbers win: so an item of several files is
+    drawn in all of them or in none.
+    """
+
+    def __init__(self, limit, seed):
+        self.limit, self.seed, self.items = limit, seed, {}
+        # The numbers of all items, and those of the drawn ones, the highest first.
+        self.numbers, self.highest = set(), []
+
+    def get(self, key, item):
+        """The drawn item with this key, which is `item` if it is new; None if it is not drawn."""
+        if key not in self.items:
+            number = runs.seed_of(self.seed, *key)
+            self.numbers.add(number)
+            self.items[key] = item
+            heapq.heappush(self.highest, (-number, key))
+            if len(self.items) > self.limit:
+                del self.items[heapq.heappop(self.highest)[1]]
+        return self.items.get(key)
+
+
 def make_item(row, name):
     return {field: row[field] for field in RECORD_FIELDS if field in row} | {
         "set": name,
@@ -331,36 +355,30 @@ def make_item(row, name):
     }
 
 
-def read_evaluated(files, root=None):
+def read_evaluated(draw, files, root=None):
     """An item per question, with the response of each file that has it: the same id, image and texts."""
-    items = {}
     for label, path in files:
         for row in records.read_records(path, ("id", "question", "answer", "prediction"), root):
             key = (row["id"], row["question"], row["answer"], row.get("image_hash", row.get("image")))
-            item = items.setdefault(key, make_item(row, "evaluated") | {"responses": []})
+            item = draw.get(key, make_item(row, "evaluated") | {"responses": []})
+            if item is None:
+                continue
             correct = row.get("correct", is_match(row["prediction"], row["answer"]))
             response = {field: row[field] for field in RESPONSE_FIELDS if row.get(field) is not None}
             item["responses"].append({"run": label, "correct": bool(correct), **response})
-    return list(items.values())
 
 
-def read_scored(files, root=None):
+def read_scored(draw, files, root=None):
     """An item per scored candidate, `accepted` if the accepted.jsonl beside the file, if any, has its id."""
-    items = []
     for label, path in files:
         accepted, beside = None, os.path.join(os.path.dirname(path), "accepted.jsonl")
         if os.path.isfile(beside):
             accepted = {row["id"] for row in records.read_records(beside, root=records.ANYWHERE)}
         for row in records.read_records(path, ("id", "question", "answer", "reward"), root):
             item = make_item(row, label)
-            items.append(item if accepted is None else item | {"accepted": row["id"] in accepted})
-    return items
-
-
-def draw_items(items, limit, seed):
-    """At most `limit` of the items, drawn by `seed`, in their order."""
-    drawn = sorted(random.Random(seed).sample(range(len(items)), min(limit, len(items))))
-    return [items[i] for i in drawn]
+            draw.get(
+                (label, row["id"]), item if accepted is None else item | {"accepted": row["id"] in accepted}
+            )
 
 
 def thumbnail(path, side):
@@ -453,14 +471,15 @@ def main(args):
         raise RunError("--items, --thumbnail: give a number of items, and at least 1 pixel")
     files = gather_files(args.run, {kind: getattr(args, kind) for kind in KINDS})
     root = args.image_root or args.run
-    found = read_evaluated(files["predictions"], root) + read_scored(files["scored"], root)
-    drawn = draw_items(found, args.items, args.seed)
-    items, images, missing = embed_images(drawn, args.thumbnail)
+    draw = Draw(args.items, args.seed)
+    read_evaluated(draw, files["predictions"], root)
+    read_scored(draw, files["scored"], root)
+    items, images, missing = embed_images(draw.items.values(), args.thumbnail)
     title = args.title or (os.path.basename(os.path.abspath(args.run)) if args.run else "Report")
     curve_files = [f for f in files["metrics"] if f[1].endswith(".jsonl")]
     data = {
         "title": title,
-        "total": len(found),
+        "total": len(draw.numbers),
         "items": items,
         "images": images,
         "runs": [label for label, _ in files["predictions"]],
@@ -474,8 +493,8 @@ def main(args):
     if missing:
         more = ", ..." * (len(missing) > 1)
         print(f"{len(missing)} images cannot be read, their items have none: {missing[0]}{more}")
-    share = f" of {len(found)} (drawn with --seed {args.seed}; --items to hold more)"
-    counts = f"{len(items)} items{share if len(items) < len(found) else ''}, {len(images)} images"
+    share = f" of {len(draw.numbers)} (drawn with --seed {args.seed}; --items to hold more)"
+    counts = f"{len(items)} items{share if len(items) < len(draw.numbers) else ''}, {len(images)} images"
     print(f"{args.out}: {counts}, {len(text) / 2**20:.1f} MiB")
 
 

@@ -43,10 +43,14 @@ NEAR, HARMLESS = "near-duplicate", "same question, other image"
 # What `refuse_leakage` refuses, and all kinds in the order of the table.
 LEAKS = (SAME_FILE, SAME_PIXELS, SAME_BOTH)
 KINDS = (SAME_FILE, SAME_PIXELS, NEAR, SAME_BOTH, HARMLESS)
+# The fields of a record that are compared or written.
+COMPARED = ("id", "image", "question")
 # Bits of the perceptual hash, and the difference in grey levels that counts as none.
 BITS, NOISE = 128, 2
 # Up to so many different bits two images are near each other.
 NEAR_BITS = 4
+# Images that wait for a thread.
+WAITING = 1024
 # Leaks that an error message names.
 NAMED_LEAKS = 3
 
@@ -75,7 +79,10 @@ def fingerprint_images(*sides):
     paths = sorted({record["image"] for side in sides for _, record in side})
     # Threads help: hashing and decoding release Python's lock.
     with ThreadPoolExecutor() as pool:
-        return dict(zip(progress(paths, "images"), pool.map(fingerprint, paths)))
+        # Some at a time, because each waits in memory for its turn.
+        waiting = (paths[i : i + WAITING] for i in range(0, len(paths), WAITING))
+        found = (one for part in waiting for one in pool.map(fingerprint, part))
+        return dict(zip(progress(paths, "images"), found))
 
 
 def difference_hash(image):
@@ -89,13 +96,14 @@ def difference_hash(image):
     return np.packbits(brighter).view(np.uint64)
 
 
-def closest(test, train, chunk=256):
+def closest(test, train, pairs=1 << 21):
     """Index and distance in bits of the closest of `train` (m, 2) to each hash of `test` (n, 2): (n,), (n,).
 
     Of equally close ones, the first.
     """
     index, distance = np.zeros(len(test), int), np.zeros(len(test), int)
-    # A chunk of (chunk, m) at a time: 10,000 x 10,000 at once would take 1.6 GB.
+    # So many pairs at a time: 10,000 x 10,000 at once would take 1.6 GB.
+    chunk = max(1, pairs // len(train))
     for i in range(0, len(test), chunk):
         # The sum is at most 128, which uint8 holds.
         bits = sum(np.bitwise_count(test[i : i + chunk, None, w] ^ train[None, :, w]) for w in range(2))
@@ -108,8 +116,12 @@ def closest(test, train, chunk=256):
 
 
 def read_side(files, root=None):
-    """The records of several files as [(file, record)]. Raises RecordError if one has no image."""
-    return [(file, record) for file in files for record in records.read_records(file, ("id", "image"), root)]
+    """[(file, what is compared of a record)] of several files. Raises RecordError if one has no image."""
+    side = []
+    for file in files:
+        for record in records.read_records(file, ("id", "image"), root):
+            side.append((file, {field: record[field] for field in COMPARED if field in record}))
+    return side
 
 
 def finding(kind, test, train, **more):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import sys
 from collections import Counter
 
 from medgr2 import cli
@@ -41,6 +42,8 @@ FIELDS = {
 }
 # The fields that must not be empty if they are there.
 FILLED = ("id", "image", "question", "answer", "report")
+# Fields whose values many records share.
+REPEATED = ("options", "answer", "modality", "task", "source", "paradigm", "generator")
 # What a question record must have: read_records(path, QUESTION).
 QUESTION = ("id", "image", "question", "answer")
 # The range of R, the overall reward.
@@ -118,11 +121,25 @@ def validate_reward(reward):
 
 
 def without_nulls(record):
-    """The record without null fields: pandas and `datasets` write null for what is missing."""
-    kept = {field: value for field, value in record.items() if value is not None or field not in FIELDS}
+    """The record without null fields: pandas and `datasets` write null for what is missing.
+
+    Names and REPEATED texts are one object in all records: a million of them must fit into memory.
+    """
+    kept = {}
+    for field, value in record.items():
+        if value is not None or field not in FIELDS:
+            kept[sys.intern(field)] = share(value) if field in REPEATED else value
     if isinstance(kept.get("reward"), dict):
-        kept["reward"] = {head: value for head, value in kept["reward"].items() if value is not None}
+        heads = kept["reward"].items()
+        kept["reward"] = {sys.intern(head): value for head, value in heads if value is not None}
     return kept
+
+
+def share(value):
+    """Equal texts, also in a list, as one object; anything else as it is."""
+    if type(value) is list:
+        return [sys.intern(text) if type(text) is str else text for text in value]
+    return sys.intern(value) if type(value) is str else value
 
 
 def with_relative_image(record, folder):

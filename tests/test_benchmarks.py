@@ -255,6 +255,7 @@ NAMES = (
     "memory",
     "micro_group",
     "workers",
+    "growth",
     "sharding",
     "logprob",
     "cycle",

@@ -152,7 +152,7 @@ def test_the_closest_hash_is_that_of_counting_bits_one_by_one():
     test = np.concatenate([rng.integers(0, 2**64, (6, 2), np.uint64), train[4:5], ~train[4:5]])
     # All twice: of ties, the first.
     train = np.concatenate([train, train])
-    index, distance = leakage.closest(test, train, chunk=3)
+    index, distance = leakage.closest(test, train, pairs=3 * len(train))
     wide = [[(int(a) << 64) | int(b) for a, b in hashes] for hashes in (test, train)]
     expected = [min((bin(t ^ h).count("1"), k) for k, h in enumerate(wide[1])) for t in wide[0]]
     assert list(zip(distance.tolist(), index.tolist())) == expected and expected[6] == (0, 4)
