@@ -500,9 +500,9 @@ def child(args):
 # All processes. This one imports no torch: its memory when it starts a child would count in the child's peak.
 
 
-def call(name, task, folder, args):
-    """Run a task in a process of its own → its result."""
-    command = [sys.executable, os.path.abspath(__file__), "--child", name, task, folder]
+def call(name, task, folder, args, script=__file__):
+    """Run a script's task in a process of its own → its result."""
+    command = [sys.executable, os.path.abspath(script), "--child", name, task, folder]
     command += ["--threads", str(args.threads)]
     command += ["--steps", str(args.steps)] if args.steps else []
     env = os.environ | {
