@@ -48,8 +48,10 @@ def thaw(x):
     kind, *parts = x
     if kind == "tensor":
         shape, stride, dtype, device = parts
-        new = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        return new.normal_(std=0.02) if dtype.is_floating_point else new.zero_()
+        # Of an expanded tensor many elements are one.
+        length = 1 + sum((n - 1) * step for n, step in zip(shape, stride))
+        flat = torch.ones(length, dtype=dtype, device=device)
+        return (flat.normal_(std=0.02) if dtype.is_floating_point else flat).as_strided(shape, stride)
     if kind == "dict":
         return {key: thaw(value) for key, value in parts}
     return list(map(thaw, parts)) if kind == "list" else parts[0]

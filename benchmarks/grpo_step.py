@@ -8,6 +8,7 @@ AdamW. The vision tower and the projector are frozen on both sides, as in grpo.p
     ours     the functions of grpo.py's step, as its main calls them; its default micro-batch of 8 questions
     trl      GRPOTrainer, tuned: no gradient checkpointing, our dtype, the largest micro-batch (ROWS)
     default  GRPOTrainer's defaults: gradient checkpointing, bf16 autocast, 8 responses per micro-batch
+    floor    matrix products and attention of our step by themselves (benchmarks/floor.py)
 
 Only what the comparison needs is set on both sides: the above, and no learning-rate schedule. TRL takes
 images from a datasets.Dataset of files, as is usual with it; we take them from the files. The models are
@@ -339,6 +340,7 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None,
     """Our step, as grpo.py's main does it: `steps` after one to warm up, or the gradient of the check."""
     from dataclasses import replace
 
+    import floor
     import torch
     from accelerate import Accelerator
 
@@ -355,7 +357,9 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None,
     groups = {"mask_truncated": False, "scale_rewards": "group"}
     sizes = {"micro_batch": micro_batch, "micro_group": micro_group, "gradient_checkpointing": checkpointing}
     args = argparse.Namespace(clip=1.0, **sizes, **loss, **groups)
-    for step in range(1 + steps):
+
+    def take(step):
+        """A step → its groups; the check only leaves its gradient and returns the metrics."""
         part = rows[step * row.prompts : (step + 1) * row.prompts]
         batch = rollouts.Batch(step, part, vlm.preprocess(policy, *rollouts.open_rows(part)), None)
         with accelerator.autocast():
@@ -366,15 +370,25 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None,
         counts = grpo.count_batch(groups, C, accelerator)
         if check:
             # TRL's log-probs are over all tokens, banned ones included.
-            policy = replace(policy, banned_ids=[])
-            _, metrics = grpo.policy_gradient(policy, groups, counts, args, accelerator)
-            torch.save({n: p.grad for n, p in parameters.items()}, os.path.join(folder, "gradient.pt"))
-            return {"loss": metrics["loss"], "grad_norm": norm_of(p.grad for p in parameters.values())}
+            learner = replace(policy, banned_ids=[])
+            return grpo.policy_gradient(learner, groups, counts, args, accelerator)[1]
         grpo.update_policy(policy, optimizer, groups, counts, LR, args, accelerator)
+        return groups
+
+    if check:
+        metrics = take(0)
+        torch.save({n: p.grad for n, p in parameters.items()}, os.path.join(folder, "gradient.pt"))
+        return {"loss": metrics["loss"], "grad_norm": norm_of(p.grad for p in parameters.values())}
+    for step in range(1 + steps):
+        groups = take(step)
         meter.tick()
+    result = meter.result()
+    with floor.record() as recorder:
+        take(0)
+    result["floor_seconds"] = floor.measure(recorder.calls)
     prompt_tokens = max(g.prompt.inputs["input_ids"].shape[1] for g in groups)
     size = {"parameters": sum(p.numel() for p in policy.model.parameters()), "prompt_tokens": prompt_tokens}
-    return meter.result() | size | {"response_tokens": int(sum(g.mask.sum() for g in groups))}
+    return result | size | {"response_tokens": int(sum(g.mask.sum() for g in groups))}
 
 
 def norm_of(gradients):
@@ -576,6 +590,9 @@ def row_cells(name, row):
             low, high = ratios["seconds"]["low"], ratios["seconds"]["high"]
             cells[f"{side}/ours"] = f"{ratios['seconds']['median']:.1f} ({low:.1f}-{high:.1f})"
             cells[f"{side}/ours growth"] = ratios["growth_bytes"]["median"]
+    if "floor_seconds" in rounds[0]["ours"]:
+        above = [turn["ours"]["seconds"] / turn["ours"]["floor_seconds"] for turn in rounds]
+        cells["ours/floor"] = f"{statistics.median(above):.2f}"
     return cells | {"cosine": f"{row['same_work']['trl']['cosine']:.7f}"}
 
 
