@@ -79,7 +79,7 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from medgr2 import context, loading, parallel, vlm
+from medgr2 import context, encoding, loading, parallel, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # What to ask.
@@ -191,14 +191,14 @@ def encode_drafts(generator, group, drafts):
     """The Inputs of a model on this machine, on the CPU. `group` consecutive drafts share a prompt."""
     asked = drafts[::group]
     prompts = [generator_prompt(draft["paradigm"], draft["task"]) for draft in asked]
-    return vlm.encode_by_image(generator, images_of(asked), prompts, "cpu")
+    return encoding.encode_by_image(generator, images_of(asked), prompts, "cpu")
 
 
 def ask_model(drafts, inputs, generator, temperature, max_new_tokens, group):
     """Ask a model on this machine. Each image is prefilled once, each prompt once for its `group` drafts."""
     inputs, seeds = inputs.to(generator.device), [draft["seed"] for draft in drafts]
     ids, mask, truncated = vlm.sample(generator, inputs, seeds, max_new_tokens, temperature, group)  # (N, C)
-    return list(zip(vlm.decode(generator, ids, mask), truncated.tolist()))
+    return list(zip(encoding.decode(generator, ids, mask), truncated.tolist()))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ if __name__ == "__main__":
 import torch
 from accelerate.utils import gather_object
 
-from medgr2 import adapters, context, loading, rollouts, sharding, vlm
+from medgr2 import adapters, context, encoding, loading, rollouts, sharding, vlm
 from medgr2.watch import Watch
 from reward import RewardModel, normalise_reward
 from triton_ops import LossInputs, linear_grpo_loss
@@ -201,7 +201,7 @@ class Group:
 
     # Sampled; C counts the end of turn too. `texts` are the decoded ids.
     record: dict
-    prompt: vlm.Prompt
+    prompt: encoding.Prompt
     ids: torch.Tensor  # (G, C)
     mask: torch.Tensor  # (G, C)
     truncated: torch.Tensor  # (G,)
@@ -224,11 +224,11 @@ class Group:
 
 def sample_groups(policy, batch, group, max_new_tokens, seed):
     """G responses to each of the batch's records. A row's randomness does not depend on the batch."""
-    prompts = vlm.encode_images(policy, batch.inputs)
+    prompts = encoding.encode_images(policy, batch.inputs)
     seeds = [runs.seed_of(seed, batch.cursor, r["id"], g) for r in batch.rows for g in range(group)]
-    inputs = vlm.collate_prompts(policy, prompts)
+    inputs = encoding.collate_prompts(policy, prompts)
     ids, mask, truncated = vlm.sample(policy, inputs, seeds, max_new_tokens, 1.0, group)  # (P·G, C)
-    texts, groups = vlm.decode(policy, ids, mask), []
+    texts, groups = encoding.decode(policy, ids, mask), []
     for b, (record, prompt) in enumerate(zip(batch.rows, prompts)):
         rows = slice(b * group, (b + 1) * group)
         parsed = [parse_response(text, record.get("options")) for text in texts[rows]]
@@ -311,7 +311,7 @@ def count_batch(groups, max_new_tokens, accelerator):
 def collate(model, groups):
     """B groups → the inputs of their prompts, ids and mask of their responses (B·G, C)."""
     ids = rollouts.stack(groups, "ids", model.tokenizer.pad_token_id)
-    return vlm.collate_prompts(model, [g.prompt for g in groups]), ids, rollouts.stack(groups, "mask")
+    return encoding.collate_prompts(model, [g.prompt for g in groups]), ids, rollouts.stack(groups, "mask")
 
 
 @torch.no_grad()

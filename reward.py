@@ -127,7 +127,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, mse_loss, pad
 
-from medgr2 import context, loading, parallel, sharding, vlm
+from medgr2 import context, encoding, loading, parallel, sharding, vlm
 
 # ---------------------------------------------------------------------------------------------------------
 # The features.
@@ -137,7 +137,7 @@ def answer_mask(backbone, responses, mask):
     """(N, C) bool: the tokens from `<answer>` to the end of turn; none in a report."""
     answer = torch.zeros(mask.shape, dtype=torch.bool)
     for row, response in zip(answer, responses):
-        # The tokens of vlm.encode_continuations, with the place where each begins in the text.
+        # The tokens of encoding.encode_continuations, with the place where each begins in the text.
         settings = {"add_special_tokens": False, "split_special_tokens": True}
         offsets = backbone.tokenizer(response, return_offsets_mapping=True, **settings)["offset_mapping"]
         start = response.find("<answer>")
@@ -157,11 +157,11 @@ def token_statistics(x, part):
 class EncodedPrompts(NamedTuple):
     """B images and prompts, encoded on the CPU: also with blank images, if the heads take likelihoods."""
 
-    inputs: vlm.Inputs  # (B, P)
-    blank: vlm.Inputs | None  # (B, P)
+    inputs: encoding.Inputs  # (B, P)
+    blank: encoding.Inputs | None  # (B, P)
 
 
-def encode_with_blank(backbone, likelihood, images, prompts, encode=vlm.encode_by_image):
+def encode_with_blank(backbone, likelihood, images, prompts, encode=encoding.encode_by_image):
     """B images and prompts → EncodedPrompts. Images of one size share their blank image."""
     inputs = encode(backbone, images, prompts, "cpu")
     if not likelihood:
@@ -178,7 +178,7 @@ def compute_features(backbone, encoded, responses, owner=None):
     expected there (free wording costs nothing, contradicting the image does); log p with the image minus
     log p with a blank one.
     """
-    ids, mask = vlm.encode_continuations(backbone, responses)  # (N, C)
+    ids, mask = encoding.encode_continuations(backbone, responses)  # (N, C)
     inputs = encoded.inputs.to(backbone.device)
     states = vlm.hidden_states(backbone, inputs, ids, mask, owner)  # (N, C+1, D)
     if encoded.blank is None:
@@ -258,7 +258,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, encoded, responses):
-        B = vlm.count_prompts(encoded.inputs)
+        B = encoding.count_prompts(encoded.inputs)
         pairs = [(n * B // len(responses), response) for n, response in enumerate(responses)]
         # Late in training many responses to a question are equal: each is computed once.
         different = list(dict.fromkeys(pairs))
@@ -428,7 +428,7 @@ def fit_jointly(model, groups, args, run, accelerator):
 def prefetch_groups(model, groups, steps, args, accelerator):
     """For each step: (a batch of groups, this process's share of it, encoded, and its weight)."""
     # A sharded backbone computes in all processes at once, so all make the same passes: plain rows.
-    rng, encode = random.Random(runs.seed_of(args.seed, "fit")), model.encoder(encode=vlm.encode_prompts)
+    rng, encode = random.Random(runs.seed_of(args.seed, "fit")), model.encoder(encode=encoding.encode_prompts)
     drawn = [rng.sample(groups, min(len(groups), args.batch)) for _ in range(args.steps)]
 
     def prepare(step):

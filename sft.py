@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
 import torch
 
-from medgr2 import adapters, context, loading, sharding, vlm
+from medgr2 import adapters, context, encoding, loading, sharding, vlm
 from triton_ops import linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Example(NamedTuple):
 class MicroBatch(NamedTuple):
     """B examples, encoded on the CPU. `tokens`: how many of their response tokens count."""
 
-    inputs: vlm.Inputs  # (B, P)
+    inputs: encoding.Inputs  # (B, P)
     ids: torch.Tensor  # (B, C)
     mask: torch.Tensor  # (B, C)
     tokens: int
@@ -125,7 +125,7 @@ def leave_out_too_long(policy, examples, on_error):
     """The examples that fit into the policy's context."""
 
     def count(example):
-        return vlm.encode_continuations(policy, [example.response])[0].shape[1]
+        return encoding.encode_continuations(policy, [example.response])[0].shape[1]
 
     parts = attrgetter("image"), attrgetter("prompt"), count
     return context.leave_out_too_long(policy, examples, *parts, on_error == "skip")
@@ -150,15 +150,15 @@ def group_by_image(examples):
 def collate(policy, by_image, examples):
     """Examples → a MicroBatch. With by_image it takes two passes, also if no image occurs twice."""
     images, prompts, responses = zip(*examples)
-    ids, mask = vlm.encode_continuations(policy, responses, device="cpu")  # (B, C)
-    encode = functools.partial(vlm.encode_by_image, always=True) if by_image else vlm.encode_prompts
+    ids, mask = encoding.encode_continuations(policy, responses, device="cpu")  # (B, C)
+    encode = functools.partial(encoding.encode_by_image, always=True) if by_image else encoding.encode_prompts
     inputs = encode(policy, open_images(images), prompts, "cpu")  # (B, P)
     return MicroBatch(inputs, ids, mask, int(mask.sum()))
 
 
 def prepare_batch(policy, examples, micro_batch, by_image, accelerator):
     """The examples of a step → (this process's MicroBatches, response tokens of the whole batch)."""
-    tokens = int(vlm.encode_continuations(policy, [e.response for e in examples], device="cpu")[1].sum())
+    tokens = int(encoding.encode_continuations(policy, [e.response for e in examples], device="cpu")[1].sum())
     process, N = accelerator.process_index, accelerator.num_processes
     own = examples[len(examples) * process // N : len(examples) * (process + 1) // N]
     batches = [collate(policy, by_image, part) for part in micro_batches(own, micro_batch, by_image)]

@@ -325,13 +325,13 @@ def given_groups(policy, batch):
     import torch
 
     import grpo
-    from medgr2 import vlm
+    from medgr2 import encoding
 
-    prompts, groups = vlm.encode_images(policy, batch.inputs), []
+    prompts, groups = encoding.encode_images(policy, batch.inputs), []
     completions = fed_completions(policy, len(batch.rows)).to(policy.device).split(G)
     for record, prompt, ids in zip(batch.rows, prompts, completions):
         mask, truncated = torch.ones_like(ids), torch.ones(G, dtype=torch.bool, device=ids.device)
-        texts = vlm.decode(policy, ids, mask)
+        texts = encoding.decode(policy, ids, mask)
         groups.append(grpo.Group(record, prompt, ids, mask, truncated, texts, parsed=[], match=[]))
     return groups
 
@@ -345,7 +345,7 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None,
     from accelerate import Accelerator
 
     import grpo
-    from medgr2 import loading, rollouts, vlm
+    from medgr2 import encoding, loading, rollouts
 
     accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
     policy = unending(loading.load(os.path.join(folder, "model"), accelerator.device))
@@ -361,7 +361,7 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None,
     def take(step):
         """A step → its groups; the check only leaves its gradient and returns the metrics."""
         part = rows[step * row.prompts : (step + 1) * row.prompts]
-        batch = rollouts.Batch(step, part, vlm.preprocess(policy, *rollouts.open_rows(part)), None)
+        batch = rollouts.Batch(step, part, encoding.preprocess(policy, *rollouts.open_rows(part)), None)
         with accelerator.autocast():
             groups = given_groups(policy, batch) if check else grpo.sample_groups(policy, batch, G, C, SEED)
         rewards = [torch.tensor([reward(ids) for ids in g.ids.tolist()]) for g in groups]

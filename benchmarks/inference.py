@@ -107,14 +107,14 @@ def plain_features(policy, rows, texts, size):
     import torch
 
     import reward
-    from medgr2 import vlm
+    from medgr2 import encoding
     from medgr2.images import open_image
 
     found = []
     for i in range(0, len(rows), size):
         part = rows[i : i + size]
         images, prompts = [open_image(row["image"]) for row in part], [policy_prompt(row) for row in part]
-        encoded = reward.encode_with_blank(policy, True, images, prompts, encode=vlm.encode_prompts)
+        encoded = reward.encode_with_blank(policy, True, images, prompts, encode=encoding.encode_prompts)
         found.append(reward.compute_features(policy, encoded, texts[i : i + size]))
     return torch.cat(found)
 
@@ -124,12 +124,12 @@ def plain_features(policy, rows, texts, size):
 
 
 def sampling(policy, rows):
-    from medgr2 import vlm
+    from medgr2 import encoding, vlm
 
     found = {}
     for G, P in SAMPLED.items():
         inputs = plain_inputs(policy, rows[:P])
-        prompts = vlm.Inputs(inputs, [])
+        prompts = encoding.Inputs(inputs, [])
         found[f"sample G = {G}"] = {
             "ours": partial(vlm.sample, policy, prompts, range(P * G), C, group=G),
             "generate": partial(generate, policy, inputs, G, sampled=True),
@@ -164,7 +164,7 @@ def rewards(policy, rows):
 def options(policy, rows):
     import torch
 
-    from medgr2 import answering, vlm
+    from medgr2 import answering, encoding
     from medgr2.images import open_images
 
     rows = [row for row in rows if "options" in row][:OPTIONS]
@@ -173,7 +173,7 @@ def options(policy, rows):
 
     def ours():
         images, prompts = open_images(row["image"] for row in rows), [policy_prompt(row) for row in rows]
-        inputs = vlm.encode_by_image(policy, images, prompts)
+        inputs = encoding.encode_by_image(policy, images, prompts)
         found = answering.compute_option_logps(policy, inputs, rows)
         return [logp for sums, _ in found for logp in sums]
 
@@ -189,9 +189,11 @@ def options(policy, rows):
 def evaluating(policy, sets, size=32):
     """{evaluate NAME: sides} of each {NAME: rows}."""
     import eval as evaluation
-    from medgr2 import answering, vlm
+    from medgr2 import answering, encoding
 
-    model = answering.Model(partial(vlm.encode_by_image, policy), partial(answering.ask_model, policy, C))
+    model = answering.Model(
+        partial(encoding.encode_by_image, policy), partial(answering.ask_model, policy, C)
+    )
 
     def ours(rows):
         first = {row["image"]: i for i, row in reversed([*enumerate(rows)])}

@@ -256,12 +256,12 @@ def tokens(rows, length):
 
 
 def prompts(rows, length):
-    from medgr2 import vlm
+    from medgr2 import encoding
 
     ids, mask = tokens(rows, length)
     # One is padded, as in most batches: a mask is then made, and the keys are repeated for all heads.
     mask[0, 0] = 0
-    return vlm.Inputs({"input_ids": ids, "attention_mask": mask}, [])
+    return encoding.Inputs({"input_ids": ids, "attention_mask": mask}, [])
 
 
 def sample(policy, plan, rows):
@@ -488,7 +488,7 @@ def real_sft(folder, plan, steps=2):
     from accelerate import Accelerator
 
     import sft
-    from medgr2 import adapters, vlm
+    from medgr2 import adapters, encoding, vlm
     from medgr2.images import open_image
     from medgr2.prompts import policy_prompt, reference_response
 
@@ -499,8 +499,8 @@ def real_sft(folder, plan, steps=2):
     rows = (grpo_step.questions(folder) * 2 * plan.micro_batch)[: 2 * plan.micro_batch]
     examples = [sft.Example(r["image"], policy_prompt(r), reference_response(r)) for r in rows]
     images = [open_image(example.image) for example in examples]
-    prompt = vlm.encode_prompts(policy, images, [example.prompt for example in examples])
-    response, _ = vlm.encode_continuations(policy, [example.response for example in examples])
+    prompt = encoding.encode_prompts(policy, images, [example.prompt for example in examples])
+    response, _ = encoding.encode_continuations(policy, [example.response for example in examples])
     meter = grpo_step.Meter(False)
     for _ in range(steps):
         batch = sft.prepare_batch(policy, examples, plan.micro_batch, False, accelerator)

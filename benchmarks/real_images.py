@@ -228,15 +228,15 @@ def pretrain_language(vlm_, role, rows, steps, seed):
     """Phase 2: the mean loss per token of the responses, for projector and decoder."""
     import pretrain
 
-    from medgr2 import vlm
+    from medgr2 import encoding, vlm
 
     rng = random.Random(f"{seed} {role}")
 
     def loss_at(step):
         batch = rng.sample(rows, BATCH)
         prompts, responses = zip(*(example(role, row, rng) for row in batch))
-        ids, mask = vlm.encode_continuations(vlm_, responses)
-        inputs = vlm.encode_prompts(vlm_, [open_image(row["image"]) for row in batch], prompts)
+        ids, mask = encoding.encode_continuations(vlm_, responses)
+        inputs = encoding.encode_prompts(vlm_, [open_image(row["image"]) for row in batch], prompts)
         logps, _ = vlm.token_logps(vlm_, inputs, ids, mask)
         return -logps.sum() / mask.sum()
 

@@ -127,11 +127,11 @@ def trl(row, folder, steps, check=False):
     import transformers
     from trl import SFTConfig, SFTTrainer
 
-    from medgr2 import adapters, vlm
+    from medgr2 import adapters, encoding
 
     policy, seen = adapters.load_to_train(os.path.join(folder, "model"), "cpu", "vision", None), {}
     rows, end = questions(folder), policy.tokenizer.decode([policy.end_id])
-    prompts, _ = vlm.write_chats(policy, [policy_prompt(row) for row in rows])
+    prompts, _ = encoding.write_chats(policy, [policy_prompt(row) for row in rows])
     completions = [reference_response(row) + end for row in rows]
     columns = {"prompt": prompts, "completion": completions, "image": [row["image"] for row in rows]}
     data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
@@ -172,8 +172,11 @@ def trl(row, folder, steps, check=False):
     trainer.train()
     if not check:
         return meter.result()
-    gradients = {name: torch.load(os.path.join(folder, f"gradient-{name}.pt")) for name in (False, True)}
-    return {str(name): compare(own, seen["gradient"]) for name, own in gradients.items()}
+    found = {}
+    for name in ("False", "True"):
+        own = torch.load(os.path.join(folder, f"gradient-{name}.pt"), weights_only=True)
+        found[name] = compare(own, seen["gradient"])
+    return found
 
 
 def child(args):

@@ -27,7 +27,7 @@ def open_model(name, max_new_tokens, pixels=(None, None), images=()):
 
     `images`: the paths of those that it will see, with at least and at most so many `pixels`.
     """
-    from medgr2 import context, loading, vlm
+    from medgr2 import context, encoding, loading
 
     vlm_ = loading.load(name, dtype=loading.best_dtype())
     loading.limit_pixels(vlm_, *pixels)
@@ -35,7 +35,7 @@ def open_model(name, max_new_tokens, pixels=(None, None), images=()):
     parts = {"image_of": itemgetter("image"), "text_of": policy_prompt, "new_of": lambda _: max_new_tokens}
     preparing = for_preparing(vlm_)
     return Model(
-        functools.partial(vlm.encode_by_image, preparing, device="cpu"),
+        functools.partial(encoding.encode_by_image, preparing, device="cpu"),
         functools.partial(ask_model, vlm_, max_new_tokens),
         functools.partial(compute_option_logps, vlm_),
         functools.partial(context.find_too_long, preparing, **parts),
@@ -53,11 +53,11 @@ def pair(images, texts):
 
 
 def ask_model(vlm_, max_new_tokens, prompts, seeds=None, temperature=0, group=1):
-    from medgr2 import vlm
+    from medgr2 import encoding, vlm
 
     prompts = prompts.to(vlm_.device)  # (B, P)
     ids, mask, truncated = vlm.sample(vlm_, prompts, seeds, max_new_tokens, temperature, group)  # (N, C)
-    return list(zip(vlm.decode(vlm_, ids, mask), truncated.tolist()))
+    return list(zip(encoding.decode(vlm_, ids, mask), truncated.tolist()))
 
 
 def ask_server(ask, max_new_tokens, prompts, seeds=None, temperature=0, group=1):
@@ -78,7 +78,7 @@ def compute_option_logps(vlm_, prompts, questions):
     """
     import torch
 
-    from medgr2 import vlm
+    from medgr2 import encoding, vlm
 
     head, tail = format_response(None, "\n").split("\n")
     numbers = [len(question.get("options", ())) for question in questions]
@@ -86,8 +86,8 @@ def compute_option_logps(vlm_, prompts, questions):
     if not owner:
         return [(None, None)] * len(questions)
     options = [option + tail for question in questions for option in question.get("options", ())]
-    option_ids, option_mask = vlm.encode_continuations(vlm_, options, end=False)  # (B·n, C)
-    head_ids = vlm.encode_continuations(vlm_, [head], end=False)[0].expand(len(options), -1)  # (B·n, H)
+    option_ids, option_mask = encoding.encode_continuations(vlm_, options, end=False)  # (B·n, C)
+    head_ids = encoding.encode_continuations(vlm_, [head], end=False)[0].expand(len(options), -1)  # (B·n, H)
     ids = torch.cat([head_ids, option_ids], 1)  # (B·n, H+C)
     mask = torch.cat([torch.ones_like(head_ids), option_mask], 1)  # (B·n, H+C)
     scored = torch.cat([torch.zeros_like(head_ids), option_mask], 1)  # (B·n, H+C)

@@ -4,7 +4,7 @@ import functools
 
 from PIL import Image
 
-from medgr2 import vlm
+from medgr2 import encoding
 from medgr2.errors import require
 from medgr2.images import open_image
 from medgr2.progress import is_first, tell
@@ -46,7 +46,7 @@ def find_too_long(loaded, rows, image_of, text_of, new_of):
         if tokens + new > loaded.context:
             tokens = count_tokens(loaded, open_image(image_of(row)), text)
         if tokens + new > loaded.context:
-            found[i] = vlm.describe_too_long(loaded, tokens, new, text)
+            found[i] = encoding.describe_too_long(loaded, tokens, new, text)
     return found
 
 
@@ -56,7 +56,7 @@ def tell_image_tokens(loaded, paths):
         return
     image_token, costs = loaded.model.config.image_token_id, []
     for size in largest_sizes(paths):
-        inputs = vlm.encode_prompts(loaded, [Image.new("RGB", size)], ["?"], "cpu")
+        inputs = encoding.encode_prompts(loaded, [Image.new("RGB", size)], ["?"], "cpu")
         costs.append((int((inputs["input_ids"] == image_token).sum()), size))
     if costs:
         tokens, (width, height) = max(costs)
@@ -83,4 +83,4 @@ def read_size(path):
 
 
 def count_tokens(loaded, image, text):
-    return vlm.encode_prompts(loaded, [image], [text], "cpu")["attention_mask"].shape[1]
+    return encoding.encode_prompts(loaded, [image], [text], "cpu")["attention_mask"].shape[1]

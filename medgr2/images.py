@@ -102,7 +102,7 @@ def blank_like(image):
     return blank_image(*image.size)
 
 
-# The same object for each size, so that prompts can share it (vlm.encode_by_image).
+# The same object for each size, so that prompts can share it (encoding.encode_by_image).
 @functools.lru_cache(maxsize=64)
 def blank_image(width, height):
     from PIL import Image

@@ -247,11 +247,11 @@ def load_groups(args):
 
 def leave_out_too_long(backbone, groups, on_error):
     """The groups that fit into the backbone's context with each of their responses."""
-    from medgr2 import context, vlm
+    from medgr2 import context, encoding
 
     def count_longest(group):
         responses = [response for _, response in group[1]]
-        return vlm.encode_continuations(backbone, responses)[0].shape[1]
+        return encoding.encode_continuations(backbone, responses)[0].shape[1]
 
     def prompt(group):
         return prompt_of(group[0])

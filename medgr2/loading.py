@@ -17,11 +17,12 @@ from PIL import Image
 from torch.nn.functional import pad
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from medgr2 import training, vlm
+from medgr2 import encoding, training, vlm
+from medgr2.encoding import encode_continuations, encode_prompts
 from medgr2.errors import ModelError, RunError, is_out_of_memory
 from medgr2.progress import tell
 from medgr2.prompts import TAG
-from medgr2.vlm import VLM, encode_continuations, encode_prompts
+from medgr2.vlm import VLM
 
 # How far two computations of the same states may differ, relative to their norm: in fp32, in half precision.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
@@ -480,7 +481,7 @@ def continuations_to_try(loaded):
 def continues_as_plain_rows(loaded):
     ids, mask, real = continuations_to_try(loaded)
     inputs = encode_prompts(loaded, blank_images(2), TEXTS)
-    plain = vlm.plain_hidden_states(loaded, vlm.repeat_prompts(loaded, inputs, 2), ids, mask)
+    plain = vlm.plain_hidden_states(loaded, encoding.repeat_prompts(loaded, inputs, 2), ids, mask)
     return is_close(loaded, shared_states(loaded, inputs, ids, mask)[real].float(), plain[real].float())
 
 
@@ -493,7 +494,7 @@ def learns_as_plain_rows(loaded):
         rows = [text for text in TEXTS for _ in range(group)]
         inputs = loaded.tokenizer(rows, padding=True, padding_side="left", return_tensors="pt")
         tensors = {key: inputs[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
-        return vlm.Inputs(tensors, [])
+        return encoding.Inputs(tensors, [])
 
     def gradient(states):
         # Of norms and biases: few numbers, in every layer.
@@ -515,7 +516,7 @@ def can_share_images(loaded):
     images, texts, trial = [black, white, black], [*TEXTS, TEXTS[1]], replace(loaded, shares_images=True)
     ids, mask = encode_continuations(loaded, ["left", "x", "a cyst"])
     try:
-        shared = vlm.hidden_states(loaded, vlm.encode_by_image(trial, images, texts), ids, mask)
+        shared = vlm.hidden_states(loaded, encoding.encode_by_image(trial, images, texts), ids, mask)
         plain = vlm.hidden_states(loaded, encode_prompts(loaded, images, texts), ids, mask)
     except Exception as error:
         # As above: all kinds of exceptions.
@@ -538,8 +539,8 @@ def can_reuse_features(loaded):
     continuations = encode_continuations(loaded, ["left", "x"])
     reusing = replace(loaded, reuses_features=True)
     try:
-        prompts = vlm.encode_images(reusing, vlm.preprocess(reusing, images, TEXTS))
-        kept = vlm.hidden_states(loaded, vlm.collate_prompts(loaded, prompts), *continuations)
+        prompts = encoding.encode_images(reusing, encoding.preprocess(reusing, images, TEXTS))
+        kept = vlm.hidden_states(loaded, encoding.collate_prompts(loaded, prompts), *continuations)
         plain = vlm.hidden_states(loaded, encode_prompts(loaded, images, TEXTS), *continuations)
     except Exception as error:
         # As above: all kinds of exceptions.

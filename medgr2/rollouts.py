@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.functional import pad
 
-from medgr2 import context, records, training, vlm
+from medgr2 import context, encoding, records, training
 from medgr2.errors import RunError
 from medgr2.images import open_images
 from medgr2.prefetch import for_preparing, prefetch
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     cursor: int
     rows: list
     # For the policy.
-    inputs: vlm.Inputs
+    inputs: encoding.Inputs
     # For the reward model (reward.EncodedPrompts).
     scored: object
 
@@ -42,7 +42,9 @@ def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
 
     def encode(cursor, rows):
         images, texts = open_rows(rows)
-        return Batch(cursor, rows, vlm.preprocess(preparing, images, texts), encode_scored(images, texts))
+        return Batch(
+            cursor, rows, encoding.preprocess(preparing, images, texts), encode_scored(images, texts)
+        )
 
     def prepare(cursor):
         rows = training.batch_of(cursor, args.prompts, groups, args.seed)

@@ -27,10 +27,10 @@ def split_too_long(backbone, rows, on_error):
 
     Raises RecordError unless those may be skipped, and if no candidate fits.
     """
-    from medgr2 import context, vlm
+    from medgr2 import context, encoding
 
     def count_reply(row):
-        return vlm.encode_continuations(backbone, [reference_response(row)])[0].shape[1]
+        return encoding.encode_continuations(backbone, [reference_response(row)])[0].shape[1]
 
     too_long = context.find_too_long(backbone, rows, itemgetter("image"), prompt_of, count_reply)
     advice = f"{len(too_long)} of {len(rows)} candidates; or set them aside with --on-error skip"

@@ -58,7 +58,7 @@ def shard(loaded):
         fully_shard(layer, **settings)
     # One unit, because the two may be tied. The head is read after the embedding was called, in each pass.
     fully_shard([model.get_input_embeddings(), loaded.head], reshard_after_forward=False, **settings)
-    # The frozen tower may be called by itself (vlm.encode_images), so it stays whole.
+    # The frozen tower may be called by itself (encoding.encode_images), so it stays whole.
     fully_shard(model.base_model, ignored_params=set(frozen), **settings)
     for unit in units(loaded):
         # Each process divides its loss by the whole batch's counts: the gradient is a sum, not a mean.

@@ -4,7 +4,7 @@ import random
 
 from accelerate.utils import gather_object
 
-from medgr2 import records, runs, vlm
+from medgr2 import encoding, records, runs, vlm
 from medgr2.prefetch import for_preparing, prefetch
 from medgr2.prompts import is_match, parse_response
 from medgr2.rollouts import open_rows
@@ -22,12 +22,12 @@ def measure_policy(policy, reward_model, rows, max_new_tokens, batch, accelerato
 
     def prepare(part):
         images, texts = open_rows(part)
-        return vlm.encode_prompts(preparing, images, texts, "cpu"), encode(images, texts)
+        return encoding.encode_prompts(preparing, images, texts, "cpu"), encode(images, texts)
 
     for part, (inputs, encoded) in zip(parts, prefetch(parts, prepare, workers)):
         with accelerator.autocast():
             ids, mask, _ = vlm.sample(policy, inputs.to(policy.device), None, max_new_tokens, temperature=0)
-        responses = vlm.decode(policy, ids, mask)
+        responses = encoding.decode(policy, ids, mask)
         for row, response in zip(part, responses):
             prediction = parse_response(response, row.get("options")).prediction
             correct.append(is_match(prediction, row["answer"]))

@@ -19,7 +19,7 @@ import generate
 import grpo
 import reward
 import sft
-from medgr2 import adapters, loading, vlm
+from medgr2 import adapters, encoding, loading, vlm
 from triton_ops import LossInputs, linear_cross_entropy, linear_grpo_loss, linear_logprob
 
 evaluate = __import__("eval")
@@ -113,20 +113,20 @@ def planted(qwen):
 
 def prompts_of(model):
     images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (96, 64), "grey")]
-    return vlm.encode_images(model, vlm.preprocess(model, images, ["Which side?", "?"]))
+    return encoding.encode_images(model, encoding.preprocess(model, images, ["Which side?", "?"]))
 
 
 def sampled(model, **change):
     model = replace(model, **change)
-    inputs = vlm.collate_prompts(model, prompts_of(model))
+    inputs = encoding.collate_prompts(model, prompts_of(model))
     return [x for temperature in (0, 1) for x in vlm.sample(model, inputs, range(4), 3, temperature, 2)]
 
 
 def scored(model):
     """Log-probs and entropies, then the gradient through a prefix that is shared by parts of a group."""
     model.model.zero_grad()
-    inputs = vlm.collate_prompts(model, prompts_of(model))
-    ids, mask = vlm.encode_continuations(model, ["left", "x", "a cyst", ""])
+    inputs = encoding.collate_prompts(model, prompts_of(model))
+    ids, mask = encoding.encode_continuations(model, ["left", "x", "a cyst", ""])
     for _, states in vlm.hidden_states_in_parts(model, inputs, ids, mask, 1):
         states.sum().backward()
     grads = [p.grad for p in model.model.parameters() if p.grad is not None]
@@ -178,7 +178,7 @@ PLANTED = {
     "numbers of the draw": (vlm, "sample", "uniform.to(vlm.device)", "uniform", sampled),
     "rows to repeat": (vlm, "sample", "torch.arange(N, device=vlm.device)", "torch.arange(N)", sampled),
     "continuations": (
-        vlm,
+        encoding,
         "encode_continuations",
         "ids.to(device or vlm.device), mask.to(device or vlm.device)",
         "ids, mask",
@@ -186,7 +186,7 @@ PLANTED = {
     ),
     "banned tokens": (vlm, "lm_head", "device=weight.device", "device='cpu'", scored),
     "zeros to scatter into": (vlm, "token_logps", "device=mask.device", "device='cpu'", scored),
-    "image": (vlm, "encode_images", "inputs.to(vlm.device)", "inputs", sampled),
+    "image": (encoding, "encode_images", "inputs.to(vlm.device)", "inputs", sampled),
 }
 
 

@@ -14,7 +14,7 @@ from test_vlm import BUILD
 
 import grpo
 import sft
-from medgr2 import adapters, loading, vlm
+from medgr2 import adapters, encoding, loading, vlm
 from medgr2.errors import RunError
 from reward import Heads, RewardModel
 
@@ -31,8 +31,10 @@ def source(request, tmp_path_factory):
 def compute_logps(model):
     """Log-probs of two continuations of each of two prompts, through a shared prefix: (4, C)."""
     images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "grey")]
-    inputs = vlm.encode_prompts(model, images, ["Which side?", "?"])
-    return vlm.token_logps(model, inputs, *vlm.encode_continuations(model, ["left", "x", "a cyst", ""]))[0]
+    inputs = encoding.encode_prompts(model, images, ["Which side?", "?"])
+    return vlm.token_logps(model, inputs, *encoding.encode_continuations(model, ["left", "x", "a cyst", ""]))[
+        0
+    ]
 
 
 def is_adapter(name):

@@ -21,7 +21,7 @@ import generate
 import grpo
 import reward
 import sft
-from medgr2 import adapters, loading, records, rollouts, vlm
+from medgr2 import adapters, encoding, loading, records, rollouts, vlm
 from medgr2.images import open_image
 from medgr2.prompts import policy_prompt, reference_response
 
@@ -86,8 +86,10 @@ def test_with_lora_in_bf16_a_model_that_cannot_train_through_a_prefix_does_not(b
     build_qwen(tmp_path, "Qwen3_5")
     policy = adapters.load_to_train(str(tmp_path), "cpu", "images", 2)
     assert policy.prefix_sharing == "without gradient" and policy.model.dtype == torch.bfloat16
-    inputs = vlm.encode_prompts(policy, [Image.new("RGB", (64, 64))], ["Which side?"])
-    vlm.token_logps(policy, inputs, *vlm.encode_continuations(policy, ["left", "a cyst"]))[0].sum().backward()
+    inputs = encoding.encode_prompts(policy, [Image.new("RGB", (64, 64))], ["Which side?"])
+    vlm.token_logps(policy, inputs, *encoding.encode_continuations(policy, ["left", "a cyst"]))[
+        0
+    ].sum().backward()
     assert gradient(policy).abs().sum() > 0
 
 
@@ -134,7 +136,7 @@ def test_the_loss_and_gradient_of_sft_in_bf16_are_those_in_fp32_but_for_rounding
         # In bf16 most of an optimiser's steps would round to nothing.
         assert {p.dtype for p in parameters} == {torch.float32}
         assert lora is None or policy.model.dtype == loading.best_dtype()
-        batch = sft.prepare_batch(policy, examples, 2, accelerator)
+        batch = sft.prepare_batch(policy, examples, 2, False, accelerator)
         with accelerator.autocast():
             loss = sft.compute_gradient(policy, parameters, *batch, accelerator)
         return loss, gradient(policy)
@@ -147,10 +149,10 @@ def test_the_loss_and_gradient_of_sft_in_bf16_are_those_in_fp32_but_for_rounding
 def groups_of(policy, rows, args):
     """A group for each record, of four responses that differ in their rewards."""
     texts = ["left", "right", "a cyst", "no lesion"]
-    ids, mask = vlm.encode_continuations(policy, texts)
+    ids, mask = encoding.encode_continuations(policy, texts)
     sampled = {"ids": ids, "mask": mask, "truncated": torch.zeros(4, dtype=torch.bool), "texts": texts}
     scored = {"rewards": torch.tensor([0.1, 0.5, 0.4, 0.9]), "informative": True}
-    prompts = vlm.encode_images(policy, vlm.preprocess(policy, *rollouts.open_rows(rows)))
+    prompts = encoding.encode_images(policy, encoding.preprocess(policy, *rollouts.open_rows(rows)))
     groups = [
         grpo.Group(row, prompt, **sampled, parsed=[], match=[], **scored)
         for row, prompt in zip(rows, prompts)

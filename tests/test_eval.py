@@ -139,7 +139,7 @@ def test_each_record_gets_its_own_response_and_one_without_an_end_is_truncated(m
         ),
         decode=lambda vlm_, ids, mask: [f"{token}" for token in ids[:, 0].tolist()],
     )
-    for name in ("loading", "vlm"):
+    for name in ("loading", "vlm", "encoding"):
         monkeypatch.setattr(medgr2, name, fake)
     monkeypatch.setattr(evaluation, "open_images", lambda paths: [opened.append(path) for path in paths])
     monkeypatch.setattr(answering, "for_preparing", lambda loaded: loaded)
@@ -263,11 +263,11 @@ def asked(tmp_path_factory, policy):
 def test_option_scores_equal_a_plain_forward_of_each_option_on_its_own(asked):
     import torch
 
-    from medgr2 import loading, vlm
+    from medgr2 import encoding, loading
 
     vlm_ = loading.load(str(POLICY), dtype=torch.float32, device="cpu")
     for r in asked[:-1]:
-        prompt = vlm.encode_prompts(vlm_, [open_image(r["image"])], [policy_prompt(r)])
+        prompt = encoding.encode_prompts(vlm_, [open_image(r["image"])], [policy_prompt(r)])
         for option, logp, tokens in zip(r["options"], r["option_logps"], r["option_tokens"]):
             ids = [
                 vlm_.tokenizer(t, add_special_tokens=False)["input_ids"]

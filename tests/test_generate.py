@@ -24,7 +24,7 @@ from helpers import KEY, ROOT
 from PIL import Image, ImageChops
 
 import generate
-from medgr2 import context, endpoint, loading, records, vlm
+from medgr2 import context, encoding, endpoint, loading, records, vlm
 from medgr2.errors import RecordError
 from medgr2.images import open_image
 from medgr2.prompts import MODALITIES, PARADIGMS, TASKS, generator_prompt
@@ -456,7 +456,7 @@ def test_a_reply_cut_at_the_limit_is_truncated_and_one_that_just_fits_is_not(toy
     whole = generate.ask_model(drafts, inputs, toy_vlm, 0, 200, 1)
     assert not any(truncated for _, truncated in whole)
     # In tokens, with the end of turn.
-    lengths = [int(vlm.encode_continuations(toy_vlm, [text])[1].sum()) for text, _ in whole]
+    lengths = [int(encoding.encode_continuations(toy_vlm, [text])[1].sum()) for text, _ in whole]
     assert len(set(lengths)) >= 3
     limit = sorted(set(lengths))[1]
     cut = generate.ask_model(drafts, inputs, toy_vlm, 0, limit, 1)
@@ -490,14 +490,14 @@ def test_an_image_too_large_for_the_context_is_refused_at_the_start_or_left_out(
 def test_with_one_task_a_prompt_is_encoded_once_an_image_always_and_the_samples_are_the_same(
     toy_stage, tmp_path, monkeypatch
 ):
-    sizes, encode = [], vlm.encode_by_image
+    sizes, encode = [], encoding.encode_by_image
 
     def count_and_encode(model, images, texts, device=None):
         inputs = encode(model, images, texts, device)
         sizes.append((len(texts), len(inputs["pixel_values"])))
         return inputs
 
-    monkeypatch.setattr(vlm, "encode_by_image", count_and_encode)
+    monkeypatch.setattr(encoding, "encode_by_image", count_and_encode)
     flags = "--images", write_images(tmp_path, 2), "--per-image", 3, "--max-new-tokens", 30
     tasks = "--tasks", "Disease Diagnosis"
     assert toy_stage(*flags, *tasks, "--out", tmp_path / "once")[0] == 0

@@ -18,7 +18,7 @@ import torch
 from helpers import run_in_one_and_two
 
 import grpo
-from medgr2 import loading, records, rollouts, vlm, watch
+from medgr2 import encoding, loading, records, rollouts, vlm, watch
 from medgr2.errors import RunError, UserError
 from medgr2.prompts import is_match, parse_response, policy_prompt
 from medgr2.watch import is_hacking
@@ -274,7 +274,7 @@ TEXTS_ALONE = Texts()
 
 
 def batch_of(policy, rows):
-    return rollouts.Batch(0, rows, vlm.preprocess(policy, *rollouts.open_rows(rows)), None)
+    return rollouts.Batch(0, rows, encoding.preprocess(policy, *rollouts.open_rows(rows)), None)
 
 
 def with_advantages(groups, **over):
@@ -363,7 +363,7 @@ def test_the_first_update_is_the_plain_policy_gradient_and_clips_nothing(policy,
     # -Σ Â/|y| ∇ log π, one sequence at a time through the model's own logits
     for g in groups:
         for k in range(4):
-            prompt = vlm.encode_prompts(policy, [g.prompt.image], [g.prompt.text])
+            prompt = encoding.encode_prompts(policy, [g.prompt.image], [g.prompt.text])
             ids = g.ids[k][g.mask[k].bool()][None]
             inputs = prompt | {
                 "input_ids": torch.cat([prompt["input_ids"], ids], 1),
@@ -424,7 +424,7 @@ def test_the_first_update_keeps_the_log_probs_of_the_policy_that_sampled(policy,
         if k == 1 and not kl:
             assert g.old_logps is None
             continue
-        inputs = vlm.encode_prompts(policy, [g.prompt.image] * 4, [g.prompt.text] * 4)
+        inputs = encoding.encode_prompts(policy, [g.prompt.image] * 4, [g.prompt.text] * 4)
         with torch.no_grad():
             logps, _ = vlm.token_logps(policy, inputs, g.ids, g.mask)
         width = min(logps.shape[1], g.old_logps.shape[1])

@@ -14,7 +14,7 @@ import generate
 import grpo
 import reward
 import sft
-from medgr2 import context, loading, vlm
+from medgr2 import context, encoding, loading
 from medgr2.errors import RunError
 from medgr2.images import fit_pixels
 
@@ -42,7 +42,7 @@ def qwen(tmp_path_factory):
 
 
 def count_image_tokens(loaded, size):
-    inputs = vlm.encode_prompts(loaded, [Image.new("RGB", size)], ["?"])
+    inputs = encoding.encode_prompts(loaded, [Image.new("RGB", size)], ["?"])
     return int((inputs["input_ids"] == loaded.model.config.image_token_id).sum())
 
 
@@ -80,11 +80,11 @@ def test_another_models_image_is_resized_and_the_largest_is_told_before_the_run(
 
 
 def encoded_pixels(loaded, size):
-    return vlm.encode_prompts(loaded, [Image.new("RGB", size)], ["?"])["pixel_values"]
+    return encoding.encode_prompts(loaded, [Image.new("RGB", size)], ["?"])["pixel_values"]
 
 
 def test_every_stage_shows_images_of_the_size_that_its_flags_say(qwen, data, tmp_path, call, monkeypatch):
-    encode, seen = vlm.encode_prompts, {}
+    encode, seen = encoding.encode_prompts, {}
 
     def spy(loaded, images, *rest, **options):
         inputs = encode(loaded, images, *rest, **options)
@@ -94,7 +94,7 @@ def test_every_stage_shows_images_of_the_size_that_its_flags_say(qwen, data, tmp
         seen.setdefault(loaded.source, set()).update(drawn)
         return inputs
 
-    monkeypatch.setattr(vlm, "encode_prompts", spy)
+    monkeypatch.setattr(encoding, "encode_prompts", spy)
     expert, limit = data / "expert.jsonl", "--max-pixels 784"
     rm = tmp_path / "rm"
     for script, flags in [

@@ -10,7 +10,7 @@ import eval
 import generate
 import reward
 import sft
-from medgr2 import loading, records, vlm
+from medgr2 import encoding, loading, records, vlm
 from medgr2.errors import ModelError
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -33,8 +33,8 @@ def logps(name):
     loaded = loading.load(str(name), "cpu")
     images = [Image.new("RGB", (64, 64), color) for color in ("black", "white")]
     with torch.no_grad():
-        ids, mask = vlm.encode_continuations(loaded, ["<answer>CT</answer>", "<answer>X-Ray</answer>"])
-        inputs = vlm.encode_prompts(loaded, images, ["Which modality?", "Which side?"])
+        ids, mask = encoding.encode_continuations(loaded, ["<answer>CT</answer>", "<answer>X-Ray</answer>"])
+        inputs = encoding.encode_prompts(loaded, images, ["Which modality?", "Which side?"])
         return vlm.token_logps(loaded, inputs, ids, mask)[0][mask.bool()]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import reward
-from medgr2 import levels, loading, measures, records, rollouts, selection, vlm
+from medgr2 import encoding, levels, loading, measures, records, rollouts, selection
 from medgr2.errors import ModelError, RecordError, RunError
 from medgr2.images import open_image
 from medgr2.prompts import format_response, policy_prompt, reference_response
@@ -274,7 +274,7 @@ def test_token_statistics_by_hand():
 
 def test_the_answer_begins_at_its_tag_and_the_end_of_turn_belongs_to_it(backbone):
     texts = ["<think>a mass</think><answer>mass</answer>", "CT of the chest."]
-    ids, mask = vlm.encode_continuations(backbone, texts)
+    ids, mask = encoding.encode_continuations(backbone, texts)
     answer = reward.answer_mask(backbone, texts, mask)
     end = backbone.tokenizer.eos_token
     assert backbone.tokenizer.decode(ids[0][answer[0]]) == "<answer>mass</answer>" + end
@@ -286,7 +286,7 @@ def test_features_are_what_the_models_own_logits_say(backbone, rows):
     response, image = reference_response(record), open_image(record["image"])
     asked = reward.encode_with_blank(backbone, True, [image], [policy_prompt(record)])
     got = reward.compute_features(backbone, asked, [response])[0]
-    inputs = vlm.encode_prompts(backbone, [image], [policy_prompt(record)])
+    inputs = encoding.encode_prompts(backbone, [image], [policy_prompt(record)])
     ids = torch.tensor([backbone.tokenizer(response)["input_ids"] + [backbone.end_id]])
     full = torch.cat([inputs["input_ids"], ids], 1)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from test_bad_input import READERS, Payload, call, own_code, put_reward_model
 
 from analysis import report
-from medgr2 import endpoint, loading, records, runs, vlm
+from medgr2 import encoding, endpoint, loading, records, runs
 from medgr2.images import open_image
 from medgr2.prompts import PARADIGMS
 
@@ -113,13 +113,13 @@ def test_texts_that_look_like_tokens_templates_html_paths_or_commands_stay_texts
 
 def test_a_template_in_a_prompt_or_response_is_not_rendered_and_adds_no_special_token():
     toy = loading.load(str(ROOT / "toy" / "policy"))
-    plain = vlm.encode_prompts(toy, [Image.new("RGB", (64, 64))], ["text"])["input_ids"][0]
+    plain = encoding.encode_prompts(toy, [Image.new("RGB", (64, 64))], ["text"])["input_ids"][0]
     for text in HOSTILE:
-        ids = vlm.encode_prompts(toy, [Image.new("RGB", (64, 64))], [text])["input_ids"][0]
+        ids = encoding.encode_prompts(toy, [Image.new("RGB", (64, 64))], [text])["input_ids"][0]
         special = torch.tensor(sorted({*toy.banned_ids, *toy.stop_ids}))
         assert ids[torch.isin(ids, special)].equal(plain[torch.isin(plain, special)])
         assert "49" not in toy.tokenizer.decode(ids) and "class 'str'" not in toy.tokenizer.decode(ids)
-        assert not torch.isin(vlm.encode_continuations(toy, [text], end=False)[0], special).any()
+        assert not torch.isin(encoding.encode_continuations(toy, [text], end=False)[0], special).any()
 
 
 def test_what_a_generator_says_stays_text(serve, stage, hostile, tmp_path):

@@ -10,7 +10,7 @@ from helpers import ROOT, run_in_one_and_two
 from PIL import Image
 
 import sft
-from medgr2 import loading, records, training, vlm
+from medgr2 import encoding, loading, records, training
 from medgr2.errors import ModelError, RecordError, RunError
 from medgr2.images import open_image
 from medgr2.prompts import parse_candidate, report_prompt
@@ -58,7 +58,7 @@ def test_the_loss_is_cross_entropy_over_the_response_and_its_end_of_turn_only(po
     total, count = 0.0, 0
     # One at a time, without padding, through the model's own logits.
     for path, prompt, response in examples:
-        inputs = vlm.encode_prompts(policy, [open_image(path)], [prompt])
+        inputs = encoding.encode_prompts(policy, [open_image(path)], [prompt])
         ids = torch.tensor([policy.tokenizer(response)["input_ids"] + [policy.tokenizer.eos_token_id]])
         full = torch.cat([inputs["input_ids"], ids], 1)
         with torch.no_grad():

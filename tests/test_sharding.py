@@ -24,7 +24,7 @@ from test_vlm import BUILD
 
 import grpo
 import sft
-from medgr2 import adapters, records, rollouts, sharding, training, vlm
+from medgr2 import adapters, encoding, records, rollouts, sharding, training, vlm
 
 # What is computed, and the flags that change how.
 CASES = {
@@ -168,9 +168,9 @@ def sft_gradient(source, policy, data, options, accelerator, shard):
 def grpo_gradient(source, policy, data, options, accelerator, shard):
     """Five groups of four. The second and the fourth have no advantage, so processes differ in passes."""
     rows = list(records.read_records(data))[:5]
-    prompts = vlm.encode_images(policy, vlm.preprocess(policy, *rollouts.open_rows(rows)))
+    prompts = encoding.encode_images(policy, encoding.preprocess(policy, *rollouts.open_rows(rows)))
     texts = ["a cyst", "left", "<answer>right</answer>", "x"]
-    ids, mask = vlm.encode_continuations(policy, texts)
+    ids, mask = encoding.encode_continuations(policy, texts)
     groups = []
     for k, (record, prompt) in enumerate(zip(rows, prompts)):
         rewards = torch.tensor([0.1, 0.5, 0.4, 0.9]) * (k + 1) if k % 2 == 0 else torch.ones(4)

@@ -42,7 +42,13 @@ def forbidden(file, module):
             return "a stage reads no finished run"
     if file.parent.name == "medgr2" and (module in STAGES or is_in(module, "analysis")):
         return "medgr2 is what the stages are built on"
-    if file.parent.name == "analysis" and module in [*STAGES, "triton_ops", "medgr2.vlm", "medgr2.loading"]:
+    if file.parent.name == "analysis" and module in [
+        *STAGES,
+        "triton_ops",
+        "medgr2.vlm",
+        "medgr2.encoding",
+        "medgr2.loading",
+    ]:
         return "analysis reads finished runs and runs no model"
     if file.parent.name == "toy" and (module in STAGES or is_in(module, "analysis")):
         return "the toy is data and models on disk"

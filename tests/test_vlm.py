@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medgr2 import context, loading, vlm
+from medgr2 import context, encoding, loading, vlm
 from medgr2.errors import ModelError, RecordError
 from medgr2.prompts import parse_response
 
@@ -521,7 +521,9 @@ def plain_logps(vlm_, images, texts, ids, mask, temperature=1.0):
 
 def encoded(vlm_, group):
     """Three prompts of different lengths and image sizes, `group` answers of different lengths to each."""
-    return vlm.encode_prompts(vlm_, IMAGES, TEXTS), *vlm.encode_continuations(vlm_, ANSWERS[: 3 * group])
+    return encoding.encode_prompts(vlm_, IMAGES, TEXTS), *encoding.encode_continuations(
+        vlm_, ANSWERS[: 3 * group]
+    )
 
 
 def largest(difference):
@@ -565,7 +567,7 @@ def test_image_words_their_order_and_the_answer_so_far_all_count(vlm_):
     """Or else the models here could not tell right from wrong."""
 
     def score(image, text, answer):
-        ids, mask = vlm.encode_continuations(vlm_, [answer])
+        ids, mask = encoding.encode_continuations(vlm_, [answer])
         with torch.no_grad():
             return plain_logps(vlm_, [image], [text], ids, mask)[0][0, -3:]
 
@@ -584,7 +586,7 @@ def test_states_of_a_group_stand_where_states_of_a_single_pass_do(vlm_):
     images, texts = [i for i in IMAGES for _ in range(2)], [t for t in TEXTS for _ in range(2)]
     with torch.no_grad():
         shared = vlm.hidden_states(vlm_, prompts, ids, mask)  # (N, C+1, D)
-        single = vlm.hidden_states(vlm_, vlm.encode_prompts(vlm_, images, texts), ids, mask)
+        single = vlm.hidden_states(vlm_, encoding.encode_prompts(vlm_, images, texts), ids, mask)
     assert shared.shape == single.shape == (6, ids.shape[1] + 1, 32)
     # up to the state after the last token
     for a, b, count in zip(shared, single, mask.sum(1)):
@@ -616,9 +618,9 @@ def test_gradients_through_the_shared_prompt_are_those_of_plain_rows(vlm_):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_group_in_parts_has_the_gradient_of_the_whole_and_encodes_each_prompt_once(vlm_, size):
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     # Three for each of the three prompts.
-    ids, mask = vlm.encode_continuations(vlm_, [*ANSWERS, "right", "?", "no"])
+    ids, mask = encoding.encode_continuations(vlm_, [*ANSWERS, "right", "?", "no"])
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
     rows_computed = []
     hook = (
@@ -659,9 +661,9 @@ def test_a_group_in_parts_has_the_gradient_of_the_whole_and_encodes_each_prompt_
 
 @pytest.mark.parametrize("size", [None, 2, 1])
 def test_checkpointed_layers_compute_twice_and_change_no_gradient_of_a_group(vlm_, architecture, size):
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     # Three for each of the three prompts.
-    ids, mask = vlm.encode_continuations(vlm_, [*ANSWERS, "right", "?", "no"])
+    ids, mask = encoding.encode_continuations(vlm_, [*ANSWERS, "right", "?", "no"])
     weights, widths = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)), []
     layer = vlm_.model.get_decoder().layers[0]
     hook = layer.input_layernorm.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
@@ -781,7 +783,7 @@ def test_gradient_checkpointing_changes_no_gradient_of_single_answers(architectu
 
 
 def test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vlm_):
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     for row, mask, image, text in zip(prompts["input_ids"], prompts["attention_mask"], IMAGES, TEXTS):
         plain = plain_prompt(vlm_, image, text)["input_ids"][0]
         assert plain.tolist().count(vlm_.tokenizer.bos_token_id) == (vlm_.tokenizer.bos_token is not None)
@@ -790,27 +792,27 @@ def test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vl
 
 
 def test_an_answer_closes_with_a_counted_end_of_turn_and_padding_counts_for_nothing(vlm_, architecture):
-    ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
+    ids, mask = encoding.encode_continuations(vlm_, ANSWERS)
     for row, kept, answer in zip(ids, mask, ANSWERS):
         own = vlm_.tokenizer(answer, add_special_tokens=False)["input_ids"] + [END[architecture]]
         assert row[: len(own)].tolist() == own
         assert kept.tolist() == [1] * len(own) + [0] * (len(row) - len(own))
     assert mask.any(0).all(), "no column of padding alone"
-    assert vlm.decode(vlm_, ids, mask) == ANSWERS
+    assert encoding.decode(vlm_, ids, mask) == ANSWERS
 
 
 def test_without_an_end_only_the_text_is_encoded(vlm_):
-    ids, mask = vlm.encode_continuations(vlm_, ["left", "a cyst"], end=False)
-    assert vlm_.end_id not in ids[mask.bool()] and vlm.decode(vlm_, ids, mask) == ["left", "a cyst"]
+    ids, mask = encoding.encode_continuations(vlm_, ["left", "a cyst"], end=False)
+    assert vlm_.end_id not in ids[mask.bool()] and encoding.decode(vlm_, ids, mask) == ["left", "a cyst"]
 
 
 def test_the_name_of_a_special_token_in_an_answer_is_plain_text(vlm_):
     names = "".join(
         vlm_.tokenizer.convert_ids_to_tokens(sorted({*vlm_.stop_ids, *vlm_.banned_ids} & set(range(12))))
     )
-    ids, mask = vlm.encode_continuations(vlm_, [f"see {names}"], end=False)
+    ids, mask = encoding.encode_continuations(vlm_, [f"see {names}"], end=False)
     assert not set(ids[0].tolist()) & {*vlm_.banned_ids, *vlm_.stop_ids}
-    assert vlm.decode(vlm_, ids, mask) == [f"see {names}"]
+    assert encoding.decode(vlm_, ids, mask) == [f"see {names}"]
     # special tokens are special again
     test_a_prompt_is_encoded_as_the_library_encodes_it_and_padded_on_the_left(vlm_)
 
@@ -819,7 +821,7 @@ def test_the_name_of_a_special_token_in_a_prompt_is_plain_text(vlm_):
     names = vlm_.tokenizer.convert_ids_to_tokens(sorted({*vlm_.stop_ids, *vlm_.banned_ids} & set(range(12))))
     text = f"see {''.join(names)} {names[-1][:3]}{names[0]}{names[-1][3:]} {{{{ 7*7 }}}} {{% for x in y %}}"
     special = torch.tensor(vlm_.tokenizer.convert_tokens_to_ids(names))
-    prompts, plain = (vlm.encode_prompts(vlm_, IMAGES[:1], [t]) for t in (text, "see"))
+    prompts, plain = (encoding.encode_prompts(vlm_, IMAGES[:1], [t]) for t in (text, "see"))
     found, expected = (p["input_ids"][torch.isin(p["input_ids"], special)] for p in (prompts, plain))
     assert len(names) >= 5 and found.equal(expected), "the template's own special tokens and no other"
     said = vlm_.tokenizer.decode(prompts["input_ids"][0])
@@ -867,9 +869,9 @@ def by_image(vlm_, group=1):
     """The questions as Inputs that share images, ids and mask of the replies, and their images."""
     if not vlm_.shares_images:
         pytest.skip("has sliding layers: nothing is shared")
-    inputs = vlm.encode_by_image(vlm_, [IMAGES[i] for i in ABOUT], QUESTIONS)
+    inputs = encoding.encode_by_image(vlm_, [IMAGES[i] for i in ABOUT], QUESTIONS)
     replies = [reply for reply in REPLIES for _ in range(group)]
-    return inputs, *vlm.encode_continuations(vlm_, replies), [IMAGES[i] for i in ABOUT]
+    return inputs, *encoding.encode_continuations(vlm_, replies), [IMAGES[i] for i in ABOUT]
 
 
 @pytest.fixture
@@ -907,8 +909,8 @@ def test_prompts_may_have_different_numbers_of_continuations(vlm_, shares):
         replace(vlm_, prefix_sharing="never" if shares == "nothing" else "always"),
     )
     asked = [IMAGES[i] for i in ABOUT], QUESTIONS
-    inputs = (by_image(vlm_)[0]) if shares == "images" else vlm.encode_prompts(able, *asked)
-    ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
+    inputs = (by_image(vlm_)[0]) if shares == "images" else encoding.encode_prompts(able, *asked)
+    ids, mask = encoding.encode_continuations(vlm_, ANSWERS)
     with torch.no_grad():
         states = vlm.hidden_states(able, inputs, ids, mask, owner)
         logps, entropy = vlm.token_logps(able, inputs, ids, mask, states=states)
@@ -923,7 +925,7 @@ def test_questions_about_one_image_are_answered_as_if_asked_alone(vlm_):
         together = kept(*vlm.sample(vlm_, inputs, max_new_tokens=12, **settings))
         for row, (picture, text) in enumerate(zip(images, QUESTIONS)):
             own = settings | {"seeds": settings["seeds"] and [settings["seeds"][row]]}
-            alone = vlm.encode_prompts(vlm_, [picture], [text])
+            alone = encoding.encode_prompts(vlm_, [picture], [text])
             assert kept(*vlm.sample(vlm_, alone, max_new_tokens=12, **own)) == [together[row]]
 
 
@@ -958,11 +960,11 @@ def test_the_gradient_of_questions_about_one_image_is_that_of_plain_rows(
 def test_only_the_same_image_object_is_shared_and_only_if_the_model_can(vlm_, architecture):
     assert vlm_.shares_images == (architecture not in PLAIN_ROWS)
     different = [image.copy() for image in (IMAGES[0], IMAGES[0], IMAGES[1])]
-    assert vlm.encode_by_image(vlm_, different, TEXTS).questions is None
-    always = vlm.encode_by_image(vlm_, different, TEXTS, always=True)
+    assert encoding.encode_by_image(vlm_, different, TEXTS).questions is None
+    always = encoding.encode_by_image(vlm_, different, TEXTS, always=True)
     assert len(always["input_ids"]) == 3 and bool(always.questions) == vlm_.shares_images
     cannot = replace(vlm_, shares_images=False)
-    plain = vlm.encode_by_image(cannot, [IMAGES[0]] * 3, TEXTS, always=True)
+    plain = encoding.encode_by_image(cannot, [IMAGES[0]] * 3, TEXTS, always=True)
     assert plain.questions is None and len(plain["input_ids"]) == 3
 
 
@@ -989,7 +991,7 @@ def kept(ids, mask, truncated=None):
 
 
 def test_a_continuation_is_truncated_unless_its_last_token_ends_the_turn(vlm_, group=8):
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     some = replace(vlm_, stop_ids=list(range(0, vlm_.head.weight.shape[0], 3)), banned_ids=[])
     ids, mask, truncated = vlm.sample(some, prompts, range(3 * group), 2, group=group)
     last = [row[m.bool()][-1].item() for row, m in zip(ids, mask)]
@@ -998,7 +1000,7 @@ def test_a_continuation_is_truncated_unless_its_last_token_ends_the_turn(vlm_, g
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_greedy_sampling_is_generate_token_for_token(vlm_, ends):
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     # what the first row says third now ends a turn
     if ends:
         ids, _, _ = vlm.sample(vlm_, prompts, None, 3, temperature=0)
@@ -1022,7 +1024,9 @@ def test_greedy_sampling_is_generate_token_for_token(vlm_, ends):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm_, temperature):
     seeds = [3, 1, 4, 1, 5, 9]
-    ids, mask, _ = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 5, temperature, group=2)
+    ids, mask, _ = vlm.sample(
+        vlm_, encoding.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 5, temperature, group=2
+    )
     assert ids.shape[0] == 6
     # row b * group + g continues prompt b
     for n, row in enumerate(kept(ids, mask)):
@@ -1035,18 +1039,20 @@ def test_a_sampled_token_is_the_inverse_cdf_of_the_plain_models_distribution(vlm
 
 def test_a_row_depends_neither_on_the_rows_beside_it_nor_on_their_order(vlm_):
     seeds = [11, 12, 13]
-    together = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 12))
-    backwards = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES[::-1], TEXTS[::-1]), seeds[::-1], 12))
+    together = kept(*vlm.sample(vlm_, encoding.encode_prompts(vlm_, IMAGES, TEXTS), seeds, 12))
+    backwards = kept(
+        *vlm.sample(vlm_, encoding.encode_prompts(vlm_, IMAGES[::-1], TEXTS[::-1]), seeds[::-1], 12)
+    )
     alone = [
-        kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, [i], [t]), [s], 12))[0]
+        kept(*vlm.sample(vlm_, encoding.encode_prompts(vlm_, [i], [t]), [s], 12))[0]
         for i, t, s in zip(IMAGES, TEXTS, seeds)
     ]
-    other = kept(*vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), [21, 22, 23], 12))
+    other = kept(*vlm.sample(vlm_, encoding.encode_prompts(vlm_, IMAGES, TEXTS), [21, 22, 23], 12))
     assert together == backwards[::-1] == alone != other
 
 
 def test_a_longer_limit_only_goes_on(vlm_):
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     short, long = (kept(*vlm.sample(vlm_, prompts, [1, 2, 3], limit)) for limit in (4, 20))
     assert short == [row[:4] for row in long]
 
@@ -1058,7 +1064,7 @@ def push(vlm_, bonus):
 
 
 def test_banned_tokens_are_never_sampled_however_likely(vlm_):
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     bonus = torch.zeros(1, vlm_.head.weight.shape[0])
     bonus[0, vlm_.banned_ids] = 1e4
     hook = push(vlm_, lambda call: bonus)
@@ -1077,7 +1083,7 @@ def test_banned_tokens_are_never_sampled_however_likely(vlm_):
 
 
 def test_each_stop_token_ends_its_row_and_no_other(vlm_):
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     rows = vlm_.head.weight.shape[0]
     for stop in vlm_.stop_ids:
 
@@ -1096,7 +1102,7 @@ def test_each_stop_token_ends_its_row_and_no_other(vlm_):
         assert mask.tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 6]
         assert ids[1, 2] == stop and (ids[1, 3:] == vlm_.tokenizer.pad_token_id).all()
         assert not set(ids[[0, 2]].flatten().tolist()) & set(vlm_.stop_ids)
-        texts = vlm.decode(vlm_, ids, mask)
+        texts = encoding.decode(vlm_, ids, mask)
         assert texts[1] == vlm_.tokenizer.decode(ids[1, :2]), "the stop is no part of the text"
 
 
@@ -1105,7 +1111,7 @@ def test_sampling_stops_when_every_row_has_ended(vlm_):
     bonus[0, vlm_.end_id] = 1e4
     hook = push(vlm_, lambda call: bonus if call else 0 * bonus)
     try:
-        ids, mask, _ = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), None, 50, temperature=0)
+        ids, mask, _ = vlm.sample(vlm_, encoding.encode_prompts(vlm_, IMAGES, TEXTS), None, 50, temperature=0)
     finally:
         hook.remove()
     assert ids.shape == (3, 2) and mask.all() and (ids[:, 1] == vlm_.end_id).all()
@@ -1292,7 +1298,7 @@ def test_rows_that_have_ended_leave_the_batch_and_no_row_changes(vlm_, greedy, m
         )
 
     monkeypatch.setattr(vlm, "sample_token", ends)
-    ids, mask, _ = vlm.sample(vlm_, vlm.encode_prompts(vlm_, images, texts), seeds, 20)
+    ids, mask, _ = vlm.sample(vlm_, encoding.encode_prompts(vlm_, images, texts), seeds, 20)
     assert (
         widths == [6, 6, 6, 3, 3, 3, 3, 1, 1, 1, 1, 1]
         and mask.sum(1).equal(lengths)
@@ -1303,7 +1309,7 @@ def test_rows_that_have_ended_leave_the_batch_and_no_row_changes(vlm_, greedy, m
     for n, row in enumerate(kept(ids, mask)):
         widths.clear()
         assert [row] == kept(
-            *vlm.sample(vlm_, vlm.encode_prompts(vlm_, [images[n]], [texts[n]]), [seeds[n]], 20)
+            *vlm.sample(vlm_, encoding.encode_prompts(vlm_, [images[n]], [texts[n]]), [seeds[n]], 20)
         )
 
 
@@ -1321,7 +1327,7 @@ def test_sampling_and_scoring_leave_their_inputs_as_they_were(vlm_):
             vlm.token_logps(vlm_, prompts, ids, mask, 0.7)
             vlm.token_logps(vlm_, prompts, ids, mask, 0.7, states=states)
         vlm.sample(vlm_, prompts, seeds, 3, group=group)
-        vlm.decode(vlm_, ids, mask)
+        encoding.decode(vlm_, ids, mask)
         assert prompts.keys() == before[0].keys() and all(prompts[k].equal(before[0][k]) for k in prompts)
         assert (
             ids.equal(before[1])
@@ -1335,8 +1341,8 @@ def test_nothing_of_a_former_batch_leaks_into_the_next(architecture, built):
     """Qwen's models keep the positions of the last batch that they read (`rope_deltas`)."""
     vlm_ = loading.load(str(built(architecture)), "cpu")
     prompts, ids, mask = encoded(vlm_, 2)
-    single = vlm.encode_prompts(vlm_, IMAGES, TEXTS), ids[::2], mask[::2]
-    other = vlm.encode_prompts(
+    single = encoding.encode_prompts(vlm_, IMAGES, TEXTS), ids[::2], mask[::2]
+    other = encoding.encode_prompts(
         vlm_, [image(5, 80, 16), image(6, 8, 8)], ["What?", "Is there a cyst, and where is it?"]
     )
 
@@ -1362,7 +1368,7 @@ def test_a_prefix_keeps_its_own_positions_while_another_prompt_is_prefilled(vlm_
     with torch.no_grad():
         expected = vlm.hidden_states(vlm_, prompts, ids, mask)[:, 1:]
         prefix, _ = vlm.prefill(vlm_, prompts, 2)
-        vlm.prefill(vlm_, vlm.encode_prompts(vlm_, [image(5, 80, 16)] * 3, TEXTS), 2)
+        vlm.prefill(vlm_, encoding.encode_prompts(vlm_, [image(5, 80, 16)] * 3, TEXTS), 2)
         states = vlm.decode_step(vlm_, prefix, ids, mask)
     assert states.equal(expected)
 
@@ -1391,10 +1397,10 @@ def test_a_prompt_without_an_image_is_encoded_alike_before_and_after_one_with(vl
     text = vlm_.tokenizer(
         ["What does the scan show?", "Hm"], padding=True, padding_side="left", return_tensors="pt"
     )
-    text = vlm.Inputs({k: text[k] for k in ("input_ids", "attention_mask")}, [])
-    ids, mask = vlm.encode_continuations(vlm_, ANSWERS[:4])
+    text = encoding.Inputs({k: text[k] for k in ("input_ids", "attention_mask")}, [])
+    ids, mask = encoding.encode_continuations(vlm_, ANSWERS[:4])
     with torch.no_grad():
-        vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES[1:], TEXTS[1:]), [1, 2], 2)
+        vlm.sample(vlm_, encoding.encode_prompts(vlm_, IMAGES[1:], TEXTS[1:]), [1, 2], 2)
         logps, _ = vlm.token_logps(vlm_, text, ids, mask)
         for n in range(4):
             prompt = text["input_ids"][n // 2][text["attention_mask"][n // 2].bool()]
@@ -1420,22 +1426,22 @@ def keeping(architecture, built):
 
 
 def looked_at(vlm_, images=IMAGES, texts=TEXTS):
-    return vlm.encode_images(vlm_, vlm.preprocess(vlm_, images, texts))
+    return encoding.encode_images(vlm_, encoding.preprocess(vlm_, images, texts))
 
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_prompt_that_was_looked_at_gives_the_log_probabilities_and_gradients_of_plain_rows(keeping, group):
     vlm_, read = keeping
     assert vlm_.reuses_features
-    prompts = vlm.collate_prompts(vlm_, looked_at(vlm_))
+    prompts = encoding.collate_prompts(vlm_, looked_at(vlm_))
     assert len(read) == 1
-    ids, mask = vlm.encode_continuations(vlm_, ANSWERS[: 3 * group])
+    ids, mask = encoding.encode_continuations(vlm_, ANSWERS[: 3 * group])
     sampled = vlm.sample(vlm_, prompts, range(3 * group), 6, group=group)
     logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask, 0.7)
     learning = [p for p in vlm_.model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(logps.sum(), learning, allow_unused=True)
     assert len(read) == 1, "no image is read again"
-    same = vlm.sample(vlm_, vlm.encode_prompts(vlm_, IMAGES, TEXTS), range(3 * group), 6, group=group)
+    same = vlm.sample(vlm_, encoding.encode_prompts(vlm_, IMAGES, TEXTS), range(3 * group), 6, group=group)
     assert kept(*sampled) == kept(*same)
     want, spread = plain_logps(vlm_, IMAGES, TEXTS, ids, mask, 0.7)
     wanted = torch.autograd.grad(want.sum(), learning, allow_unused=True)
@@ -1451,18 +1457,18 @@ def test_prompts_that_were_looked_at_are_encoded_as_a_batch_and_may_stand_in_any
     vlm_, _ = keeping
     looked = looked_at(vlm_)
     for order in ([0, 1, 2], [2, 0], [1], [2, 2, 1]):
-        prompts = vlm.collate_prompts(vlm_, [looked[k] for k in order])
-        plain = vlm.encode_prompts(vlm_, [IMAGES[k] for k in order], [TEXTS[k] for k in order])
+        prompts = encoding.collate_prompts(vlm_, [looked[k] for k in order])
+        plain = encoding.encode_prompts(vlm_, [IMAGES[k] for k in order], [TEXTS[k] for k in order])
         assert prompts.keys() - {"mm_encoder_outputs"} == {k for k in plain if not k.startswith("pixel_")}
         assert all(prompts[k].equal(plain[k]) for k in prompts.keys() - {"mm_encoder_outputs"})
-        inputs = vlm.encode_continuations(vlm_, ANSWERS[: len(order)])
+        inputs = encoding.encode_continuations(vlm_, ANSWERS[: len(order)])
         with torch.no_grad():
             assert (
                 largest(vlm.token_logps(vlm_, prompts, *inputs)[0] - vlm.token_logps(vlm_, plain, *inputs)[0])
                 < 1e-5
             )
             doubled = vlm.token_logps(
-                vlm_, vlm.repeat_prompts(vlm_, prompts, 2), *(x.repeat_interleave(2, 0) for x in inputs)
+                vlm_, encoding.repeat_prompts(vlm_, prompts, 2), *(x.repeat_interleave(2, 0) for x in inputs)
             )[0]
             assert largest(doubled[1::2] - vlm.token_logps(vlm_, plain, *inputs)[0]) < 1e-5
 
@@ -1471,7 +1477,7 @@ def test_while_the_projector_learns_nothing_is_kept(architecture, built):
     vlm_ = loading.load(str(built(architecture)), "cpu")
     loading.freeze_vision(vlm_)
     looked = looked_at(vlm_)
-    prompts, plain = vlm.collate_prompts(vlm_, looked), vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts, plain = encoding.collate_prompts(vlm_, looked), encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     assert (
         [p.inputs for p in looked] == [None] * 3
         and prompts.keys() == plain.keys()
@@ -1504,9 +1510,9 @@ def test_a_model_that_takes_no_kept_features_encodes_each_image_again_and_says_s
     said = capsys.readouterr().out
     assert not vlm_.reuses_features and said.count("\n") == 1 and "precomputed image features" in said
     looked = looked_at(vlm_)
-    ids, mask = vlm.encode_continuations(vlm_, ANSWERS)
+    ids, mask = encoding.encode_continuations(vlm_, ANSWERS)
     with torch.no_grad():
-        got = vlm.token_logps(vlm_, vlm.collate_prompts(vlm_, looked), ids, mask)[0]
+        got = vlm.token_logps(vlm_, encoding.collate_prompts(vlm_, looked), ids, mask)[0]
         assert largest(got - plain_logps(vlm_, IMAGES, TEXTS, ids, mask)[0]) < 1e-5
 
 
@@ -1596,7 +1602,7 @@ def test_a_frozen_copy_computes_the_same_shares_no_storage_and_cannot_learn(vlm_
 def test_a_saved_model_loads_with_the_same_logits_inputs_and_tokens(vlm_, tmp_path):
     loading.save(vlm_, tmp_path / "saved")
     again = loading.load(str(tmp_path / "saved"), "cpu")
-    before, after = (vlm.encode_prompts(v, IMAGES, TEXTS) for v in (vlm_, again))
+    before, after = (encoding.encode_prompts(v, IMAGES, TEXTS) for v in (vlm_, again))
     assert before.keys() == after.keys() and all(before[k].equal(after[k]) for k in before)
     with torch.no_grad():
         assert vlm_.model(**before).logits.equal(again.model(**after).logits)
@@ -1698,18 +1704,18 @@ def test_tags_of_the_form_that_are_special_tokens_are_sampled_decoded_and_encode
     tags = add_tags(folder)
     vlm_ = loading.load(str(folder), "cpu")
     response = "<think>a cyst</think><answer>left</answer>"
-    ids, mask = vlm.encode_continuations(vlm_, [response])
+    ids, mask = encoding.encode_continuations(vlm_, [response])
     assert [i for i in ids[0].tolist() if i in tags] == tags and not set(tags) & set(vlm_.banned_ids)
-    assert vlm.decode(vlm_, ids, mask) == [response] and parse_response(response).well_formed
+    assert encoding.decode(vlm_, ids, mask) == [response] and parse_response(response).well_formed
     # As the library encodes a prompt that shows the form, and other special tokens are still plain text.
     text = "Reply as <think>reasoning</think><answer>answer</answer>"
-    ours, plain = vlm.encode_prompts(vlm_, IMAGES[:1], [text]), plain_prompt(vlm_, IMAGES[0], text)
+    ours, plain = encoding.encode_prompts(vlm_, IMAGES[:1], [text]), plain_prompt(vlm_, IMAGES[0], text)
     assert ours["input_ids"].equal(plain["input_ids"]) and set(tags) <= set(ours["input_ids"][0].tolist())
     test_the_name_of_a_special_token_in_an_answer_is_plain_text(vlm_)
     # A model that says nothing else says them.
     bonus = torch.zeros(1, len(vlm_.head.weight))
     hook = push(vlm_, lambda call: bonus.index_fill(1, torch.tensor(tags[call % 4]), 1e5))
-    sampled = vlm.decode(vlm_, *vlm.sample(vlm_, ours, [1], 4)[:2])
+    sampled = encoding.decode(vlm_, *vlm.sample(vlm_, ours, [1], 4)[:2])
     hook.remove()
     assert sampled == ["".join(TAGS)]
     loading.save(vlm_, tmp_path / "saved")
@@ -1727,7 +1733,7 @@ def test_a_think_tag_that_the_template_opens_is_left_to_the_reply(opened, built,
     thinking, plain = (loading.load(str(f), "cpu") for f in (folder, built("qwen2_5_vl")))
     # A tag in the text of a user stays.
     texts = ["What?", "Reply as <think>"]
-    ours, theirs = (vlm.encode_prompts(v, IMAGES[:2], texts)["input_ids"] for v in (thinking, plain))
+    ours, theirs = (encoding.encode_prompts(v, IMAGES[:2], texts)["input_ids"] for v in (thinking, plain))
     assert ours.equal(theirs)
     shown = thinking.tokenizer.decode(plain_prompt(thinking, IMAGES[0], "?")["input_ids"][0])
     assert shown.endswith(opened), "the template opens no tag"
@@ -1770,7 +1776,7 @@ def test_a_chat_template_in_the_place_of_older_folders_is_used_and_carried_over(
     (folder / place).write_text(json.dumps(config | {"chat_template": template}))
     loading.save(loading.load(str(folder), "cpu"), tmp_path / "tuned")
     tuned, plain = (loading.load(str(f), "cpu") for f in (tmp_path / "tuned", built("qwen2_5_vl")))
-    ours, theirs = (vlm.encode_prompts(v, IMAGES, TEXTS)["input_ids"] for v in (tuned, plain))
+    ours, theirs = (encoding.encode_prompts(v, IMAGES, TEXTS)["input_ids"] for v in (tuned, plain))
     assert ours.equal(theirs)
 
 
@@ -1971,8 +1977,8 @@ def test_capped_and_scaled_logits_and_a_bias_reach_the_log_probabilities(llava):
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
 def test_logits_that_are_not_finite_are_one_line_in_sampling_and_in_scoring(value, llava, tmp_path):
     """Also if the weights are finite: 3e38 overflows as soon as it is multiplied."""
-    prompts = vlm.encode_prompts(llava, IMAGES[:2], TEXTS[:2])
-    ids, mask = vlm.encode_continuations(llava, ["left", "right"])
+    prompts = encoding.encode_prompts(llava, IMAGES[:2], TEXTS[:2])
+    ids, mask = encoding.encode_continuations(llava, ["left", "right"])
     list(llava.model.get_decoder().parameters())[-1].data.fill_(value)
     for temperature in (0, 1.0):
         with pytest.raises(ModelError, match="its logits are not finite; if it is being trained, lower --lr"):
@@ -1998,7 +2004,7 @@ def test_log_probabilities_of_samples_are_over_the_allowed_tokens_only(name, rul
     bias = torch.linspace(-1, 1, rows)
     bias[vlm_.banned_ids] = 50.0
     vlm_.head.bias = torch.nn.Parameter(bias)
-    prompts = vlm.encode_prompts(vlm_, IMAGES, TEXTS)
+    prompts = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
     ids, mask, _ = vlm.sample(vlm_, prompts, range(6), 6, 1.0, 2)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logps, entropy = vlm.token_logps(vlm_, prompts, ids, mask)
@@ -2019,7 +2025,7 @@ def test_log_probabilities_of_samples_are_over_the_allowed_tokens_only(name, rul
 
 
 def test_capped_and_scaled_logits_are_what_is_sampled_from(llava):
-    prompts, seeds = vlm.encode_prompts(llava, IMAGES, TEXTS), list(range(12))
+    prompts, seeds = encoding.encode_prompts(llava, IMAGES, TEXTS), list(range(12))
 
     def draw(vlm_, temperature):
         return vlm.sample(vlm_, prompts, seeds, 6, temperature, 4)[0].tolist()

@@ -265,13 +265,13 @@ def draw_signs(n, rng):
 
 def pretrain_language(vlm_, role, steps, report_fraction, seed, lr):
     """Phase 2: the mean loss per token of the responses, for the whole model."""
-    from medgr2 import vlm
+    from medgr2 import encoding, vlm
 
     def loss_at(step):
         rng = random.Random(f"{seed} {role} {step}")
         images, prompts, responses = examples(role, rng, 64, report_fraction)
-        ids, mask = vlm.encode_continuations(vlm_, responses)
-        logps, _ = vlm.token_logps(vlm_, vlm.encode_prompts(vlm_, images, prompts), ids, mask)
+        ids, mask = encoding.encode_continuations(vlm_, responses)
+        logps, _ = vlm.token_logps(vlm_, encoding.encode_prompts(vlm_, images, prompts), ids, mask)
         return -logps.sum() / mask.sum()
 
     train([p for p in vlm_.model.parameters() if p.requires_grad], steps, lr, loss_at, role)
@@ -279,7 +279,7 @@ def pretrain_language(vlm_, role, steps, report_fraction, seed, lr):
 
 def measure(vlm_, role, n=400):
     """Accuracy by modality and task: of greedy answers, or of the generator's candidates at temperature 1."""
-    from medgr2 import vlm
+    from medgr2 import encoding, vlm
 
     rng, items, images = random.Random("marks"), [], []
     for i in range(n):
@@ -293,12 +293,12 @@ def measure(vlm_, role, n=400):
         part = slice(k, k + 100)
         ids, mask, _ = vlm.sample(
             vlm_,
-            vlm.encode_prompts(vlm_, images[part], prompts[part]),
+            encoding.encode_prompts(vlm_, images[part], prompts[part]),
             range(k, k + 100),
             128,
             temperature=1.0 if generates else 0.0,
         )
-        for text, (facts, task, row, paradigm) in zip(vlm.decode(vlm_, ids, mask), items[part]):
+        for text, (facts, task, row, paradigm) in zip(encoding.decode(vlm_, ids, mask), items[part]):
             outcome = check_candidate(text, facts, task) if generates else check_answer(text, row)
             for cell in ("all", facts["modality"], task, *([paradigm] if generates else [])):
                 outcomes[cell].append(outcome)
