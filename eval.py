@@ -35,8 +35,10 @@ Departs from the paper: the authors leave answers outside the options out of the
 """
 
 import functools
+import itertools
 import os
 from collections import Counter
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +46,7 @@ import numpy as np
 from medgr2 import cli, endpoint, measures, records, runs, scorers
 from medgr2.answering import open_model, open_server
 from medgr2.errors import require
-from medgr2.images import blank_like, hash_image, open_images
+from medgr2.images import blank_images, hash_image, open_images
 from medgr2.prompts import is_match, normalise, parse_response, policy_prompt
 
 # Fields that this stage adds to a record.
@@ -103,17 +105,25 @@ class Batch(NamedTuple):
     prompts: object = None
     # With blank images, for `blind`.
     blank: object = None
+    # For `scores`: which of `asked` have options, and their prompts.
+    closed: list = ()
+    of_closed: object = None
 
 
-def prepare_batch(model, rows, blind=False):
+def prepare_batch(model, rows, blind=False, scores=False):
     """Records → a Batch for predict_batch with the same options."""
     too_long = model.find_too_long(rows) if model.find_too_long else {}
     asked = [record for i, record in enumerate(rows) if i not in too_long]
     if not asked:
         return Batch(rows, asked)
     images, texts = open_images(record["image"] for record in asked), [policy_prompt(r) for r in asked]
-    blank = model.encode([blank_like(image) for image in images], texts) if blind else None
-    return Batch(rows, asked, model.encode(images, texts), blank)
+    prompts = model.encode(images, texts)
+    blank = model.encode(blank_images(images), texts) if blind else None
+    closed = [i for i, record in enumerate(asked) if "options" in record] if scores else []
+    if len(closed) == len(asked):
+        return Batch(rows, asked, prompts, blank, closed, prompts)
+    of_closed = model.encode([images[i] for i in closed], [texts[i] for i in closed]) if closed else None
+    return Batch(rows, asked, prompts, blank, closed, of_closed)
 
 
 def predict_batch(model, batch, blind=False, scores=False, samples=0, temperature=1.0, seed=0):
@@ -132,9 +142,13 @@ def predict_batch(model, batch, blind=False, scores=False, samples=0, temperatur
         replies = model.respond(batch.prompts, seeds, temperature, group=samples)
         drawn = [replies[i : i + samples] for i in range(0, len(replies), samples)]
         rows = [row | {"samples": parse_predictions(row, own)} for row, own in zip(rows, drawn)]
-    if scores and rows:
-        scored = zip(rows, model.score(batch.prompts, rows))
-        rows = [row | {"option_logps": logps, "option_tokens": tokens} for row, (logps, tokens) in scored]
+    if scores:
+        # None for open questions.
+        rows = [row | {"option_logps": None, "option_tokens": None} for row in rows]
+    if batch.closed:
+        scored = model.score(batch.of_closed, [rows[i] for i in batch.closed])
+        for i, (logps, tokens) in zip(batch.closed, scored):
+            rows[i] |= {"option_logps": logps, "option_tokens": tokens}
     return with_those_not_asked(batch, rows, blind, scores, samples)
 
 
@@ -316,18 +330,13 @@ def answer(args):
     else:
         pixels = args.min_pixels, args.max_pixels
         model = open_model(args.model, args.max_new_tokens, pixels, images)
-    drawn = {
-        "scores": args.scores,
-        "samples": args.samples,
-        "temperature": args.temperature,
-        "seed": args.seed,
-    }
-    prepare = functools.partial(prepare_batch, model, blind=args.blind)
-    work = functools.partial(predict_batch, model, blind=args.blind, **drawn)
+    which = {"blind": args.blind, "scores": args.scores}
+    drawn = {"samples": args.samples, "temperature": args.temperature, "seed": args.seed}
+    prepare = functools.partial(prepare_batch, model, **which)
+    work = functools.partial(predict_batch, model, **which, **drawn)
     run.announce(f"{len(questions)} questions to answer", args.endpoint)
     # Those about one image stand together: it is encoded once for them.
-    first = {image: i for i, image in reversed([*enumerate(images)])}
-    questions.sort(key=lambda record: first[record["image"]])
+    questions = list(itertools.chain(*records.group_by(questions, itemgetter("image")).values()))
     # A resumed run divides the questions into the same batches, so that it writes the same bytes.
     steps = range(run.state.get("step", 0), -(-len(questions) // args.batch))
     batches = [questions[i * args.batch : (i + 1) * args.batch] for i in steps]

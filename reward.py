@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 from medgr2 import cli, measures, records, runs, selection, training
 from medgr2.errors import ModelError, require
-from medgr2.images import blank_like, open_images
+from medgr2.images import blank_images, open_images
 from medgr2.levels import (
     LEVELS,
     evaluate_levels,
@@ -166,7 +166,7 @@ def encode_with_blank(backbone, likelihood, images, prompts, encode=encoding.enc
     inputs = encode(backbone, images, prompts, "cpu")
     if not likelihood:
         return EncodedPrompts(inputs, None)
-    return EncodedPrompts(inputs, encode(backbone, [blank_like(image) for image in images], prompts, "cpu"))
+    return EncodedPrompts(inputs, encode(backbone, blank_images(images), prompts, "cpu"))
 
 
 def compute_features(backbone, encoded, responses, owner=None):
@@ -240,9 +240,11 @@ class RewardModel:
     def __init__(self, backbone, heads, likelihood):
         self.backbone, self.heads, self.likelihood = backbone, heads, likelihood
 
-    def encoder(self, **options):
+    def encoder(self, encode=encoding.encode_by_image):
         """encode(images, prompts) → EncodedPrompts, which a thread or another process may call."""
-        return functools.partial(encode_with_blank, for_preparing(self.backbone), self.likelihood, **options)
+        return functools.partial(
+            encode_with_blank, for_preparing(self.backbone), self.likelihood, encode=encode
+        )
 
     def features(self, encoded, responses, owner=None):
         """The heads' features (N, F). Raises ModelError if they are not finite."""
@@ -260,7 +262,7 @@ class RewardModel:
     def __call__(self, encoded, responses):
         B = encoding.count_prompts(encoded.inputs)
         pairs = [(n * B // len(responses), response) for n, response in enumerate(responses)]
-        # Late in training many responses to a question are equal: each is computed once.
+        # Equal responses to a question are computed once.
         different = list(dict.fromkeys(pairs))
         owner, texts = zip(*different)
         out = self.heads(self.features(encoded, texts, list(owner) if len(texts) > B else None))  # (n, 4)
@@ -427,14 +429,15 @@ def fit_jointly(model, groups, args, run, accelerator):
 
 def prefetch_groups(model, groups, steps, args, accelerator):
     """For each step: (a batch of groups, this process's share of it, encoded, and its weight)."""
-    # A sharded backbone computes in all processes at once, so all make the same passes: plain rows.
+    # A sharded backbone computes in all processes at once, so all must make the same passes: no image is
+    # shared, which would take one more.
     rng, encode = random.Random(runs.seed_of(args.seed, "fit")), model.encoder(encode=encoding.encode_prompts)
     drawn = [rng.sample(groups, min(len(groups), args.batch)) for _ in range(args.steps)]
 
     def prepare(step):
         batch = drawn[step]
         own = batch[accelerator.process_index :: accelerator.num_processes]
-        # One without a group of its own makes them with weight 0.
+        # A process without a group of its own makes them with weight 0.
         return batch, encode_groups(encode, own or batch[:1]), bool(own)
 
     return prefetch(steps, prepare, args.workers)

@@ -18,14 +18,16 @@ Departs from the paper:
 """
 
 import functools
+import itertools
 import math
 from operator import attrgetter
 from typing import NamedTuple
 
-from medgr2 import cli, runs, training
+from medgr2 import cli, records, runs, training
 from medgr2.errors import RunError, require
 from medgr2.images import open_images
 from medgr2.prefetch import for_preparing, prefetch
+from medgr2.progress import tell
 from medgr2.prompts import (
     format_candidate,
     generator_prompt,
@@ -132,26 +134,22 @@ def leave_out_too_long(policy, examples, on_error):
 
 
 def micro_batches(examples, size, by_image):
-    """Examples, `size` at a time: similar lengths together, for less padding; with by_image one image's."""
+    """Examples, `size` at a time, similar lengths together: less padding. by_image: sorted by image too."""
     examples = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
     if by_image:
-        examples = [example for own in group_by_image(examples).values() for example in own]
+        examples = list(itertools.chain(*group_by_image(examples)))
     return [examples[i : i + size] for i in range(0, len(examples), size)]
 
 
 def group_by_image(examples):
-    """{image: its Examples}, in their order."""
-    groups = {}
-    for example in examples:
-        groups.setdefault(example.image, []).append(example)
-    return groups
+    """A list of Examples for each image."""
+    return list(records.group_by(examples, attrgetter("image")).values())
 
 
-def collate(policy, by_image, examples):
-    """Examples → a MicroBatch. With by_image it takes two passes, also if no image occurs twice."""
+def collate(policy, examples, encode):
+    """Examples → a MicroBatch. encode: encoding.encode_prompts or encode_by_image."""
     images, prompts, responses = zip(*examples)
     ids, mask = encoding.encode_continuations(policy, responses, device="cpu")  # (B, C)
-    encode = functools.partial(encoding.encode_by_image, always=True) if by_image else encoding.encode_prompts
     inputs = encode(policy, open_images(images), prompts, "cpu")  # (B, P)
     return MicroBatch(inputs, ids, mask, int(mask.sum()))
 
@@ -161,10 +159,13 @@ def prepare_batch(policy, examples, micro_batch, by_image, accelerator):
     tokens = int(encoding.encode_continuations(policy, [e.response for e in examples], device="cpu")[1].sum())
     process, N = accelerator.process_index, accelerator.num_processes
     own = examples[len(examples) * process // N : len(examples) * (process + 1) // N]
-    batches = [collate(policy, by_image, part) for part in micro_batches(own, micro_batch, by_image)]
+    # With by_image also if no image occurs twice, so that all processes make the same passes.
+    by_image_always = functools.partial(encoding.encode_by_image, always=True)
+    encode = by_image_always if by_image else encoding.encode_prompts
+    batches = [collate(policy, part, encode) for part in micro_batches(own, micro_batch, by_image)]
     if not own:
         # A process without examples computes one that does not count.
-        batch = collate(policy, by_image, examples[:1])
+        batch = collate(policy, examples[:1], encode)
         batches = [batch._replace(mask=torch.zeros_like(batch.mask), tokens=0)]
     return batches, tokens
 
@@ -208,7 +209,8 @@ def compute_gradient(policy, parameters, batches, tokens, accelerator):
 def mean_loss(policy, examples, micro_batch, workers=0, progress=iter):
     """Mean -log π per response token over all examples."""
     total, tokens, parts = 0.0, 0, micro_batches(examples, micro_batch, by_image=True)
-    encoded = prefetch(parts, functools.partial(collate, for_preparing(policy), True), workers)
+    encode = functools.partial(collate, for_preparing(policy), encode=encoding.encode_by_image)
+    encoded = prefetch(parts, encode, workers)
     for _, batch in zip(progress(parts), encoded):
         total += sum(loss.item() for loss in micro_batch_losses(policy, batch))
         tokens += batch.tokens
@@ -231,6 +233,8 @@ def main(args):
     examples = load_examples(data, weights, args.role)
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
     loading.limit_pixels(policy, args.min_pixels, args.max_pixels)
+    if args.by_image and not policy.shares_images:
+        tell(f"{args.model}: its prompts cannot share an image: --by-image saves nothing")
     examples = leave_out_too_long(policy, examples, args.on_error)
     if args.shard:
         sharding.shard(policy)
@@ -243,12 +247,12 @@ def main(args):
     context.tell_image_tokens(policy, [example.image for example in examples])
     run.announce(f"{steps} steps of {args.batch} examples out of {len(examples)}")
     preparing, remaining = for_preparing(policy), range(run.state.get("step", 0), steps)
-    groups = list(group_by_image(examples).values()) if args.by_image else [[example] for example in examples]
+    groups = group_by_image(examples) if args.by_image else [[example] for example in examples]
+    batch_of = training.shuffle(groups, args.batch, args.seed)
 
     def prepare(step):
         # Each epoch is another permutation of the examples, or of their images.
-        batch = training.batch_of(step, args.batch, groups, args.seed)
-        return prepare_batch(preparing, batch, args.micro_batch, args.by_image, accelerator)
+        return prepare_batch(preparing, batch_of(step), args.micro_batch, args.by_image, accelerator)
 
     prepared = prefetch(remaining, prepare, args.workers)
     for step, (batches, tokens) in zip(run.progress(remaining, "sft"), prepared):

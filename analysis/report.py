@@ -325,7 +325,7 @@ def thin_out(points):
 
 
 class Draw:
-    """At most `limit` of all items, drawn by `seed`, in the order of the files. Only they are in memory.
+    """At most `limit` of all items, drawn by `seed`, in the order of the files; of the others only a number.
 
     An item's random number follows from its key, and the lowest numbers win: so an item of several files is
     drawn in all of them or in none.
@@ -374,11 +374,12 @@ def read_scored(draw, files, root=None):
         accepted, beside = None, os.path.join(os.path.dirname(path), "accepted.jsonl")
         if os.path.isfile(beside):
             accepted = {row["id"] for row in records.read_records(beside, root=records.ANYWHERE)}
-        for row in records.read_records(path, ("id", "question", "answer", "reward"), root):
+        rows = records.read_records(path, ("id", "question", "answer", "reward"), root)
+        for number, row in enumerate(rows):
             item = make_item(row, label)
-            draw.get(
-                (label, row["id"]), item if accepted is None else item | {"accepted": row["id"] in accepted}
-            )
+            if accepted is not None:
+                item["accepted"] = row["id"] in accepted
+            draw.get((label, number), item)
 
 
 def thumbnail(path, side):

@@ -50,7 +50,8 @@ def read_answers(folders, rows, kind_of=None, only=None):
         for run, folder in enumerate(folders):
             path = os.path.join(folder, part, "predictions.jsonl")
             needed = ("id", "image_hash", "task", "correct")
-            for record in filter(only, records.read_records(path, needed, records.ANYWHERE)):
+            found = filter(only, records.read_records(path, needed, records.ANYWHERE))
+            for record in sorted(found, key=itemgetter("id")):
                 fields = record["task"], record.get("modality", ""), kind_of(record) if kind_of else ""
                 asked[row].append((run, record["image_hash"], *fields, record["id"]))
                 right.append(record["correct"])

@@ -1,11 +1,10 @@
 """The floor of a computation: its matrix products and attention by themselves, on the same machine.
 
-`record` notes the shapes of all matrix products and attention calls of a step, forward and backward, and
+A Recorder notes the shapes of all matrix products and attention calls of a step, forward and backward, and
 `measure` computes them on random tensors, with nothing else. No step of the same shapes can be faster on this
 machine with this library, but another order of computing may need fewer of them.
 """
 
-import contextlib
 import statistics
 import time
 from collections import Counter
@@ -55,13 +54,6 @@ def thaw(x):
     if kind == "dict":
         return {key: thaw(value) for key, value in parts}
     return list(map(thaw, parts)) if kind == "list" else parts[0]
-
-
-@contextlib.contextmanager
-def record():
-    """Yield the Recorder of what is computed inside."""
-    with Recorder() as recorder:
-        yield recorder
 
 
 @torch.no_grad()

@@ -383,7 +383,7 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None,
         groups = take(step)
         meter.tick()
     result = meter.result()
-    with floor.record() as recorder:
+    with floor.Recorder() as recorder:
         take(0)
     result["floor_seconds"] = floor.measure(recorder.calls)
     prompt_tokens = max(g.prompt.inputs["input_ids"].shape[1] for g in groups)

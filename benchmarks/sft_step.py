@@ -115,7 +115,7 @@ def ours(row, folder, steps, by_image, check=False):
         training.step(optimizer, LR, norm)
         meter.tick()
     result = meter.result()
-    with floor.record() as recorder:
+    with floor.Recorder() as recorder:
         learn(batches, tokens)
     return result | {"floor_seconds": floor.measure(recorder.calls), "tokens": tokens}
 

@@ -70,7 +70,7 @@ def ask_server(ask, max_new_tokens, prompts, seeds=None, temperature=0, group=1)
 
 
 def compute_option_logps(vlm_, prompts, questions):
-    """[(Σ log π in nats, number of tokens)] of B questions, each a list over its options, or None without.
+    """Of each of B questions: (Σ log π in nats, number of tokens), two lists over its options.
 
     An option follows the prompt as an answer without reasoning, and ends with its closing tag: without the
     tag, `CT` would be as probable as all that begins with `CT`. Only the option and the tag count. Image and
@@ -81,11 +81,9 @@ def compute_option_logps(vlm_, prompts, questions):
     from medgr2 import encoding, vlm
 
     head, tail = format_response(None, "\n").split("\n")
-    numbers = [len(question.get("options", ())) for question in questions]
+    numbers = [len(question["options"]) for question in questions]
     owner = [b for b, n in enumerate(numbers) for _ in range(n)]
-    if not owner:
-        return [(None, None)] * len(questions)
-    options = [option + tail for question in questions for option in question.get("options", ())]
+    options = [option + tail for question in questions for option in question["options"]]
     option_ids, option_mask = encoding.encode_continuations(vlm_, options, end=False)  # (B·n, C)
     head_ids = encoding.encode_continuations(vlm_, [head], end=False)[0].expand(len(options), -1)  # (B·n, H)
     ids = torch.cat([head_ids, option_ids], 1)  # (B·n, H+C)
@@ -97,4 +95,4 @@ def compute_option_logps(vlm_, prompts, questions):
         # Zero for the tokens that are not scored.
         logps, _ = vlm.token_logps(vlm_, prompts, ids, scored, states=states)  # (B·n, H+C)
     found = zip(logps.double().sum(1).split(numbers), scored.sum(1).split(numbers))
-    return [(sums.tolist() or None, tokens.tolist() or None) for sums, tokens in found]
+    return [(sums.tolist(), tokens.tolist()) for sums, tokens in found]

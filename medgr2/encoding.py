@@ -37,7 +37,7 @@ class Questions(NamedTuple):
 
     ids: torch.Tensor  # (B, S)
     mask: torch.Tensor  # (B, S)
-    # Which of the images: the row of its inputs.
+    # The row of its image in the Inputs.
     image: torch.Tensor  # (B,)
 
 
@@ -91,7 +91,10 @@ def encode_by_image(vlm, images, texts, device=None, always=False):
     It is then encoded, and prefilled with what precedes it, once. If no image occurs twice the Inputs are
     plain, unless `always`; those of a model that cannot share images (VLM.shares_images) are always plain.
     """
-    shown = list({id(image): b for b, image in reversed([*enumerate(images)])}.values())[::-1]
+    first = {}
+    for b, image in enumerate(images):
+        first.setdefault(id(image), b)
+    shown = list(first.values())
     if not vlm.shares_images or len(shown) == len(images) and not always:
         return encode_prompts(vlm, images, texts, device)
     whole = encode_prompts(vlm, [images[b] for b in shown], [texts[b] for b in shown], "cpu")  # (U, P)
@@ -100,7 +103,12 @@ def encode_by_image(vlm, images, texts, device=None, always=False):
     short = vlm.tokenizer(chats, **settings)["input_ids"]
     start = len(short[shown[0]]) - count_common_end(vlm, short[shown[0]], whole["input_ids"][0].tolist())
     ids = [torch.tensor(row[start:]) for row in short]
-    number = {id(images[b]): u for u, b in enumerate(shown)}
+    has_one_start = all(row[:start] == short[0][:start] for row in short)
+    if not has_one_start or any(
+        not whole["input_ids"][u, -len(ids[b]) :].equal(ids[b]) for u, b in enumerate(shown)
+    ):
+        raise ModelError(f"{type(vlm.model).__name__}: its prompts differ before the question")
+    number = {key: u for u, key in enumerate(first)}
     questions = Questions(
         pad_left(ids, vlm.tokenizer.pad_token_id),
         pad_left([torch.ones_like(row) for row in ids]),

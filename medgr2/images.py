@@ -1,7 +1,6 @@
 """Images of any format as RGB pixels: opened, bounded in size, hashed; written if they come as bytes."""
 
 import base64
-import functools
 import hashlib
 import math
 import os
@@ -97,17 +96,15 @@ def open_images(paths):
     return found
 
 
-def blank_like(image):
-    """A grey image, which shows nothing, of the same size and so of as many tokens."""
-    return blank_image(*image.size)
+def blank_images(images):
+    """A grey image, which shows nothing, for each: of the same size and so of as many tokens.
 
-
-# The same object for each size, so that prompts can share it (encoding.encode_by_image).
-@functools.lru_cache(maxsize=64)
-def blank_image(width, height):
+    Equal sizes get the same object, so that prompts can share it.
+    """
     from PIL import Image
 
-    return Image.new("RGB", (width, height), (128, 128, 128))
+    blank = {size: Image.new("RGB", size, (128, 128, 128)) for size in {image.size for image in images}}
+    return [blank[image.size] for image in images]
 
 
 def require_size(path, width, height):

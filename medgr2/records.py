@@ -194,6 +194,14 @@ def read_records(path, fields=("id",), root=None, on_error=None):
     require(line_of_id, f"{path}:{number or 1}: no records: the file is empty, give another")
 
 
+def group_by(rows, key):
+    """{key(row): the rows that have it}, in the order in which they are met."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
 def read_kept(path, fields=("id",), root=None, limit=0):
     """The records of a file. Bad lines are printed and left out, up to this share of all lines.
 

@@ -38,7 +38,7 @@ def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
     Each holds --rollout-batch records, or all if that is None.
     """
     preparing, encode_scored = for_preparing(policy), reward_model.encoder()
-    groups = [[example] for example in examples]
+    batch_of = training.shuffle([[example] for example in examples], args.prompts, args.seed)
 
     def encode(cursor, rows):
         images, texts = open_rows(rows)
@@ -47,8 +47,7 @@ def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
         )
 
     def prepare(cursor):
-        rows = training.batch_of(cursor, args.prompts, groups, args.seed)
-        rows = rows[accelerator.process_index :: accelerator.num_processes]
+        rows = batch_of(cursor)[accelerator.process_index :: accelerator.num_processes]
         size = args.rollout_batch or len(rows)
         return [encode(cursor + 1, rows[i : i + size]) for i in range(0, len(rows), size)]
 

@@ -1,5 +1,6 @@
 """What training loops share: records, batches, gradients over processes, resuming."""
 
+import functools
 import itertools
 import math
 import random
@@ -38,19 +39,24 @@ def read_data(args, fields, main):
     return data
 
 
-def batch_of(step, size, groups, seed):
-    """One step's `size` examples. Every epoch is a permutation of the groups (lists of examples) of its own.
+def shuffle(groups, size, seed):
+    """batch_of(step) → the step's `size` examples. Every epoch is a permutation of the groups of its own.
 
-    Depends only on the arguments, so that a resumed run needs no history.
+    groups: lists of examples, which stay together. A batch depends only on its step, so that a resumed run
+    needs no history.
     """
-    epochs, batch, n = {}, [], sum(map(len, groups))
-    for position in range(step * size, (step + 1) * size):
-        epoch, i = divmod(position, n)
-        if epoch not in epochs:
-            permutation = random.Random(seed_of(seed, "epoch", epoch)).sample(groups, len(groups))
-            epochs[epoch] = list(itertools.chain.from_iterable(permutation))
-        batch.append(epochs[epoch][i])
-    return batch
+    n = sum(map(len, groups))
+
+    @functools.lru_cache(2)
+    def order(epoch):
+        permutation = random.Random(seed_of(seed, "epoch", epoch)).sample(groups, len(groups))
+        return list(itertools.chain(*permutation))
+
+    def batch_of(step):
+        positions = range(step * size, (step + 1) * size)
+        return [order(position // n)[position % n] for position in positions]
+
+    return batch_of
 
 
 def sum_gradients(parameters, accelerator):

@@ -6,7 +6,7 @@ a directory; nothing here knows which one it was given.
 Glossary: `B` prompts (each an image and a text), `G` continuations of each, `N` = B·G rows, `P` prompt
 tokens, `C` continuation tokens, `D` hidden size, `V` vocabulary. Prompts are padded on the left,
 continuations on the right, so that the two meet: row i is [pad pad prompt | continuation pad]. Rows of one
-prompt are neighbours: row b·G + g.
+prompt are neighbours: row b·G + g. Only `hidden_states` also takes different numbers of them (`owner`).
 
     inputs = encoding.encode_prompts(policy, images, texts)                  # (B, P)
     ids, mask, truncated = vlm.sample(policy, inputs, seeds, 96, group=8)    # (N, C), (N, C), (N,)
@@ -52,7 +52,7 @@ class VLM:
     reuses_features: bool = False
     # Whether decoder layers are recomputed in the backward pass (`checkpointing`).
     is_checkpointing: bool = False
-    # Whether encoded prompts keep their images, so that repeat_prompts can encode them again.
+    # Whether encoded prompts keep their images, so that select_prompts can encode them again.
     keeps_images: bool = True
     # peft's LoraModel around the model (adapters.add_lora), or None.
     lora: object = None
@@ -127,7 +127,7 @@ class Prefix:
         self.select_positions(rows)
 
     def branch(self, images):
-        """A row for each of B questions, `images` (B,): the row of its image. Padding may follow."""
+        """A row per question, a copy of its image's, images[b]; the question may begin with padding."""
         self.padding = (1 - self.mask).sum(1, keepdim=True)
         self.select(images)
 
@@ -264,7 +264,7 @@ def prefill(vlm, inputs, group=1):
 
 
 def prefill_rows(vlm, inputs, cache=None):
-    """As prefill, of each row of the tensors: those of images if `inputs` has questions.
+    """Prefill the rows of the tensors: prompts, or images with what precedes the questions.
 
     cache: recomputed_cache's, or the model makes one.
     """
@@ -294,19 +294,22 @@ def hidden_states(vlm, inputs, ids, mask, owner=None):
     `mask` is 0; the state after a shorter continuation is at position mask.sum().
     """
     require_context(vlm, inputs, ids.shape[1])
-    group = 0 if owner else ids.shape[0] // count_prompts(inputs)
-    if group == 1 and inputs.questions:
-        return states_of_questions(vlm, prefill_rows(vlm, inputs)[0], inputs.questions, ids, mask)
-    if group == 1:
+    prompts = count_prompts(inputs)
+    if owner is None and len(ids) == prompts:
+        if inputs.questions:
+            return states_of_questions(vlm, prefill_rows(vlm, inputs)[0], inputs.questions, ids, mask)
         return plain_hidden_states(vlm, inputs, ids, mask)
+    group = len(ids) // prompts
     if not vlm.can_share_prefix:
         rows = select_prompts(vlm, inputs, owner) if owner else repeat_prompts(vlm, inputs, group)
         return plain_hidden_states(vlm, rows, ids, mask)
-    prefix, last = prefill(vlm, inputs, group or 1)
-    if owner:
-        owner = torch.tensor(owner, device=ids.device)
-        prefix.select(owner)
-        last = last[owner]
+    if owner is None:
+        prefix, last = prefill(vlm, inputs, group)
+    else:
+        prefix, last = prefill(vlm, inputs)
+        rows = torch.tensor(owner, device=ids.device)
+        prefix.select(rows)
+        last = last[rows]
     return torch.cat([last[:, None], decode_step(vlm, prefix, ids, mask)], 1)
 
 
@@ -327,6 +330,8 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
     """
     prompts = count_prompts(inputs)
     group = ids.shape[0] // prompts
+    if inputs.questions and group > 1:
+        raise ValueError(f"{group} continuations of each question; here it has one")
     cache = recomputed_cache(vlm) if vlm.is_checkpointing else None
     whole = group == 1 or (size is None or size >= group) and not cache
     if whole and not inputs.questions:

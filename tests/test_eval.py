@@ -244,7 +244,7 @@ def policy():
 
 
 def predict(model, rows, blind=False, scores=False, **drawn):
-    batch = evaluation.prepare_batch(model, rows, blind)
+    batch = evaluation.prepare_batch(model, rows, blind, scores)
     return evaluation.predict_batch(model, batch, blind, scores, **drawn)
 
 
@@ -455,7 +455,7 @@ def home(tmp_path_factory):
 
 def test_predictions_are_the_records_by_image_and_a_second_parser_agrees(home):
     given, got = lines(home / "test.jsonl"), lines(home / "a" / "predictions.jsonl")
-    # Two questions per image, one after the other, but for the file that came in between a pair.
+    # Two questions per image, one after the other; the open question came in between two of them.
     open_question = given.pop(7)
     assert open_question["id"] == "open" and given[6]["image"] == given[7]["image"]
     given.insert(8, open_question)

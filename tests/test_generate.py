@@ -487,7 +487,7 @@ def test_an_image_too_large_for_the_context_is_refused_at_the_start_or_left_out(
     assert {row["parent"] for row in rejected} == {first["id"], third["id"]}
 
 
-def test_with_one_task_a_prompt_is_encoded_once_an_image_always_and_the_samples_are_the_same(
+def test_an_image_is_encoded_once_with_one_task_a_prompt_too_and_the_samples_are_the_same(
     toy_stage, tmp_path, monkeypatch
 ):
     sizes, encode = [], encoding.encode_by_image

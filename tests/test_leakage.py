@@ -146,6 +146,15 @@ def test_steps_of_two_grey_levels_are_noise_and_steps_of_three_are_not():
     assert bits[0].sum() == 0 and bits[1].reshape(2, 64)[0].sum() == 32
 
 
+def test_images_are_read_in_parts_and_none_is_lost(tmp_path, monkeypatch):
+    rows = leakage.read_side([side(tmp_path, "train", [(scan(i), "Which?") for i in range(5)])])
+    whole = leakage.fingerprint_images(rows)
+    monkeypatch.setattr(leakage, "WAITING", 2)
+    parts = leakage.fingerprint_images(rows)
+    assert len(whole) == 5 and list(parts) == list(whole)
+    assert all(parts[path].pixels == whole[path].pixels == leakage.fingerprint(path).pixels for path in whole)
+
+
 def test_the_closest_hash_is_that_of_counting_bits_one_by_one():
     rng = np.random.default_rng(0)
     train = rng.integers(0, 2**64, (9, 2), np.uint64)

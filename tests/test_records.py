@@ -102,6 +102,18 @@ def test_a_missing_file_an_empty_file_and_a_folder_raise_record_errors(tmp_path)
         assert str(error.value).startswith(str(tmp_path))
 
 
+def test_what_many_records_share_is_one_object_in_memory(tmp_path):
+    path = tmp_path / "r.jsonl"
+    put_json(
+        path, [question("a.png", id=f"q{n}", modality="an old CT", task="a task") for n in range(2)], True
+    )
+    one, other = records.read_records(path)
+    assert [id(name) for name in one] == [id(name) for name in other]
+    for field in ("modality", "task", "answer", "source"):
+        assert one[field] is other[field]
+    assert all(a is b for a, b in zip(one["options"], other["options"]))
+
+
 def test_records_are_streamed(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"id": "a"}\nbroken')
     stream = records.read_records(tmp_path / "r.jsonl")

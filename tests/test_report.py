@@ -227,6 +227,29 @@ def test_more_items_than_the_limit_are_drawn_by_the_seed_in_their_order_and_the_
     assert (tmp_path / "0.html").read_bytes() == (tmp_path / "1.html").read_bytes()
 
 
+def test_a_drawn_question_has_the_responses_of_all_files_and_the_others_are_counted(tmp_path):
+    draw, rng = report.Draw(5, 0), random.Random(0)
+    for file in ("a", "b"):
+        rows = [
+            {"id": f"q{n}", "image": "i", "question": "Which?", "answer": "x", "prediction": "x"}
+            for n in range(40)
+        ]
+        rng.shuffle(rows)
+        path = tmp_path / f"{file}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        report.read_evaluated(draw, [(file, str(path))])
+    items = list(draw.items.values())
+    assert len(items) == 5 and len(draw.numbers) == 40
+    assert all([r["run"] for r in item["responses"]] == ["a", "b"] for item in items)
+    # Every question is drawn by some seed.
+    drawn = set()
+    for seed in range(60):
+        draw = report.Draw(5, seed)
+        report.read_evaluated(draw, [("a", str(tmp_path / "a.jsonl"))])
+        drawn |= {item["id"] for item in draw.items.values()}
+    assert len(drawn) == 40
+
+
 def test_tables_show_the_numbers_of_the_files_with_their_intervals(cycle, tmp_path):
     folder, _ = cycle
     first, by_modality, *_ = made(tmp_path / "r.html", "--run", folder)[0]["tables"]

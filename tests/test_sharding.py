@@ -40,10 +40,12 @@ CASES = {
         "checkpointing": True,
     },
     "grpo --lora --kl": {"freeze": "images", "lora": 4, "kl": 0.1},
+    "sft --by-image": {"by_image": True},
     "sft --by-image --gradient-checkpointing": {"by_image": True, "checkpointing": True},
 }
 # Those that the suite computes, and for how many steps; the rest takes minutes.
 FEW = {"sft": 2, "sft --lora --gradient-checkpointing": 1, "sft --by-image --gradient-checkpointing": 1}
+FEW |= {"sft --by-image": 1}
 FEW |= {"grpo --micro-group --kl": 1, "grpo --micro-group --gradient-checkpointing": 1}
 
 

@@ -9,14 +9,15 @@ from medgr2.errors import RunError
 
 def test_every_epoch_is_a_permutation_and_a_step_needs_no_history():
     groups, size = [[i] for i in range(10)], 4
-    flat = [i for step in range(5) for i in training.batch_of(step, size, groups, seed=1)]
+    batch_of = training.shuffle(groups, size, seed=1)
+    flat = [i for step in range(5) for i in batch_of(step)]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert training.batch_of(3, size, groups, 1) == flat[12:16]
+    assert training.shuffle(groups, size, 1)(3) == flat[12:16]
 
 
 def test_a_group_stays_together_and_in_its_order_in_every_epoch():
     groups = [[0], [1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    flat = [i for step in range(5) for i in training.batch_of(step, 4, groups, seed=1)]
+    flat = [i for step in range(5) for i in training.shuffle(groups, 4, seed=1)(step)]
     orders = set()
     for epoch in (flat[:10], flat[10:]):
         starts = [epoch.index(group[0]) for group in groups]

@@ -904,12 +904,9 @@ def test_questions_about_one_image_have_the_log_probabilities_of_plain_rows(vlm_
 
 @pytest.mark.parametrize("shares", ["images", "prompts", "nothing"])
 def test_prompts_may_have_different_numbers_of_continuations(vlm_, shares):
-    owner, able = (
-        [0, 2, 2, 4, 4, 4],
-        replace(vlm_, prefix_sharing="never" if shares == "nothing" else "always"),
-    )
-    asked = [IMAGES[i] for i in ABOUT], QUESTIONS
-    inputs = (by_image(vlm_)[0]) if shares == "images" else encoding.encode_prompts(able, *asked)
+    owner, asked = [0, 2, 2, 4, 4, 4], ([IMAGES[i] for i in ABOUT], QUESTIONS)
+    able = replace(vlm_, prefix_sharing="never") if shares == "nothing" else vlm_
+    inputs = by_image(vlm_)[0] if shares == "images" else encoding.encode_prompts(able, *asked)
     ids, mask = encoding.encode_continuations(vlm_, ANSWERS)
     with torch.no_grad():
         states = vlm.hidden_states(able, inputs, ids, mask, owner)
@@ -966,6 +963,27 @@ def test_only_the_same_image_object_is_shared_and_only_if_the_model_can(vlm_, ar
     cannot = replace(vlm_, shares_images=False)
     plain = encoding.encode_by_image(cannot, [IMAGES[0]] * 3, TEXTS, always=True)
     assert plain.questions is None and len(plain["input_ids"]) == 3
+
+
+def test_a_model_whose_shared_images_give_other_states_shares_none(vlm_, architecture, monkeypatch):
+    if architecture in PLAIN_ROWS:
+        pytest.skip("has sliding layers: nothing is shared")
+    assert loading.can_share_images(vlm_)
+    branch = vlm.Prefix.branch
+    # Each question gets the other image.
+    monkeypatch.setattr(vlm.Prefix, "branch", lambda prefix, images: branch(prefix, 1 - images))
+    assert not loading.can_share_images(vlm_)
+    monkeypatch.undo()
+    # The first token of a question (Qwen's image ends with a token of its own) is taken for the image's.
+    count = encoding.count_common_end
+    monkeypatch.setattr(encoding, "count_common_end", lambda *args: count(*args) - 2)
+    assert not loading.can_share_images(vlm_)
+
+
+def test_several_continuations_of_questions_are_not_learned_in_parts(vlm_):
+    inputs, ids, mask, _ = by_image(vlm_, 2)
+    with pytest.raises(ValueError, match="2 continuations of each question"):
+        next(vlm.hidden_states_in_parts(vlm_, inputs, ids, mask))
 
 
 def test_questions_that_do_not_fit_into_the_context_are_refused_by_their_own_length(vlm_):
