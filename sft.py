@@ -92,12 +92,11 @@ class Example(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """B examples, encoded on the CPU. `tokens`: how many of their response tokens count."""
+    """B examples, encoded on the CPU: prompts with their responses (encoding.append_replies)."""
 
-    inputs: encoding.Inputs  # (B, P)
-    ids: torch.Tensor  # (B, C)
-    mask: torch.Tensor  # (B, C)
-    tokens: int
+    inputs: encoding.Inputs  # (B, W)
+    index: torch.Tensor  # (T,)
+    targets: torch.Tensor  # (T,)
 
 
 def load_examples(data, weights, role):
@@ -151,7 +150,7 @@ def collate(policy, examples, encode):
     images, prompts, responses = zip(*examples)
     ids, mask = encoding.encode_continuations(policy, responses, device="cpu")  # (B, C)
     inputs = encode(policy, open_images(images), prompts, "cpu")  # (B, P)
-    return MicroBatch(inputs, ids, mask, int(mask.sum()))
+    return MicroBatch(*encoding.append_replies(inputs, ids, mask))
 
 
 def prepare_batch(policy, examples, micro_batch, by_image, accelerator):
@@ -164,9 +163,9 @@ def prepare_batch(policy, examples, micro_batch, by_image, accelerator):
     encode = by_image_always if by_image else encoding.encode_prompts
     batches = [collate(policy, part, encode) for part in micro_batches(own, micro_batch, by_image)]
     if not own:
-        # A process without examples computes one that does not count.
+        # A process without examples computes one that does not count: -100 is no target.
         batch = collate(policy, examples[:1], encode)
-        batches = [batch._replace(mask=torch.zeros_like(batch.mask), tokens=0)]
+        batches = [batch._replace(targets=torch.full_like(batch.targets, -100))]
     return batches, tokens
 
 
@@ -175,15 +174,12 @@ def prepare_batch(policy, examples, micro_batch, by_image, accelerator):
 
 
 def micro_batch_losses(policy, batch):
-    """Yield the sum of -log π over the response tokens of a MicroBatch; the caller calls its backward()."""
-    ids, mask = batch.ids.to(policy.device), batch.mask.to(policy.device)  # (B, C)
-    inputs = batch.inputs.to(policy.device)  # (B, P)
-    for _, states in vlm.hidden_states_in_parts(policy, inputs, ids, mask):  # (B, C+1, D)
-        hidden, weight, head = vlm.lm_head(policy, states[:, :-1])  # (B, C, D), (V, D)
-        # Padding is no target: -100 is ignored.
-        targets = ids.masked_fill(mask == 0, -100)  # (B, C)
-        # The same as cross_entropy(hidden @ weight.T, targets), but the logits (B, C, V) never exist.
-        yield linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum", **head)
+    """Yield the sum of -log π over the response tokens of a MicroBatch, once; the caller runs backward()."""
+    inputs, index, targets = (x.to(policy.device) for x in batch)
+    for states in vlm.row_states(policy, inputs):  # (B, W, D)
+        hidden, weight, head = vlm.lm_head(policy, states.flatten(0, 1)[index])  # (T, D), (V, D)
+        # The same as cross_entropy(hidden @ weight.T, targets), but the logits (T, V) never exist.
+        yield linear_cross_entropy(hidden, weight, targets, reduction="sum", **head)
 
 
 def compute_gradient(policy, parameters, batches, tokens, accelerator):
@@ -213,7 +209,7 @@ def mean_loss(policy, examples, micro_batch, workers=0, progress=iter):
     encoded = prefetch(parts, encode, workers)
     for _, batch in zip(progress(parts), encoded):
         total += sum(loss.item() for loss in micro_batch_losses(policy, batch))
-        tokens += batch.tokens
+        tokens += len(batch.targets)
     return total / tokens
 
 

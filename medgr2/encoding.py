@@ -249,6 +249,38 @@ def encode_continuations(vlm, texts, end=True, device=None):
     return ids.to(device or vlm.device), mask.to(device or vlm.device)
 
 
+def append_replies(inputs, ids, mask):
+    """Rows of prompts with a reply each, ids (B, C) → (Inputs, index (T,), targets (T,)); all on the CPU.
+
+    Their width W is that of the longest prompt with its reply, all padding is on the left. If prompts share
+    images, the questions go on with the replies. targets: the T tokens of the replies; index: where in the
+    rows' states (B, W, D), flattened to (B·W, D), stands the one that predicts each.
+    """
+    questions = inputs.questions
+    before = questions.mask if questions else inputs["attention_mask"]  # (B, P)
+    whole = torch.cat([before, mask], 1)  # (B, P+C)
+    width = int(whole.sum(1).max())
+    # The columns of each row: padding first, then its tokens in order.
+    columns = whole.argsort(dim=1, stable=True)[:, -width:]  # (B, W)
+
+    def join(x, added):
+        return torch.cat([x, added], 1).gather(1, columns)
+
+    is_reply = join(torch.zeros_like(before), mask)
+    index = is_reply.flatten().nonzero()[:, 0]
+    if questions:
+        rows = join(questions.ids, ids)
+        joined = Inputs(inputs, inputs.prompts, Questions(rows, join(questions.mask, mask), questions.image))
+    else:
+        rows, joined = join(inputs["input_ids"], ids), Inputs(inputs, inputs.prompts)
+        for key, x in inputs.items():
+            if x.shape == before.shape:
+                # A reply is text: type 0.
+                added = {"input_ids": ids, "attention_mask": mask}.get(key, torch.zeros_like(ids))
+                joined[key] = join(x, added)
+    return joined, index - 1, rows.flatten()[index]
+
+
 def decode(vlm, ids, mask):
     """(N, C) sampled ids → N texts, without the end-of-turn token."""
     rows = [row[m.bool()] for row, m in zip(ids.cpu(), mask.cpu())]

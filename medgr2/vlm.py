@@ -326,20 +326,18 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
     For learning with less memory: the caller runs a part's backward pass before it asks for the next part,
     and asks until there is none. A prompt is still encoded once. Each part leaves its gradient of the prefix,
     and when all have, one backward pass takes it on to the prompt. Without `size`, one part: all rows.
-    Questions that share images have one continuation each, in one part.
     """
+    if inputs.questions:
+        raise ValueError("prompts that share images are learned from by row_states")
     prompts = count_prompts(inputs)
     group = ids.shape[0] // prompts
-    if inputs.questions and group > 1:
-        raise ValueError(f"{group} continuations of each question; here it has one")
     cache = recomputed_cache(vlm) if vlm.is_checkpointing else None
-    whole = group == 1 or (size is None or size >= group) and not cache
-    if whole and not inputs.questions:
+    if (size is None or size >= group) and not cache:
         yield slice(None), hidden_states(vlm, inputs, ids, mask)
         return
     index = torch.arange(ids.shape[0], device=ids.device).view(prompts, group)
     parts = [part.flatten() for part in index.split(size or group, 1)]
-    if not (cache or vlm.can_share_prefix or inputs.questions):
+    if not (cache or vlm.can_share_prefix):
         for rows in parts:
             yield rows, hidden_states(vlm, inputs, ids[rows], mask[rows])
         return
@@ -350,18 +348,39 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
     for rows in parts:
         n = len(rows) // prompts
         own = prefix.with_cache(leaves[1:])
-        if inputs.questions:
-            yield rows, states_of_questions(vlm, own, inputs.questions, ids, mask)
-            continue
         own.repeat(n)
         first = leaves[0].repeat_interleave(n, 0)[:, None]
         yield rows, torch.cat([first, decode_step(vlm, own, ids[rows], mask[rows])], 1)
-    if inputs.questions and last.requires_grad:
-        # Sharding gathers a layer's weights again when the gradient of its output arrives: one of zeros.
-        leaves[0].grad = torch.zeros_like(last)
+    pass_gradients_on(computed, leaves)
+
+
+def pass_gradients_on(computed, leaves):
+    """The backward pass of what was computed, from the gradients of its detached copies."""
     reached = [(x, leaf.grad) for x, leaf in zip(computed, leaves) if leaf.grad is not None]
     if reached:
         torch.autograd.backward(*zip(*reached))
+
+
+def row_states(vlm, inputs):
+    """Yield, once, the hidden states (B, W, D) of the rows; of the questions if prompts share images.
+
+    To learn from encoding.append_replies' rows: the caller runs the backward pass and asks for the next. Each
+    image is prefilled once for its questions, and one more backward pass takes their gradients on to it.
+    """
+    require_context(vlm, inputs, 0)
+    if not inputs.questions:
+        yield vlm.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return
+    prefix, last = prefill_rows(vlm, inputs, recomputed_cache(vlm) if vlm.is_checkpointing else None)
+    computed = [last, *prefix.tensors()]
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in computed]
+    own = prefix.with_cache(leaves[1:])
+    own.branch(inputs.questions.image)
+    yield decode_step(vlm, own, inputs.questions.ids, inputs.questions.mask)
+    if last.requires_grad:
+        # Sharding gathers a layer's weights again when the gradient of its output arrives: one of zeros.
+        leaves[0].grad = torch.zeros_like(last)
+        pass_gradients_on(computed, leaves)
 
 
 def plain_hidden_states(vlm, inputs, ids, mask):

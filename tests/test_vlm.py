@@ -20,6 +20,7 @@ from PIL import Image
 from medgr2 import context, encoding, loading, vlm
 from medgr2.errors import ModelError, RecordError
 from medgr2.prompts import parse_response
+from triton_ops import linear_logprob
 
 TOY = Path(__file__).parent.parent / "toy" / "policy"
 
@@ -939,19 +940,56 @@ def test_the_gradient_of_questions_about_one_image_is_that_of_plain_rows(
         return found
 
     vlm_.model.zero_grad()
+    joined, index, targets = encoding.append_replies(inputs, ids, mask)
+    assert targets.tolist() == ids[mask.bool()].tolist()
     with vlm.checkpointing(vlm_, checkpointing):
-        for _, states in vlm.hidden_states_in_parts(vlm_, inputs, ids, mask):
-            logps = vlm.token_logps(vlm_, inputs, ids, mask, states=states)[0]
-            (weights * logps).sum().backward()
+        for states in vlm.row_states(vlm_, joined):
+            rows, weight, options = vlm.lm_head(vlm_, states.flatten(0, 1)[index])
+            logps, _ = linear_logprob(rows, weight, targets, **options)
+            (weights[mask.bool()] * logps).sum().backward()
     shared, computed = gradient(), list(tokens_computed)
     (weights * plain_logps(vlm_, images, QUESTIONS, ids, mask)[0]).sum().backward()
     plain = gradient()
-    P, width = inputs["input_ids"].shape[1], inputs.questions.ids.shape[1] + ids.shape[1]
+    # As wide as the longest question with its reply.
+    P, width = inputs["input_ids"].shape[1], int((inputs.questions.mask.sum(1) + mask.sum(1)).max())
+    assert width < inputs.questions.ids.shape[1] + ids.shape[1]
     assert computed == [(3, P), (5, width), *[(5, width), (3, P)] * checkpointing]
     assert shared.keys() == plain.keys()
     largest_norm = max(g.norm() for g in plain.values())
     for name, g in plain.items():
         assert (g - shared[name]).norm() <= 1e-5 * (g.norm() + largest_norm), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_with_replies_have_no_padding_but_that_to_the_longest_and_the_gradient_of_plain_rows(
+    vlm_, checkpointing, tokens_computed
+):
+    inputs = encoding.encode_prompts(vlm_, IMAGES, TEXTS)
+    # The longest prompt has not the longest reply.
+    ids, mask = encoding.encode_continuations(vlm_, ["a cyst in the kidney", "x", "left"])
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+
+    def gradient():
+        found = {name: p.grad for name, p in vlm_.model.named_parameters() if p.grad is not None}
+        vlm_.model.zero_grad()
+        return found
+
+    joined, index, targets = encoding.append_replies(inputs, ids, mask)
+    vlm_.model.zero_grad()
+    with vlm.checkpointing(vlm_, checkpointing):
+        for states in vlm.row_states(vlm_, joined):
+            rows, weight, options = vlm.lm_head(vlm_, states.flatten(0, 1)[index])
+            logps, _ = linear_logprob(rows, weight, targets, **options)
+            (weights[mask.bool()] * logps).sum().backward()
+    found, computed = gradient(), list(tokens_computed)
+    (weights * plain_logps(vlm_, IMAGES, TEXTS, ids, mask)[0]).sum().backward()
+    plain = gradient()
+    longest = int((inputs["attention_mask"].sum(1) + mask.sum(1)).max())
+    assert longest < inputs["input_ids"].shape[1] + ids.shape[1]
+    assert computed == [(3, longest)] * (1 + checkpointing) and found.keys() == plain.keys()
+    largest_norm = max(g.norm() for g in plain.values())
+    for name, g in plain.items():
+        assert (g - found[name]).norm() <= 1e-5 * (g.norm() + largest_norm), name
 
 
 def test_only_the_same_image_object_is_shared_and_only_if_the_model_can(vlm_, architecture):
@@ -980,9 +1018,9 @@ def test_a_model_whose_shared_images_give_other_states_shares_none(vlm_, archite
     assert not loading.can_share_images(vlm_)
 
 
-def test_several_continuations_of_questions_are_not_learned_in_parts(vlm_):
+def test_questions_are_not_learned_in_parts(vlm_):
     inputs, ids, mask, _ = by_image(vlm_, 2)
-    with pytest.raises(ValueError, match="2 continuations of each question"):
+    with pytest.raises(ValueError, match="learned from by row_states"):
         next(vlm.hidden_states_in_parts(vlm_, inputs, ids, mask))
 
 
