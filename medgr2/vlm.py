@@ -384,7 +384,7 @@ def row_states(vlm, inputs):
 
 
 def plain_hidden_states(vlm, inputs, ids, mask):
-    """hidden_states in one pass over prompt and continuation, the only way with gradient checkpointing."""
+    """hidden_states in one pass over prompt and continuation."""
     joined = dict(inputs)
     joined["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)  # (N, P+C)
     joined["attention_mask"] = torch.cat([inputs["attention_mask"], mask], 1)

@@ -252,6 +252,7 @@ BLOCK = re.compile(r"(?<=<!-- )([\w-]+)( -->\n)(.*?)(?=<!-- /\1 -->)", re.DOTALL
 NAMES = (
     "seeds",
     "grpo_step",
+    "sft_step",
     "memory",
     "micro_group",
     "workers",
