@@ -265,7 +265,9 @@ class RewardModel:
         # Equal responses to a question are computed once.
         different = list(dict.fromkeys(pairs))
         owner, texts = zip(*different)
-        out = self.heads(self.features(encoded, texts, list(owner) if len(texts) > B else None))  # (n, 4)
+        # One response to each prompt is one pass over both.
+        owner = list(owner) if len(texts) > B else None
+        out = self.heads(self.features(encoded, texts, owner))  # (n, 4)
         scores = torch.cat([denormalise_reward(out[:, :1]), out[:, 1:].sigmoid()], 1).tolist()
         score_of = dict(zip(different, scores))
         return dict(zip(HEADS, map(list, zip(*(score_of[pair] for pair in pairs)))))

@@ -927,18 +927,14 @@ def test_questions_about_one_image_are_answered_as_if_asked_alone(vlm_):
             assert kept(*vlm.sample(vlm_, alone, max_new_tokens=12, **own)) == [together[row]]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_gradient_of_questions_about_one_image_is_that_of_plain_rows(
-    vlm_, checkpointing, tokens_computed
-):
-    inputs, ids, mask, images = by_image(vlm_)
-    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+def take_gradient(vlm_):
+    found = {name: p.grad for name, p in vlm_.model.named_parameters() if p.grad is not None}
+    vlm_.model.zero_grad()
+    return found
 
-    def gradient():
-        found = {name: p.grad for name, p in vlm_.model.named_parameters() if p.grad is not None}
-        vlm_.model.zero_grad()
-        return found
 
+def gradient_by_rows(vlm_, inputs, ids, mask, weights, checkpointing):
+    """Of the replies' weighted log-probabilities, as sft.py computes it."""
     vlm_.model.zero_grad()
     joined, index, targets = encoding.append_replies(inputs, ids, mask)
     assert targets.tolist() == ids[mask.bool()].tolist()
@@ -947,9 +943,20 @@ def test_the_gradient_of_questions_about_one_image_is_that_of_plain_rows(
             rows, weight, options = vlm.lm_head(vlm_, states.flatten(0, 1)[index])
             logps, _ = linear_logprob(rows, weight, targets, **options)
             (weights[mask.bool()] * logps).sum().backward()
-    shared, computed = gradient(), list(tokens_computed)
+    return take_gradient(vlm_)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_of_questions_about_one_image_is_that_of_plain_rows(
+    vlm_, checkpointing, tokens_computed
+):
+    inputs, ids, mask, images = by_image(vlm_)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+
+    shared = gradient_by_rows(vlm_, inputs, ids, mask, weights, checkpointing)
+    computed = list(tokens_computed)
     (weights * plain_logps(vlm_, images, QUESTIONS, ids, mask)[0]).sum().backward()
-    plain = gradient()
+    plain = take_gradient(vlm_)
     # As wide as the longest question with its reply.
     P, width = inputs["input_ids"].shape[1], int((inputs.questions.mask.sum(1) + mask.sum(1)).max())
     assert width < inputs.questions.ids.shape[1] + ids.shape[1]
@@ -969,21 +976,10 @@ def test_rows_with_replies_have_no_padding_but_that_to_the_longest_and_the_gradi
     ids, mask = encoding.encode_continuations(vlm_, ["a cyst in the kidney", "x", "left"])
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
 
-    def gradient():
-        found = {name: p.grad for name, p in vlm_.model.named_parameters() if p.grad is not None}
-        vlm_.model.zero_grad()
-        return found
-
-    joined, index, targets = encoding.append_replies(inputs, ids, mask)
-    vlm_.model.zero_grad()
-    with vlm.checkpointing(vlm_, checkpointing):
-        for states in vlm.row_states(vlm_, joined):
-            rows, weight, options = vlm.lm_head(vlm_, states.flatten(0, 1)[index])
-            logps, _ = linear_logprob(rows, weight, targets, **options)
-            (weights[mask.bool()] * logps).sum().backward()
-    found, computed = gradient(), list(tokens_computed)
+    found = gradient_by_rows(vlm_, inputs, ids, mask, weights, checkpointing)
+    computed = list(tokens_computed)
     (weights * plain_logps(vlm_, IMAGES, TEXTS, ids, mask)[0]).sum().backward()
-    plain = gradient()
+    plain = take_gradient(vlm_)
     longest = int((inputs["attention_mask"].sum(1) + mask.sum(1)).max())
     assert longest < inputs["input_ids"].shape[1] + ids.shape[1]
     assert computed == [(3, longest)] * (1 + checkpointing) and found.keys() == plain.keys()
