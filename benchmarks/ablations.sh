@@ -4,7 +4,7 @@
 #   bash benchmarks/ablations.sh                     into runs/ablations; the same command resumes
 #   SEEDS=0 SMALLEST=1 bash benchmarks/ablations.sh  into runs/ablations_smallest
 #
-# Every variant has the same clinic and the same base models. One seed takes about 75 minutes on one core.
+# Every variant has the same clinic and the same base models. One seed takes about 65 minutes on one core.
 # Ends with benchmarks/results/ablations.json and its table in docs/results.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,33 +18,35 @@ fi
 . benchmarks/claims.sh CYCLES CLINIC_FLAGS SFT_FLAGS GENERATE_FLAGS GRPO_FLAGS REWARD_FLAGS SCORE_FLAGS
 
 rows=()
-# variant FOLDER NAME [VARIABLE=VALUE...]: the cycle with these settings, for each seed. What no variant
-# changes is run once.
+# [SAME="PART..."] variant FOLDER NAME [VARIABLE=VALUE...]: the cycle with these settings, for each seed. What it
+# has in common with the whole cycle (all that precedes cycle 1, and these parts of it) is run once.
 variant() {
   local folder=$1 name=$2 s part; shift 2
   for s in $SEEDS; do
-    mkdir -p "$OUT/seed$s/$folder"
-    for part in eval_base sft_expert eval_sft_expert; do
-      [ "$folder" = full ] || ln -sfn "../full/$part" "$OUT/seed$s/$folder/$part"
+    mkdir -p "$OUT/seed$s/$folder/cycle1"
+    [ "$folder" = full ] || for part in eval_base sft_expert eval_sft_expert; do
+      ln -sfn "../full/$part" "$OUT/seed$s/$folder/$part"
     done
+    for part in ${SAME:-}; do ln -sfn "../../full/cycle1/$part" "$OUT/seed$s/$folder/cycle1/$part"; done
     env "$@" OUT="$OUT/seed$s/$folder" SEED="$s" bash cycle.sh
   done
   rows+=("$name=$folder/cycle$CYCLES/eval_grpo")
 }
 
 variant full "the whole cycle"
+policy="reward candidates scored sft eval_sft grpo eval_grpo"
 # A rate of 0 leaves the generator as it is.
-variant same_generator "generator never tuned" GENERATOR_FLAGS="--steps 1 --lr 0"
+SAME=$policy variant same_generator "generator never tuned" GENERATOR_FLAGS="--steps 1 --lr 0"
 # No files after the flag: no rollouts.
-variant same_reward "reward model never retrained" REWARD_FLAGS="$REWARD_FLAGS --rollouts"
-variant random "random filter" FILTER=random
+SAME="$policy generator" variant same_reward "reward model never retrained" REWARD_FLAGS="$REWARD_FLAGS --rollouts"
+SAME="reward candidates scored" variant random "random filter" FILTER=random
 # R of other heads is not on the same scale, so both of these accept half of each cell.
-variant share "half accepted" SCORE_FLAGS="$share"
-variant hidden "half accepted, reward heads on the hidden state" SCORE_FLAGS="$share" \
+SAME="reward candidates" variant share "half accepted" SCORE_FLAGS="$share"
+SAME=candidates variant hidden "half accepted, reward heads on the hidden state" SCORE_FLAGS="$share" \
   REWARD_FLAGS="$REWARD_FLAGS --no-likelihood"
 # As many candidates as three paradigms give.
-variant direct "one paradigm" GENERATE_FLAGS="--per-image 6 --paradigms direct"
+SAME=reward variant direct "one paradigm" GENERATE_FLAGS="--per-image 6 --paradigms direct"
 # As many rollouts for the next reward model, by a policy that stays as it is.
-variant sft "no GRPO" GRPO_FLAGS="$GRPO_FLAGS --lr 0"
+SAME="reward candidates scored sft eval_sft generator" variant sft "no GRPO" GRPO_FLAGS="$GRPO_FLAGS --lr 0"
 
 collect ablations "" "the whole cycle" --rows "${rows[@]}"
