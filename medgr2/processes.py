@@ -166,8 +166,9 @@ def leave():
     if watch() and watch().is_launched():
         watch().has_left.set()
         watch().store.set(f"left {watch().rank}", "")
-        # Were it still asking the store when Python ends, the process would be aborted.
-        watch().thread.join(10)
+        # Were it still asking the store when Python ends, the process would be aborted. A store that does not
+        # answer is an error for it, after minutes.
+        watch().thread.join()
 
 
 def print_last(line):
