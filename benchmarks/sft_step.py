@@ -8,8 +8,9 @@ tower is frozen on both sides, as by default in sft.py; AdamW; one micro-batch.
     trl       SFTTrainer, tuned: no gradient checkpointing, our dtype, loss on the response only
     floor     matrix products and attention of our two steps by themselves (benchmarks/floor.py)
 
-The models are those of benchmarks/grpo_step.py: `toy` has the toy policy's shape, `mid` 50 M parameters; the
-number in a row's name is the image tokens. TRL takes images from a datasets.Dataset of files; we take them
+The models are those of benchmarks/grpo_step.py: `toy` has the toy policy's shape, `mid` 50 M parameters,
+`qwen` that of Qwen2.5-VL-3B, in bf16 autocast and only on a GPU, and `tiny` is to try the code. The number in
+a row's name is the image tokens. TRL takes images from a datasets.Dataset of files; we take them
 from the files. Each measurement is a process of its own, and the sides take turns for several rounds. Seconds
 are the median of the timed steps; memory is the growth of the process above the loaded model and optimiser. A
 ratio is between two sides in one round.
@@ -17,7 +18,7 @@ ratio is between two sides in one round.
 Same work: the first gradient before clipping, compared by norm and cosine.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/sft_step.py               all rows, into benchmarks/results/ and docs/performance.md
+    python benchmarks/sft_step.py               all rows of this machine, into benchmarks/results/
     python benchmarks/sft_step.py --rows toy-16 --rounds 1 --out /tmp/quick.json
     python benchmarks/sft_step.py --readme      writes the table from the committed result file
 """
@@ -32,12 +33,24 @@ from collections import namedtuple
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks"), os.path.join(ROOT, "toy")]
 import readme
-from grpo_step import LR, SEED, Meter, build_llava, call, compare, environment, questions, spread
+from grpo_step import (
+    LLAVA_SIZES,
+    LR,
+    SEED,
+    Meter,
+    build_llava,
+    build_qwen,
+    call,
+    compare,
+    environment,
+    questions,
+    spread,
+)
 
 from medgr2 import cli, runs
 from medgr2.prompts import TASKS, policy_prompt, reference_response
 
-RESULT = os.path.join(ROOT, "benchmarks", "results", "sft_step_cpu.json")
+RESULTS = os.path.join(ROOT, "benchmarks", "results")
 # Questions about an image.
 Q = 4
 Row = namedtuple("Row", "shape pixels patch images steps")
@@ -49,18 +62,22 @@ ROWS = {
     "mid-256": Row("mid", 64, 4, 4, 2),
     "mid-1024": Row("mid", 128, 4, 2, 1),
 }
+GPU_ROWS = {"qwen-256": Row("qwen", 448, 14, 4, 5), "qwen-1024": Row("qwen", 896, 14, 2, 3)}
+TRIAL = {"tiny-64": Row("tiny", 224, 14, 2, 1)}
+ALL = ROWS | GPU_ROWS | TRIAL
 SIDES = ("ours", "by image", "trl")
 
 
 def parse_args():
     p = cli.Parser(description=__doc__)
     count = cli.number(int, 1)
-    p.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows to measure")
+    p.add_argument("--rows", nargs="+", choices=list(ALL), help="rows to measure (all that this machine can)")
     p.add_argument("--rounds", type=count, default=3, help="processes of each side")
     p.add_argument("--steps", type=count, help="timed steps of a process, after one to warm up (the row's)")
     p.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads, of every side")
-    p.add_argument("--out", default=RESULT, help="result file; other rows in it stay")
-    cli.add_switch(p, "--readme", "only write the table, from the result file")
+    out = "result file (benchmarks/results/sft_step_DEVICE.json); other rows in it stay"
+    p.add_argument("--out", help=out)
+    cli.add_switch(p, "--readme", "only write the table, from the result file of the CPU")
     # ROW TASK FOLDER: what to do in this process.
     p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return p.parse_args()
@@ -72,28 +89,35 @@ def build(row, folder, steps):
 
     from medgr2 import records
 
-    build_llava(row, os.path.join(folder, "model"))
+    build_model = build_llava if row.shape in LLAVA_SIZES else build_qwen
+    build_model(row, os.path.join(folder, "model"))
     rows = clinic.question_rows(folder, "q", row.images * steps, SEED, Q, list(TASKS))
     records.write_records(os.path.join(folder, "questions.jsonl"), rows)
     return {}
 
 
-def ours(row, folder, steps, by_image, check=False):
+def load_policy(folder, cuda):
+    from medgr2 import adapters
+
+    return adapters.load_to_train(os.path.join(folder, "model"), "cuda" if cuda else "cpu", "vision", None)
+
+
+def ours(row, folder, steps, cuda, by_image, check=False):
     """Our step, as sft.py's main does it: seconds, memory and floor; or the gradient of the check."""
     import floor
     import torch
     from accelerate import Accelerator
 
     import sft
-    from medgr2 import adapters, training
+    from medgr2 import training
     from medgr2.prefetch import for_preparing, prefetch
 
-    accelerator, size = Accelerator(cpu=True), row.images * Q
-    policy = adapters.load_to_train(os.path.join(folder, "model"), "cpu", "vision", None)
+    accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
+    policy, size = load_policy(folder, cuda), row.images * Q
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
     examples = [sft.make_example(record, "policy", "") for record in questions(folder)]
-    preparing, meter = for_preparing(policy), Meter(False)
+    preparing, meter = for_preparing(policy), Meter(cuda)
 
     def prepare(step):
         batch = examples[step * size : (step + 1) * size]
@@ -120,16 +144,16 @@ def ours(row, folder, steps, by_image, check=False):
     return result | {"floor_seconds": floor.measure(recorder.calls), "tokens": tokens}
 
 
-def trl(row, folder, steps, check=False):
+def trl(row, folder, steps, cuda, check=False):
     """TRL's step on the same model and examples."""
     import datasets
     import torch
     import transformers
     from trl import SFTConfig, SFTTrainer
 
-    from medgr2 import adapters, encoding
+    from medgr2 import encoding
 
-    policy, seen = adapters.load_to_train(os.path.join(folder, "model"), "cpu", "vision", None), {}
+    policy, seen = load_policy(folder, cuda), {}
     rows, end = questions(folder), policy.tokenizer.decode([policy.end_id])
     prompts, _ = encoding.write_chats(policy, [policy_prompt(row) for row in rows])
     completions = [reference_response(row) + end for row in rows]
@@ -159,8 +183,8 @@ def trl(row, folder, steps, check=False):
         max_grad_norm=0.0 if check else 1.0,
         max_length=None,
         gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
+        bf16=cuda,
+        use_cpu=not cuda,
         seed=SEED,
         report_to=[],
         save_strategy="no",
@@ -168,7 +192,7 @@ def trl(row, folder, steps, check=False):
     )
     trainer = InOrder(policy.model, config, train_dataset=data, processing_class=policy.processor)
     trainer.add_callback(Watch())
-    meter = Meter(False)
+    meter = Meter(cuda)
     trainer.train()
     if not check:
         return meter.result()
@@ -184,17 +208,17 @@ def child(args):
     import torch
 
     name, task, folder = args.child
-    row = ROWS[name]
+    row, cuda = ALL[name], name in GPU_ROWS
     torch.set_num_threads(args.threads)
     steps = args.steps or row.steps
     tasks = {
         "build": lambda: build(row, folder, 1 + steps),
-        "ours": lambda: ours(row, folder, steps, False),
-        "by image": lambda: ours(row, folder, steps, True),
-        "trl": lambda: trl(row, folder, steps),
-        "check ours": lambda: ours(row, folder, 0, False, check=True),
-        "check by image": lambda: ours(row, folder, 0, True, check=True),
-        "check trl": lambda: trl(row, folder, 0, check=True),
+        "ours": lambda: ours(row, folder, steps, cuda, False),
+        "by image": lambda: ours(row, folder, steps, cuda, True),
+        "trl": lambda: trl(row, folder, steps, cuda),
+        "check ours": lambda: ours(row, folder, 0, cuda, False, check=True),
+        "check by image": lambda: ours(row, folder, 0, cuda, True, check=True),
+        "check trl": lambda: trl(row, folder, 0, cuda, check=True),
     }
     print(json.dumps(tasks[task]()))
 
@@ -209,7 +233,7 @@ def measure(name, args):
             rounds.append({side: call(name, side, folder, args, __file__) for side in SIDES})
             seconds = ", ".join(f"{side} {found['seconds']:.3f} s" for side, found in rounds[-1].items())
             print(f"{name} round {k}: {seconds}", flush=True)
-    return ROWS[name]._asdict() | {"same_work": same, "rounds": rounds}
+    return ALL[name]._asdict() | {"same_work": same, "rounds": rounds}
 
 
 def ratio(rounds, key, above, below, key_below=None):
@@ -241,15 +265,18 @@ def write_table(path):
 def main(args):
     if args.child:
         return child(args)
-    if not args.readme:
-        here, result = environment(), {"rows": {}}
-        if os.path.exists(args.out):
-            result = runs.read_json(args.out, "remove it")
-        for name in args.rows:
-            result["rows"][name] = measure(name, args) | {"threads": args.threads, **here}
-            runs.write_json(args.out, result)
-    if args.out == RESULT:
-        write_table(args.out)
+    of_cpu = os.path.join(RESULTS, "sft_step_cpu.json")
+    if args.readme:
+        return write_table(of_cpu)
+    here = environment()
+    gpu = bool(here["hardware"]["gpus"])
+    out = args.out or os.path.join(RESULTS, f"sft_step_{'cuda' if gpu else 'cpu'}.json")
+    result = runs.read_json(out, "remove it") if os.path.exists(out) else {"rows": {}}
+    for name in args.rows or (GPU_ROWS if gpu else ROWS):
+        result["rows"][name] = measure(name, args) | {"threads": args.threads, **here}
+        runs.write_json(out, result)
+    if out == of_cpu:
+        write_table(out)
 
 
 if __name__ == "__main__":
