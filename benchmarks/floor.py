@@ -73,6 +73,20 @@ def measure(calls, repeats=5):
     return total
 
 
+@torch.no_grad()
+def measure_reading(tensors, repeats=5):
+    """Seconds that it takes to read these tensors once: the median of `repeats` times their sums."""
+    seconds = []
+    for _ in range(1 + repeats):
+        synchronise()
+        start = time.perf_counter()
+        for tensor in tensors:
+            tensor.sum()
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
 def synchronise():
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,17 +1,19 @@
 """Sampling, scoring and evaluating against what a user would write with transformers alone.
 
-The model is the one of 50 M parameters of benchmarks/grpo_step.py with 256 image tokens per image, so a
-prompt has about 300 tokens; replies have C = 32. Both sides compute the same, in one process and in turns:
+The model is one of benchmarks/grpo_step.py with 256 image tokens per image, so a prompt has about 300 tokens:
+on a CPU that of 50 M parameters, on a GPU Qwen2.5-VL-3B's shape in bf16. Replies have C = 32. Both sides
+compute the same, in one process and in turns:
 
-    sample G     G replies to each of some prompts: vlm.sample against model.generate (num_return_sequences)
+    sample G     G replies to each of some prompts: vlm.sample against model.generate (num_return_sequences),
+                 on a GPU also with a static cache, which the library compiles
     rewards      features of the reward model for 8 answers about each of 4 images: each answer a plain row,
                  one by one; or all rows in one batch
     options      scores of the 4 options of each of 8 questions, in the same two ways
     evaluate     greedy replies to questions, from image files to texts: eval.py's functions against batches
                  of processor and model.generate; 4 questions per image, or those of --data (VQA-RAD, ...)
 
-floor: matrix products and attention of our side by themselves (benchmarks/floor.py). Ratios are between two
-sides in one round.
+floor: matrix products and attention of our side by themselves (benchmarks/floor.py); of samples also C times
+reading the weights. Ratios are between two sides in one round.
 
     python benchmarks/inference.py                        into benchmarks/results/ and docs/performance.md
     python benchmarks/inference.py --data a=FILE b=FILE   with questions of record files too
@@ -29,14 +31,14 @@ from operator import itemgetter
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks"), os.path.join(ROOT, "toy")]
 import readme
-from grpo_step import ROWS, SEED, build_llava, spread
+from grpo_step import GPU_ROWS, ROWS, SEED, build_llava, build_qwen, spread
 
 from medgr2 import cli, records, runs
 from medgr2.errors import RunError
 from medgr2.prompts import TASKS, format_response, policy_prompt
 
-RESULT = os.path.join(ROOT, "benchmarks", "results", "inference_cpu.json")
-MODEL, C = "mid-256", 32
+RESULTS = os.path.join(ROOT, "benchmarks", "results")
+MODEL, GPU_MODEL, C = "mid-256", "qwen-256", 32
 # G: prompts.
 SAMPLED = {1: 8, 8: 4, 64: 1}
 # Images and answers to each, questions with options, images of `evaluate` and questions about each.
@@ -52,8 +54,8 @@ def parse_args():
     )
     p.add_argument("--rounds", type=cli.number(int, 1), default=3, help="turns of each side, after one")
     p.add_argument("--threads", type=cli.number(int, 1), default=os.cpu_count(), help="CPU threads")
-    p.add_argument("--out", default=RESULT, help="result file")
-    cli.add_switch(p, "--readme", "only write the table, from the result file")
+    p.add_argument("--out", help="result file (benchmarks/results/inference_DEVICE.json)")
+    cli.add_switch(p, "--readme", "only write the table, from the result file of the CPU")
     return p.parse_args()
 
 
@@ -71,14 +73,16 @@ def plain_inputs(policy, rows):
         policy.processor.apply_chat_template([{"role": "user", "content": c}], add_generation_prompt=True)
         for c in content
     ]
-    return policy.processor(text=chats, images=images, padding=True, padding_side="left", return_tensors="pt")
+    how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    return policy.processor(text=chats, images=images, **how).to(policy.device)
 
 
-def generate(policy, inputs, group=1, sampled=False):
+def generate(policy, inputs, group=1, sampled=False, cache=None):
     """New tokens (N, C) of model.generate, which may not end."""
     P = inputs["input_ids"].shape[1]
     how = {"do_sample": True, "top_k": 0, "num_return_sequences": group} if sampled else {"do_sample": False}
     never = {"suppress_tokens": policy.banned_ids, "max_new_tokens": C, "min_new_tokens": C}
+    how |= {"cache_implementation": cache} if cache else {}
     return policy.model.generate(**inputs, **how, **never)[:, P:]
 
 
@@ -97,7 +101,8 @@ def plain_sums(policy, rows, texts):
 
     sums = []
     for row, text in zip(rows, texts):
-        ids = torch.tensor([policy.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([ids], device=policy.device)
         logits = policy.head(plain_states(policy, plain_inputs(policy, [row]), ids)[:, :-1])
         logits[..., policy.banned_ids] = -torch.inf
         sums.append(logits.log_softmax(-1).gather(-1, ids[..., None]).sum().item())
@@ -136,6 +141,9 @@ def sampling(policy, rows):
             "ours": partial(vlm.sample, policy, prompts, range(P * G), C, group=G),
             "generate": partial(generate, policy, inputs, G, sampled=True),
         }
+        if policy.device.type == "cuda":
+            static = partial(generate, policy, inputs, G, sampled=True, cache="static")
+            found[f"sample G = {G}"]["generate, static cache"] = static
     return found
 
 
@@ -229,7 +237,7 @@ def count_equal(a, b):
 
 
 def measure(args):
-    """{comparison: {"seconds": {side: of each round}, "floor_seconds"}}."""
+    """{comparison: {"seconds": {side: of each round}, "floor_seconds", "reading_seconds" of samples}}."""
     import clinic
     import floor
     import torch
@@ -237,10 +245,16 @@ def measure(args):
     from medgr2 import loading
 
     torch.set_num_threads(args.threads)
-    found = {}
+    found, gpu = {}, torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        build_llava(ROWS[MODEL], folder)
-        policy = loading.load(folder, "cpu")
+        if gpu:
+            build_qwen(GPU_ROWS[GPU_MODEL], folder)
+        else:
+            build_llava(ROWS[MODEL], folder)
+        policy = loading.load(folder, dtype=loading.best_dtype())
+        # All that a decoded token reads: not the vision tower and its projector.
+        loading.freeze_images(policy)
+        decoder = [p for p in policy.model.parameters() if p.requires_grad]
         # All replies have C tokens.
         policy.banned_ids = sorted({*policy.banned_ids, *policy.stop_ids})
         rows = list(clinic.question_rows(folder, "q", ASKED[0], SEED, ASKED[1], list(TASKS)))
@@ -252,13 +266,17 @@ def measure(args):
             seconds = {side: [] for side in ways}
             for k in range(1 + args.rounds):
                 for side, way in ways.items():
+                    floor.synchronise()
                     start = time.perf_counter()
                     way()
+                    floor.synchronise()
                     # The first round warms up.
                     seconds[side] += [time.perf_counter() - start] * (k > 0)
             with floor.Recorder() as recorder:
                 ways["ours"]()
             found[name] = {"seconds": seconds, "floor_seconds": floor.measure(recorder.calls)}
+            if name.startswith("sample"):
+                found[name]["reading_seconds"] = C * floor.measure_reading(decoder)
             print(name, {side: round(min(own), 3) for side, own in seconds.items()}, flush=True)
     return found
 
@@ -268,28 +286,34 @@ def write_table(result):
     for name, found in result["comparisons"].items():
         seconds, floor_seconds = found["seconds"], found["floor_seconds"]
         above = spread([own / floor_seconds for own in seconds["ours"]])["median"]
+        reading = found.get("reading_seconds")
+        read = f"{spread(seconds['ours'])['median'] / reading:.2f}" if reading else ""
         for side in list(seconds)[1:]:
             ratio = spread([theirs / own for theirs, own in zip(seconds[side], seconds["ours"])])
             cells = [name, side, f"{spread(seconds['ours'])['median']:.3f}"]
             cells += [f"{spread(seconds[side])['median']:.3f}"]
-            cells += [f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})", f"{above:.2f}"]
+            cells += [f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})", f"{above:.2f}", read]
             rows.append(cells)
     hardware, versions = result["hardware"], result["versions"]
     source = f"Command `{result['command']}`; commit `{(result['git']['commit'] or '?')[:10]}`; "
     source += f"{result['threads']} CPU cores ({hardware['machine']}), torch {versions['torch']}, "
     source += f"transformers {versions['transformers']}."
-    headers = ["", "against", "ours s", "theirs s", "theirs / ours", "ours / floor"]
+    headers = ["", "against", "ours s", "theirs s", "theirs / ours", "ours / floor", "ours / reading"]
     readme.write_block("inference", f"{readme.format_table(headers, rows)}\n\n{source}")
 
 
 def main(args):
-    if not args.readme:
-        names = " ".join(value.partition("=")[0] + "=FILE" for value in args.data)
-        command = "python benchmarks/inference.py" + (f" --data {names}" if names else "")
-        result = {"command": command, "threads": args.threads, "comparisons": measure(args)}
-        runs.write_json(args.out, result | runs.environment())
-    if args.out == RESULT:
-        write_table(runs.read_json(RESULT, "run benchmarks/inference.py"))
+    of_cpu = os.path.join(RESULTS, "inference_cpu.json")
+    if args.readme:
+        return write_table(runs.read_json(of_cpu, "run benchmarks/inference.py"))
+    names = " ".join(value.partition("=")[0] + "=FILE" for value in args.data)
+    command = "python benchmarks/inference.py" + (f" --data {names}" if names else "")
+    result = {"command": command, "threads": args.threads, "comparisons": measure(args)} | runs.environment()
+    gpu = bool(result["hardware"]["gpus"])
+    out = args.out or os.path.join(RESULTS, f"inference_{'cuda' if gpu else 'cpu'}.json")
+    runs.write_json(out, result)
+    if out == of_cpu:
+        write_table(result)
 
 
 if __name__ == "__main__":
