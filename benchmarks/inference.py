@@ -206,7 +206,7 @@ def evaluating(policy, sets, size=32):
     )
 
     def ours(rows):
-        rows, found = list(itertools.chain(*records.group_by(rows, itemgetter("image")).values())), []
+        rows, found = by_image(rows), []
         for i in range(0, len(rows), size):
             batch = evaluation.prepare_batch(model, rows[i : i + size])
             found += evaluation.predict_batch(model, batch)
@@ -227,6 +227,11 @@ def evaluating(policy, sets, size=32):
         if (same := count_equal(ours(rows), plain(rows))) < 0.95 * len(rows):
             raise RunError(f"evaluate {name}: only {same} of {len(rows)} replies are the same")
     return found
+
+
+def by_image(rows):
+    """The rows, those about an image together, as eval.py takes them."""
+    return list(itertools.chain(*records.group_by(rows, itemgetter("image")).values()))
 
 
 def count_equal(a, b):
@@ -260,7 +265,7 @@ def measure(args):
         rows = list(clinic.question_rows(folder, "q", ASKED[0], SEED, ASKED[1], list(TASKS)))
         sets = {"4 per image": rows}
         for name, path in cli.parse_pairs("--data", args.data).items():
-            sets[name] = list(records.read_records(path, records.QUESTION, records.ANYWHERE))[:FEW]
+            sets[name] = by_image(records.read_records(path, records.QUESTION, records.ANYWHERE))[:FEW]
         sides = sampling(policy, rows) | rewards(policy, rows) | options(policy, rows)
         for name, ways in (sides | evaluating(policy, sets)).items():
             seconds = {side: [] for side in ways}
