@@ -22,6 +22,7 @@ reading the weights. Ratios are between two sides in one round.
 
 import itertools
 import os
+import random
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ SAMPLED = {1: 8, 8: 4, 64: 1}
 SCORED, OPTIONS, ASKED = (4, 8), 8, (16, 4)
 # Questions of a file of --data.
 FEW = 64
+IMAGE = itemgetter("image")
 
 
 def parse_args():
@@ -206,7 +208,7 @@ def evaluating(policy, sets, size=32):
     )
 
     def ours(rows):
-        rows, found = by_image(rows), []
+        rows, found = list(itertools.chain(*records.group_by(rows, IMAGE).values())), []
         for i in range(0, len(rows), size):
             batch = evaluation.prepare_batch(model, rows[i : i + size])
             found += evaluation.predict_batch(model, batch)
@@ -227,11 +229,6 @@ def evaluating(policy, sets, size=32):
         if (same := count_equal(ours(rows), plain(rows))) < 0.95 * len(rows):
             raise RunError(f"evaluate {name}: only {same} of {len(rows)} replies are the same")
     return found
-
-
-def by_image(rows):
-    """The rows, those about an image together, as eval.py takes them."""
-    return list(itertools.chain(*records.group_by(rows, itemgetter("image")).values()))
 
 
 def count_equal(a, b):
@@ -265,7 +262,10 @@ def measure(args):
         rows = list(clinic.question_rows(folder, "q", ASKED[0], SEED, ASKED[1], list(TASKS)))
         sets = {"4 per image": rows}
         for name, path in cli.parse_pairs("--data", args.data).items():
-            sets[name] = by_image(records.read_records(path, records.QUESTION, records.ANYWHERE))[:FEW]
+            groups = records.group_by(records.read_records(path, records.QUESTION, records.ANYWHERE), IMAGE)
+            # Images at random, with all questions about each.
+            drawn = random.Random(SEED).sample(list(groups.values()), len(groups))
+            sets[name] = list(itertools.chain(*drawn))[:FEW]
         sides = sampling(policy, rows) | rewards(policy, rows) | options(policy, rows)
         for name, ways in (sides | evaluating(policy, sets)).items():
             seconds = {side: [] for side in ways}
