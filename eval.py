@@ -36,7 +36,6 @@ Departs from the paper: the authors leave answers outside the options out of the
 
 import functools
 import itertools
-import os
 from collections import Counter
 from operator import itemgetter
 from typing import NamedTuple
@@ -88,6 +87,10 @@ def parse_args():
         p.error("give --data with --model or --endpoint, and not with --predictions")
     if args.data and args.answers:
         p.error("--answers: belongs to --predictions; --data has its answers")
+    if args.data and args.fields:
+        p.error("--fields: belongs to --predictions; `records import --map` names the columns of other data")
+    if args.predictions and (args.scores or args.blind or args.samples):
+        p.error("--scores, --blind, --samples: they ask a model, and --predictions has none; leave them out")
     if args.endpoint and args.scores:
         p.error("--scores: a server does not say how probable the options are; leave it out")
     return args
@@ -293,9 +296,9 @@ def compute_metrics(rows, seed):
 def read_questions(path, root=None):
     """The records of a test file. Raises RecordError if one has no image file, or has predictions already."""
     rows = list(records.read_records(path, records.QUESTION, root))
+    records.require_images(path, rows)
     for row in rows:
         where = f"{path}: record {row['id']}"
-        require(os.path.isfile(row["image"]), f"{where}: no such image {row['image']}: correct `image`")
         for field in ADDED + OPTIONAL:
             is_new = row.get(field) is None
             require(is_new, f"{where} has a `{field}` already: give the file without predictions")

@@ -99,9 +99,9 @@ def read_images(path, skip=0, root=None, part=(1, 1)):
     """
     images = {}
     for record in records.read_kept(path, ("image",), root, skip):
-        missing = f"{path}: record {record['id']}: no image {record['image']}: correct the record's `image`"
-        require(skip or os.path.isfile(record["image"]), missing)
         images.setdefault(record["image"], record)
+    if not skip:
+        records.require_images(path, images.values())
     k, n = part
     share = list(images.values())[k - 1 :: n]
     require(share, f"{path}: {len(images)} images: too few for part {k} of {n}; give more, or fewer parts")

@@ -59,7 +59,7 @@ from medgr2.prompts import is_match, parse_response
 
 def parse_args():
     p = cli.Parser(description=__doc__)
-    count, positive = cli.number(int, 1), cli.number(float, 0)
+    count, from_0 = cli.number(int, 1), cli.number(float, 0)
     p.add_argument("--model", required=True, help="policy to start from, also the frozen reference")
     p.add_argument("--reward", required=True, help="folder of a reward model")
     p.add_argument("--data", required=True, nargs="+", help="question record files to train on")
@@ -71,22 +71,22 @@ def parse_args():
     p.add_argument("--max-new-tokens", type=count, default=96, help="longest response")
     p.add_argument("--loss", choices=("grpo", "dr_grpo", "dapo", "gspo"), default="dapo", help="see above")
     p.add_argument("--epsilon", type=cli.number(float, 0, 1), default=0.2, help="clip the ratio at 1 - this")
-    p.add_argument("--epsilon-high", type=positive, help="clip the ratio at 1 + this (default: --epsilon)")
-    p.add_argument("--kl", type=positive, default=0.0, help="weight of the KL term; 0 loads no reference")
+    p.add_argument("--epsilon-high", type=from_0, help="clip the ratio at 1 + this (default: --epsilon)")
+    p.add_argument("--kl", type=from_0, default=0.0, help="weight of the KL term; 0 loads no reference")
     estimators = ("k3", "k3_unbiased", "k2")
     p.add_argument("--kl-estimator", choices=estimators, default="k3_unbiased", help="see above")
-    p.add_argument("--alpha", type=positive, default=0.8, help="weight of the reward model")
-    p.add_argument("--beta", type=positive, default=0.2, help="weight of the answer match (not of the KL)")
+    p.add_argument("--alpha", type=from_0, default=0.8, help="weight of the reward model")
+    p.add_argument("--beta", type=from_0, default=0.2, help="weight of the answer match (not of the KL)")
     p.add_argument("--reward-scale", choices=("unit", "raw"), default="unit", help="R in [0, 1] or [-6, 10]")
     scale = "divide advantages by the std of this"
     p.add_argument("--scale-rewards", choices=("group", "batch", "none"), default="none", help=scale)
     cli.add_switch(p, "--mask-truncated", "leave responses cut at --max-new-tokens out of the loss")
     spread = "replace groups whose rewards' std is not above this by others; -1 keeps every group"
     p.add_argument("--min-spread", type=cli.number(float, -1), default=0.25, help=spread)
-    p.add_argument("--lr", type=positive, default=3e-4, help="peak rate (the toy's; about 1e-6 for 7B)")
+    p.add_argument("--lr", type=from_0, default=3e-4, help="peak rate (the toy's; about 1e-6 for 7B)")
     share = cli.number(float, 0, 1)
     p.add_argument("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
-    p.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
+    p.add_argument("--clip", type=cli.number(float, 1e-6), default=1.0, help="largest gradient norm")
     freeze = "what does not learn: vision tower and projector, the tower only, nothing"
     p.add_argument("--freeze", choices=("images", "vision", "nothing"), default="images", help=freeze)
     lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
@@ -223,9 +223,10 @@ class Group:
 
 
 def sample_groups(policy, batch, group, max_new_tokens, seed):
-    """G responses to each of the batch's records. A row's randomness does not depend on the batch."""
+    """G responses to each of the batch's records, whatever --rollout-batch and the number of processes."""
     prompts = encoding.encode_images(policy, batch.inputs)
-    seeds = [runs.seed_of(seed, batch.cursor, r["id"], g) for r in batch.rows for g in range(group)]
+    numbered = [(r["id"], n * group + g) for r, n in zip(batch.rows, batch.copies) for g in range(group)]
+    seeds = [runs.seed_of(seed, batch.cursor, name, number) for name, number in numbered]
     inputs = encoding.collate_prompts(policy, prompts)
     ids, mask, truncated = vlm.sample(policy, inputs, seeds, max_new_tokens, 1.0, group)  # (P·G, C)
     texts, groups = encoding.decode(policy, ids, mask), []
@@ -343,8 +344,9 @@ def accumulate_gradient(policy, groups, counts, args):
     for rows, states in vlm.hidden_states_in_parts(policy, inputs, ids, mask, args.micro_group):
         # State t predicts token t. The first is the prompt's last; the one after the last predicts nothing.
         hidden, weight, head_options = vlm.lm_head(policy, states[:, :-1])  # (n, C, D), (V, D)
-        # The same as these three lines, but the logits (n, C, V) never exist (triton_ops.py). At the first
-        # update old_logps is None and stands for logps.detach(): the ratio is 1.
+        # The same as these three lines, but the logits (n, C, V) never exist (triton_ops.py). Of the model's
+        # logits, head_options has the bias (-inf for banned tokens), divisor and softcap. At the first update
+        # old_logps is None and stands for logps.detach(): the ratio is 1.
         #     logps = log_softmax(hidden @ weight.T, -1).gather(-1, ids[rows, :, None])[..., 0]
         #     loss, metrics = grpo_loss(logps, loss_inputs.select(rows), counts, **options)
         #     loss.backward()
@@ -413,7 +415,8 @@ def load_reference(policy, args):
         return policy
     if not args.shard:
         return loading.frozen_copy(policy)
-    return replace(sharding.load_frozen(args.model, policy.device), processor=policy.processor)
+    reference = sharding.load_frozen(args.model, policy.device)
+    return replace(reference, processor=policy.processor, pixels=policy.pixels)
 
 
 def main(args):
@@ -428,7 +431,8 @@ def main(args):
     run = runs.start(args, paths, accelerator.is_main_process, free=free)
     examples = [record for _, rows in data for record in rows]
     policy, reference, reward_model = load_models(args, accelerator)
-    examples = rollouts.leave_out_too_long(policy, examples, args.max_new_tokens, args.on_error)
+    for reader in (policy, reward_model.backbone):
+        examples = rollouts.leave_out_too_long(reader, examples, args.max_new_tokens, args.on_error)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
     training.restore_state(run.state, policy.model, optimizer)

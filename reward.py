@@ -38,7 +38,7 @@ import textwrap
 from typing import NamedTuple
 
 from medgr2 import cli, measures, records, runs, selection, training
-from medgr2.errors import ModelError, require
+from medgr2.errors import ModelError, in_one_line, require
 from medgr2.images import blank_images, open_images
 from medgr2.levels import (
     LEVELS,
@@ -290,9 +290,7 @@ class RewardModel:
             if name := training.find_not_finite(heads.state_dict()):
                 raise ValueError(f"{name} of its heads is not finite")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-            message = (
-                f"{folder}: not a reward model (reward.py train makes one): {loading.in_one_line(error)}"
-            )
+            message = f"{folder}: not a reward model (reward.py train makes one): {in_one_line(error)}"
             raise ModelError(message) from error
         backbone = loading.load(os.path.join(folder, "backbone"), dtype=loading.best_dtype())
         width = feature_width(backbone, likelihood)
@@ -604,7 +602,7 @@ def score(args):
         return part, encode_references(encode, part, [row["image"] for row in part])
 
     def score_batch(prepared):
-        """Question and answer of each candidate as a response to the image, and their rewards."""
+        """The candidates, each with the reward of its reference response."""
         part, encoded = prepared
         scores = score_references(model, part, encoded)
         rewards = [{head: round(scores[head][k], 4) for head in HEADS} for k in range(len(part))]

@@ -39,24 +39,24 @@ from medgr2.prompts import (
 
 def parse_args():
     p = cli.Parser(description=__doc__)
-    count, positive = cli.number(int, 1), cli.number(float, 0)
+    count, from_0 = cli.number(int, 1), cli.number(float, 0)
     p.add_argument("--model", required=True, help="folder or hub name of the model to start from")
     p.add_argument("--data", required=True, nargs="+", help="record files to learn from")
-    p.add_argument("--weights", type=positive, nargs="+", help="passes per epoch over each file (default: 1)")
+    p.add_argument("--weights", type=from_0, nargs="+", help="passes per epoch over each file (default: 1)")
     p.add_argument("--val", help="record file to measure the loss on")
     role = "policy: learn the response to image and question; generator: question and response to the image"
     p.add_argument("--role", choices=("policy", "generator"), default="policy", help=role)
-    p.add_argument("--epochs", type=positive, default=6, help="times through the data")
+    p.add_argument("--epochs", type=from_0, default=6, help="times through the data")
     p.add_argument("--steps", type=count, help="steps, instead of --epochs")
     p.add_argument("--batch", type=count, default=8, help="examples per step")
     p.add_argument("--micro-batch", type=count, default=32, help="examples per backward pass; same result")
     by_image = "keep the examples about an image together: it is encoded and prefilled once for them"
     cli.add_switch(p, "--by-image", by_image)
-    p.add_argument("--lr", type=positive, default=1e-3, help="peak rate (the toy's; about 1e-5 for 7B)")
+    p.add_argument("--lr", type=from_0, default=1e-3, help="peak rate (the toy's; about 1e-5 for 7B)")
     share = cli.number(float, 0, 1)
     p.add_argument("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises")
-    p.add_argument("--weight-decay", type=positive, default=0.01, help="AdamW's")
-    p.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm")
+    p.add_argument("--weight-decay", type=from_0, default=0.01, help="AdamW's")
+    p.add_argument("--clip", type=cli.number(float, 1e-6), default=1.0, help="largest gradient norm")
     p.add_argument("--freeze", choices=("vision", "nothing"), default="vision", help="what does not learn")
     lora = "train a LoRA adapter of this rank, then merge it; OUT/adapter holds it alone (needs peft)"
     p.add_argument("--lora", type=count, metavar="R", help=lora)
@@ -219,7 +219,7 @@ def mean_loss(policy, examples, micro_batch, workers=0, progress=iter):
 def main(args):
     accelerator = loading.start_accelerator()
     data = training.read_data(args, ("image",), accelerator.is_main_process)
-    val = [(args.val, training.read_usable(args.val, ("image",), args.image_root))] if args.val else []
+    val = [(args.val, training.read_usable(args.val, ("image",), args.image_root))] if args.val else None
     paths = [args.model, *args.data, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
     run = runs.start(args, paths, accelerator.is_main_process, free=("micro_batch", "gradient_checkpointing"))
@@ -227,11 +227,12 @@ def main(args):
     if len(weights) != len(args.data):
         raise RunError(f"--weights: {len(weights)} for {len(args.data)} files of --data; give one each")
     examples = load_examples(data, weights, args.role)
+    held_out = load_examples(val, [1.0], args.role) if val else []
     policy = adapters.load_to_train(args.model, accelerator.device, args.freeze, args.lora)
     loading.limit_pixels(policy, args.min_pixels, args.max_pixels)
     if args.by_image and not policy.shares_images:
         tell(f"{args.model}: its prompts cannot share an image: --by-image saves nothing")
-    examples = leave_out_too_long(policy, examples, args.on_error)
+    examples, held_out = (leave_out_too_long(policy, part, args.on_error) for part in (examples, held_out))
     if args.shard:
         sharding.shard(policy)
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -268,8 +269,7 @@ def main(args):
             run.commit(step=step + 1, loss=loss, skipped=skipped.total, **state)
 
     result = {"steps": steps, "examples": len(examples), "train_loss": loss, "skipped": skipped.total}
-    if args.val:
-        held_out = load_examples(val, [1.0], args.role)
+    if held_out:
         with accelerator.autocast(), sharding.gathered(policy):
             progress = functools.partial(run.progress, description="validation")
             result["val_loss"] = mean_loss(policy, held_out, args.micro_batch, args.workers, progress)

@@ -209,7 +209,7 @@ def show_replies(asked):
     for row in asked:
         outcome = f"rejected: {row['reason']}" if "reason" in row else "kept"
         text = row["text"] if "reason" in row else prompts.format_candidate(row)
-        replies.append(f"*{row['paradigm']}* ({outcome}):\n\n{fence(text)}")
+        replies.append(f"*{row['paradigm']}*, {row['task']} ({outcome}):\n\n{fence(text)}")
     return {"prompts": "\n\n".join(texts), "replies": "\n\n".join(replies)}
 
 

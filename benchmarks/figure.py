@@ -57,7 +57,7 @@ def write_table():
         for p, k in zip(points, worth):
             seeds = ", ".join(f"{accuracy:.3f}" for accuracy in p["seeds"])
             rows.append([method, p["k"], f"**{p['mean']:.3f}**", seeds, "" if k is None else round(k)])
-    headers = ["", "questions", "accuracy", "by seed", f"as many of {reference}"]
+    headers = ["", "questions", "accuracy", "by seed", f"questions of {reference} for the same accuracy"]
     cpus, torch = found["hardware"]["cpus"], found["versions"]["torch"]
     source = f"Command `{found['command']}`; commit `{found['git']['commit'][:10]}`; {cpus} CPU cores, "
     source += f"torch {torch}. Result file: `{os.path.relpath(result_file('efficiency'), ROOT)}`."

@@ -361,7 +361,8 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None,
     def take(step):
         """A step → its groups; the check only leaves its gradient and returns the metrics."""
         part = rows[step * row.prompts : (step + 1) * row.prompts]
-        batch = rollouts.Batch(step, part, encoding.preprocess(policy, *rollouts.open_rows(part)), None)
+        inputs = encoding.preprocess(policy, *rollouts.open_rows(part))
+        batch = rollouts.Batch(step, part, [0] * len(part), inputs, None)
         with accelerator.autocast():
             groups = given_groups(policy, batch) if check else grpo.sample_groups(policy, batch, G, C, SEED)
         rewards = [torch.tensor([reward(ids) for ids in g.ids.tolist()]) for g in groups]

@@ -7,7 +7,7 @@
     python benchmarks/real_images.py held-out --data runs/real/data --modality M --task T --out OUT
         Expert questions and images of others than this modality, and questions of other tasks.
     python benchmarks/real_images.py models --data runs/real/data --out runs/real/models
-        Three LLaVAs, trained from nothing (toy/pretrain.py). A vision tower learns to choose among a
+        Three LLaVAs, trained from scratch (toy/pretrain.py). A vision tower learns to choose among a
         question's options without its text; then projector and decoder learn their role:
           generator  the questions of shown.jsonl, as candidates
           backbone   the questions of shown.jsonl, around a tower of its own: it errs on other images

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The cycle on real images: genuine OmniMedVQA questions (`kind` omnimed) and questions made from labels (`kind`
-# label) of eight modalities, with small models that are trained here from nothing (benchmarks/real_images.py
+# label) of eight modalities, with small models that are trained here from scratch (benchmarks/real_images.py
 # says who has seen which labels).
 #
 #   DATA=omnimed_mini bash benchmarks/real_images.sh            into runs/real_images; the same command resumes

@@ -5,7 +5,7 @@ import functools
 from PIL import Image
 
 from medgr2 import encoding
-from medgr2.errors import require
+from medgr2.errors import RecordError, require
 from medgr2.images import open_image
 from medgr2.progress import is_first, tell
 
@@ -44,7 +44,11 @@ def find_too_long(loaded, rows, image_of, text_of, new_of):
         tokens = most + len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
         # Only a prompt that may be too long is counted with its own image.
         if tokens + new > loaded.context:
-            tokens = count_tokens(loaded, open_image(image_of(row)), text)
+            try:
+                tokens = count_tokens(loaded, open_image(image_of(row)), text)
+            except RecordError:
+                # An unreadable image: the stage says so, or leaves it out, when it opens it.
+                continue
         if tokens + new > loaded.context:
             found[i] = encoding.describe_too_long(loaded, tokens, new, text)
     return found

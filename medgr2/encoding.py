@@ -305,7 +305,9 @@ def require_context(vlm, inputs, new):
 
 
 def describe_too_long(vlm, tokens, new, prompt):
+    reply = f" and {new} of the reply" if new else ", reply included,"
+    lower = " or lower --max-new-tokens" if new else ""
     return (
-        f"{tokens} tokens of prompt and image and {new} of the reply are more than the model's context of "
-        f"{vlm.context} ({prompt[:60]!r}): shorten the question, shrink the image or lower --max-new-tokens"
+        f"{tokens} tokens of prompt and image{reply} are more than the model's context of {vlm.context} "
+        f"({prompt[:60]!r}): shorten the question or shrink the image{lower}"
     )

@@ -53,6 +53,10 @@ def check_arguments(parser, args):
     if args.endpoint and not URL.fullmatch(args.endpoint):
         form = "a URL like http://host:8000 or https://host/v1, without user and password"
         parser.error(f"--endpoint: give {form}")
+    if args.endpoint and (args.min_pixels or args.max_pixels):
+        parser.error(
+            "--min-pixels, --max-pixels: the server resizes images; --endpoint-side limits what it gets"
+        )
 
 
 def connect(args):

@@ -231,7 +231,7 @@ def load_groups(args):
     """(training groups, held-out groups), split by image: levels of expert records, and labelled rollouts."""
     skip = args.on_error == "skip"
     rows = [r for f in args.data for r in training.read_usable(f, ("image",), args.image_root, skip)]
-    rows = [r for r in rows if "answer" in r or "report" in r]
+    rows = [r for r in rows if "report" in r or ("question" in r and "answer" in r)]
     require(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
     parts = records.split_records(rows, (1 - args.holdout, 0, args.holdout), args.seed)
     held_out_images = {r["image"] for r in parts["test"]}
@@ -266,7 +266,7 @@ def label_rollouts(files, root=None):
     """[(expert record, [(outcome, response)])]: the policy's responses to expert questions, none twice."""
     questions = {}
     for file in files:
-        for rollout in records.read_records(file, ("image", "response"), root):
+        for rollout in records.read_records(file, (*records.QUESTION, "response"), root):
             if rollout.get("source", "expert") == "expert":
                 key = rollout["image"], policy_prompt(rollout)
                 _, labelled = questions.setdefault(key, (rollout, set()))

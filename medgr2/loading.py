@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import textwrap
 from dataclasses import replace
 from fnmatch import fnmatch
 
@@ -19,7 +18,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from medgr2 import encoding, training, vlm
 from medgr2.encoding import encode_continuations, encode_prompts
-from medgr2.errors import ModelError, RunError, is_out_of_memory
+from medgr2.errors import ModelError, RunError, in_one_line, is_out_of_memory
 from medgr2.progress import tell
 from medgr2.prompts import TAG
 from medgr2.vlm import VLM
@@ -192,10 +191,6 @@ def start_accelerator():
     precision = "bf16" if best_dtype() == torch.bfloat16 else "no"
     # Otherwise accelerate would take a Mac's GPU, which has no float64.
     return Accelerator(mixed_precision=precision, cpu=best_device() == "cpu")
-
-
-def in_one_line(error):
-    return textwrap.shorten(str(error), 250, placeholder=" ...") or type(error).__name__
 
 
 def wrap(model, processor, folder=None):
@@ -408,7 +403,7 @@ def stated_logit_rules(config):
     return rules
 
 
-def blank_images(count):
+def trial_images(count):
     return [Image.new("RGB", (64, 64))] * count
 
 
@@ -423,7 +418,7 @@ def find_processor_fault(loaded):
         )
     try:
         with torch.no_grad():
-            inputs = encode_prompts(loaded, blank_images(1), TEXTS[:1])
+            inputs = encode_prompts(loaded, trial_images(1), TEXTS[:1])
             vlm.hidden_states(loaded, inputs, *encode_continuations(loaded, ["!"]))
     except Exception as error:
         # The two can disagree in many ways, each with its own exception.
@@ -480,7 +475,7 @@ def continuations_to_try(loaded):
 @torch.no_grad()
 def continues_as_plain_rows(loaded):
     ids, mask, real = continuations_to_try(loaded)
-    inputs = encode_prompts(loaded, blank_images(2), TEXTS)
+    inputs = encode_prompts(loaded, trial_images(2), TEXTS)
     plain = vlm.plain_hidden_states(loaded, encoding.repeat_prompts(loaded, inputs, 2), ids, mask)
     return is_close(loaded, shared_states(loaded, inputs, ids, mask)[real].float(), plain[real].float())
 

@@ -78,6 +78,8 @@ def validate(record, fields=("id",)):
         if field in record:
             validate_field(field, record[field], kind)
     require("\0" not in record.get("image", ""), "`image` holds a zero byte: correct it")
+    is_one = not ("report" in record and ("question" in record or "answer" in record))
+    require(is_one, "a question and a `report` in one record: make them two records")
     options = record.get("options", [])
     if "options" in record:
         validate_options(options, record.get("answer"))
@@ -171,7 +173,7 @@ def read_records(path, fields=("id",), root=None, on_error=None):
     """
     folder = os.path.dirname(os.path.abspath(path))
     roots = [os.path.realpath(folder), os.path.realpath(root or folder)]
-    line_of_id, number = {}, 0
+    line_of_id, number, first_problem = {}, 0, None
     require_file(path)
     try:
         for number, line in enumerate(read_lines(path), 1):
@@ -185,12 +187,14 @@ def read_records(path, fields=("id",), root=None, on_error=None):
                 problem = RecordError(f"{path}:{number}: {explain(error)}")
                 if on_error is None:
                     raise problem from None
+                first_problem = first_problem or problem
                 on_error(problem)
                 continue
             line_of_id[record["id"]] = number
             yield record
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}: give a JSONL file of records") from None
+    require(line_of_id or not first_problem, f"{first_problem} (and no other line is a record)")
     require(line_of_id, f"{path}:{number or 1}: no records: the file is empty, give another")
 
 
@@ -216,6 +220,19 @@ def read_kept(path, fields=("id",), root=None, limit=0):
     for problem in problems:
         tell(f"left out: {problem}")
     return rows
+
+
+def require_images(path, rows):
+    """Raise RecordError if the image of one of these records of a file is missing.
+
+    Stages call it before they compute anything.
+    """
+    seen = set()
+    for row in rows:
+        if row["image"] not in seen:
+            missing = f"{path}: record {row['id']}: no image {row['image']}: correct the record's `image`"
+            require(os.path.isfile(row["image"]), missing)
+            seen.add(row["image"])
 
 
 def read_record(line, fields, folder, roots):

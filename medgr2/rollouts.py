@@ -26,6 +26,8 @@ class Batch(NamedTuple):
 
     cursor: int
     rows: list
+    # Of each record: how often the step has drawn it before, at the end of an epoch or if there are few.
+    copies: list
     # For the policy.
     inputs: encoding.Inputs
     # For the reward model (reward.EncodedPrompts).
@@ -40,16 +42,19 @@ def prefetch_batches(policy, reward_model, examples, cursor, args, accelerator):
     preparing, encode_scored = for_preparing(policy), reward_model.encoder()
     batch_of = training.shuffle([[example] for example in examples], args.prompts, args.seed)
 
-    def encode(cursor, rows):
+    def encode(cursor, rows, copies):
         images, texts = open_rows(rows)
-        return Batch(
-            cursor, rows, encoding.preprocess(preparing, images, texts), encode_scored(images, texts)
-        )
+        inputs = encoding.preprocess(preparing, images, texts)
+        return Batch(cursor, rows, copies, inputs, encode_scored(images, texts))
 
     def prepare(cursor):
-        rows = batch_of(cursor)[accelerator.process_index :: accelerator.num_processes]
+        drawn = batch_of(cursor)
+        copies = [sum(other is row for other in drawn[:i]) for i, row in enumerate(drawn)]
+        own = slice(accelerator.process_index, None, accelerator.num_processes)
+        rows, copies = drawn[own], copies[own]
         size = args.rollout_batch or len(rows)
-        return [encode(cursor + 1, rows[i : i + size]) for i in range(0, len(rows), size)]
+        starts = range(0, len(rows), size)
+        return [encode(cursor + 1, rows[i : i + size], copies[i : i + size]) for i in starts]
 
     return prefetch(itertools.count(cursor), prepare, args.workers)
 

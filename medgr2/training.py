@@ -18,9 +18,11 @@ MAX_SKIPPED = 5
 def read_usable(path, fields, root=None, skip=False):
     """The records of a training file. With `skip`, bad lines and unreadable images are left out and named.
 
-    Raises RecordError as records.read_records, and if nothing is left.
+    Raises RecordError as records.read_records, for a missing image, unless `skip`, and if nothing is left.
     """
     rows = records.read_kept(path, fields, root, 1.0 if skip else 0)
+    if not skip:
+        records.require_images(path, rows)
     unreadable = find_unreadable(rows, 1.0) if skip else {}
     for row in rows:
         if row["image"] in unreadable:

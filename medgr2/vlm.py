@@ -104,7 +104,7 @@ class Prefix:
     def __init__(self, cache, mask, rope_deltas, padding=None):
         self.cache, self.mask, self.rope_deltas, self.padding = cache, mask, rope_deltas, padding
 
-    def with_cache(self, tensors):
+    def with_tensors(self, tensors):
         """The same prefix with these keys and values in place of its own: two per layer, in order."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
@@ -324,8 +324,9 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
     """Yield (rows, hidden_states of these rows (n, C+1, D)), `size` continuations of each prompt at a time.
 
     For learning with less memory: the caller runs a part's backward pass before it asks for the next part,
-    and asks until there is none. A prompt is still encoded once. Each part leaves its gradient of the prefix,
-    and when all have, one backward pass takes it on to the prompt. Without `size`, one part: all rows.
+    and asks until there is none. A prompt is still encoded once if all layers keep keys and values: each part
+    leaves its gradient of the prefix, and when all have, one backward pass takes it on to the prompt. Without
+    `size`, one part: all rows.
     """
     if inputs.questions:
         raise ValueError("prompts that share images are learned from by row_states")
@@ -337,7 +338,7 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
         return
     index = torch.arange(ids.shape[0], device=ids.device).view(prompts, group)
     parts = [part.flatten() for part in index.split(size or group, 1)]
-    if not (cache or vlm.can_share_prefix):
+    if not (cache or (vlm.can_share_prefix and has_plain_cache(vlm))):
         for rows in parts:
             yield rows, hidden_states(vlm, inputs, ids[rows], mask[rows])
         return
@@ -347,7 +348,7 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in computed]
     for rows in parts:
         n = len(rows) // prompts
-        own = prefix.with_cache(leaves[1:])
+        own = prefix.with_tensors(leaves[1:])
         own.repeat(n)
         first = leaves[0].repeat_interleave(n, 0)[:, None]
         yield rows, torch.cat([first, decode_step(vlm, own, ids[rows], mask[rows])], 1)
@@ -374,7 +375,7 @@ def row_states(vlm, inputs):
     prefix, last = prefill_rows(vlm, inputs, recomputed_cache(vlm) if vlm.is_checkpointing else None)
     computed = [last, *prefix.tensors()]
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in computed]
-    own = prefix.with_cache(leaves[1:])
+    own = prefix.with_tensors(leaves[1:])
     own.branch(inputs.questions.image)
     yield decode_step(vlm, own, inputs.questions.ids, inputs.questions.mask)
     if last.requires_grad:

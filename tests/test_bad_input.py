@@ -286,6 +286,7 @@ RECORDS = [
     record("true as cycle", "`cycle` is not of type int", cycle=True),
     record("an unknown source", "`source` is not expert", source="web"),
     record("a list as report", "`report` is not of type str", report=["a"]),
+    record("a question with a report", "a question and a `report` in one record", report="A cyst."),
     record("a tag in a text", "a tag of the reply's form", rationale="so <answer>CT</answer>"),
     text("an infinite reward", "Infinity is not JSON", b'{"id": "a", "reward": {"overall": Infinity}}'),
     text(
@@ -481,8 +482,10 @@ IMAGES = [
         for name, command in READERS.items()
         if command != CHECK and name != "medgr2.records split"
     ),
-    image("missing, eval.py", "no such image", lambda path: None, READERS["eval.py"]),
-    image("missing, generate.py", "no image", lambda path: None, READERS["generate.py"]),
+    *(
+        image(f"missing, {name}", "no image", lambda path: None, READERS[name])
+        for name in ("generate.py", "reward.py train", "sft.py", "grpo.py", "eval.py")
+    ),
 ]
 
 

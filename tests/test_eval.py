@@ -367,6 +367,9 @@ def test_help_and_the_metrics_do_not_import_torch():
         ("--endpoint http://me:secret@h --endpoint-model m --data d", "--endpoint: give a URL"),
         ("--endpoint http://h --endpoint-model m --data d --scores", "--scores"),
         ("--model m --data d --answers a", "--answers: belongs to --predictions"),
+        ("--model m --data d --fields a=b", "--fields: belongs to --predictions"),
+        ("--predictions p --samples 2", "--predictions has none; leave them out"),
+        ("--endpoint http://h --endpoint-model m --data d --max-pixels 784", "the server resizes images"),
         ("--model m --data d --batch 0", "0 is not at least 1"),
         ("--model m --data d --max-new-tokens 0", "0 is not at least 1"),
         ("--model m --data d --samples -1", "--samples"),
@@ -380,7 +383,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, arguments, says):
 
 def test_a_test_file_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_path, question):
     for change, words in [
-        ({"image": str(tmp_path / "gone.png")}, ["record q", "no such image", "gone.png"]),
+        ({"image": str(tmp_path / "gone.png")}, ["record q", "no image", "gone.png"]),
         ({"prediction": "CT"}, ["record q", "`prediction`"]),
         ({"answer": "OCT"}, [".jsonl:1:", "`answer`"]),
     ]:

@@ -487,6 +487,20 @@ def test_an_image_too_large_for_the_context_is_refused_at_the_start_or_left_out(
     assert {row["parent"] for row in rejected} == {first["id"], third["id"]}
 
 
+def test_an_unreadable_image_is_left_out_by_skip_if_the_prompts_nearly_fill_the_context_too(
+    toy_stage, tmp_path
+):
+    images = write_images(tmp_path, 2)
+    bad = next(records.read_records(images))["image"]
+    with open(bad, "wb") as f:
+        f.write(b"no image")
+    # The toy's context is 1,024 tokens.
+    flags = "--images", images, "--max-new-tokens", 1000, "--paradigms", "direct", "--on-error", "skip"
+    status, said, error = toy_stage(*flags, "--max-rejected", 0.5, "--out", tmp_path / "skip")
+    assert status == 2 and "left out: 1 of 2 records are too long" in said
+    assert "none of 1 candidates is kept (unreadable image 1)" in error
+
+
 def test_an_image_is_encoded_once_with_one_task_a_prompt_too_and_the_samples_are_the_same(
     toy_stage, tmp_path, monkeypatch
 ):

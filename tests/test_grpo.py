@@ -18,7 +18,7 @@ import torch
 from helpers import run_in_one_and_two
 
 import grpo
-from medgr2 import encoding, loading, records, rollouts, vlm, watch
+from medgr2 import encoding, loading, records, rollouts, training, vlm, watch
 from medgr2.errors import RunError, UserError
 from medgr2.prompts import is_match, parse_response, policy_prompt
 from medgr2.watch import is_hacking
@@ -274,7 +274,8 @@ TEXTS_ALONE = Texts()
 
 
 def batch_of(policy, rows):
-    return rollouts.Batch(0, rows, encoding.preprocess(policy, *rollouts.open_rows(rows)), None)
+    inputs = encoding.preprocess(policy, *rollouts.open_rows(rows))
+    return rollouts.Batch(0, rows, [0] * len(rows), inputs, None)
 
 
 def with_advantages(groups, **over):
@@ -881,6 +882,30 @@ def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path)
         assert r["correct"] == is_match(parsed.prediction, r["answer"])
         unit = 0.8 * (r["rollout_scores"]["overall"] + 6) / 16 + 0.2 * r["correct"]
         assert r["rollout_reward"] == pytest.approx(unit if parsed.well_formed else 0.0, abs=2e-4)
+
+
+@pytest.mark.parametrize("process, processes", [(0, 1), (0, 2), (1, 2)])
+def test_a_record_that_a_step_draws_twice_gets_other_responses(policy, groups, process, processes):
+    """Eight places for six records."""
+    rows = [g.record for g in groups]
+    accelerator = argparse.Namespace(process_index=process, num_processes=processes)
+    args = argparse.Namespace(prompts=8, seed=0, rollout_batch=2, workers=0)
+    parts = next(rollouts.prefetch_batches(policy, TEXTS_ALONE, rows, 0, args, accelerator))
+    drawn = [(r["id"], n) for batch in parts for r, n in zip(batch.rows, batch.copies)]
+    ids = [r["id"] for r in training.shuffle([[row] for row in rows], 8, 0)(0)]
+    assert drawn == [(name, ids[:i].count(name)) for i, name in enumerate(ids)][process::processes]
+    batch = batch_of(policy, rows[:1] * 2)._replace(copies=[0, 1])
+    first, second = grpo.sample_groups(policy, batch, 4, 24, 0)
+    assert first.texts != second.texts
+    alone = grpo.sample_groups(policy, batch_of(policy, rows[:1]), 8, 24, 0)[0]
+    assert alone.texts == first.texts + second.texts
+
+
+def test_the_frozen_reference_of_a_sharded_run_sees_the_images_that_the_policy_sees(policy, monkeypatch):
+    monkeypatch.setattr(grpo.sharding, "load_frozen", loading.load)
+    limited = replace(policy, pixels=(784, 1000))
+    args = argparse.Namespace(shard=True, lora=None, model=str(ROOT / "toy" / "policy"))
+    assert grpo.load_reference(limited, args).pixels == (784, 1000)
 
 
 @pytest.mark.parametrize("process, processes", [(0, 1), (0, 2), (1, 2), (3, 4)])

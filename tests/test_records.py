@@ -94,6 +94,13 @@ def test_a_record_without_a_required_field_is_refused(tmp_path):
         list(records.read_records(tmp_path / "r.jsonl", records.QUESTION))
 
 
+def test_a_file_without_a_good_line_is_refused_with_its_first_problem(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": "a", "image": "/elsewhere/a.png"}\n{"id": 7}\n')
+    with pytest.raises(RecordError, match="r.jsonl:1: .*a.png is not under"):
+        records.read_kept(path, ("image",), limit=1.0)
+
+
 def test_a_missing_file_an_empty_file_and_a_folder_raise_record_errors(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
     for name, what in (("none.jsonl", "No such file"), ("empty.jsonl", "no records"), (".", "directory")):

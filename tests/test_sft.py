@@ -281,6 +281,16 @@ def test_no_examples_at_all_are_refused(tmp_path):
         load([tmp_path / "r.jsonl"], [0.0])
 
 
+def test_a_bad_record_of_val_ends_a_run_before_its_first_step(data, tmp_path, monkeypatch, capsys):
+    rows = [json.loads(line) for line in (data / "expert.jsonl").read_text().splitlines()[:2]]
+    del rows[1]["answer"], rows[1]["options"]
+    val = data / "bad_val.jsonl"
+    val.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RecordError, match="bad_val.jsonl: record .* has neither question and answer"):
+        run_sft(monkeypatch, data, tmp_path / "run", f"--val {val}")
+    assert not (tmp_path / "run.part" / "metrics.jsonl").exists()
+
+
 def test_an_example_longer_than_the_context_is_refused_or_left_out(policy, tmp_path, capsys):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     # The toy's context is 1,024 tokens: too long with its reply, too long by itself, and neither.

@@ -1235,6 +1235,24 @@ RECURRENT = {
 
 
 @pytest.mark.parametrize("name", RECURRENT)
+def test_parts_of_a_group_leave_the_gradient_of_the_whole_with_recurrent_layers_too(name, tmp_path):
+    RECURRENT[name][0](tmp_path)
+    vlm_ = loading.load(str(tmp_path), "cpu")
+    prompts, ids, mask = encoded(vlm_, 2)
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+
+    def gradients(size):
+        vlm_.model.zero_grad()
+        for rows, states in vlm.hidden_states_in_parts(vlm_, prompts, ids, mask, size):
+            logps = vlm.token_logps(vlm_, prompts, ids[rows], mask[rows], states=states)[0]
+            (weights[rows] * logps).sum().backward()
+        return torch.cat([p.grad.flatten() for p in vlm_.model.parameters() if p.grad is not None])
+
+    whole, parts = gradients(None), gradients(1)
+    assert whole.norm() > 0 and (whole - parts).norm() <= 1e-4 * whole.norm()
+
+
+@pytest.mark.parametrize("name", RECURRENT)
 def test_an_architecture_that_cannot_share_its_prefix_falls_back_to_plain_rows_and_says_so_once(
     name, tmp_path, capsys
 ):

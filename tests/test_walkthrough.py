@@ -72,10 +72,10 @@ def test_each_reply_is_shown_with_what_became_of_it(finished, page):
     kept = [r for r in read_lines(folder / "candidates.jsonl") if r["parent"] == image]
     rejected = [r for r in read_lines(folder / "rejected.jsonl") if r["parent"] == image]
     assert kept and len(kept) + len(rejected) == 6
-    assert all(f"*{r['paradigm']}* (kept):" in text and r["question"] in text for r in kept)
-    assert all(
-        f"*{r['paradigm']}* (rejected: {r['reason']}):" in text and r["text"] in text for r in rejected
-    )
+    for r in kept + rejected:
+        outcome = f"rejected: {r['reason']}" if "reason" in r else "kept"
+        assert f"*{r['paradigm']}*, {r['task']} ({outcome}):" in text
+        assert r.get("text", r.get("question")) in text
 
 
 def test_the_levels_have_the_means_of_the_run(finished, page):
@@ -90,7 +90,7 @@ def test_the_levels_have_the_means_of_the_run(finished, page):
 
 def test_rewards_and_advantages_are_those_of_the_run_and_can_be_computed_again(finished, page):
     text, args = page[1], json.loads((finished[0] / "cycle1" / "grpo" / "args.json").read_text())["args"]
-    step, record = re.search(r"at step (\d+) to that of\s`(\S+)`", text).groups()
+    step, record = re.search(r"from step (\d+), for the prompt of\s`(\S+)`", text).groups()
     rollouts = read_lines(finished[0] / "cycle1" / "grpo" / "rollouts.jsonl")
     group = [r for r in rollouts if r["record"] == record and r["step"] == int(step)]
     rows = read_table(text, "response")
