@@ -79,7 +79,7 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from medgr2 import context, encoding, loading, parallel, vlm
+from medgr2 import answering, context, encoding, loading, parallel
 
 # ---------------------------------------------------------------------------------------------------------
 # What to ask.
@@ -196,9 +196,8 @@ def encode_drafts(generator, group, drafts):
 
 def ask_model(drafts, inputs, generator, temperature, max_new_tokens, group):
     """Ask a model on this machine. Each image is prefilled once, each prompt once for its `group` drafts."""
-    inputs, seeds = inputs.to(generator.device), [draft["seed"] for draft in drafts]
-    ids, mask, truncated = vlm.sample(generator, inputs, seeds, max_new_tokens, temperature, group)  # (N, C)
-    return list(zip(encoding.decode(generator, ids, mask), truncated.tolist()))
+    seeds = [draft["seed"] for draft in drafts]
+    return answering.ask_model(generator, max_new_tokens, inputs, seeds, temperature, group)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -207,13 +206,13 @@ def ask_model(drafts, inputs, generator, temperature, max_new_tokens, group):
 
 # The candidates about one image are consecutive, so a small cache hashes each image once.
 @functools.lru_cache(maxsize=16)
-def image_hash(path):
+def cached_hash(path):
     return hash_image(path)
 
 
 def duplicate_key(candidate):
     """Candidates with the same key are duplicates: same image (by content), same question, same answer."""
-    return image_hash(candidate["image"]), normalise(candidate["question"]), normalise(candidate["answer"])
+    return cached_hash(candidate["image"]), normalise(candidate["question"]), normalise(candidate["answer"])
 
 
 def split_replies(drafts, replies, seen):

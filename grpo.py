@@ -150,7 +150,7 @@ class Counts(NamedTuple):
 
 
 def grpo_loss(
-    logps, inputs, counts, *, loss="grpo", epsilon=0.2, epsilon_high=None, kl=0.0, kl_estimator="k3_unbiased"
+    logps, inputs, counts, *, loss="dapo", epsilon=0.2, epsilon_high=None, kl=0.0, kl_estimator="k3_unbiased"
 ):
     """-J of the module docstring, summed over S of the batch's N responses → (loss, {metric: token sum}).
 
