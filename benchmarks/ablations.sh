@@ -18,8 +18,8 @@ fi
 . benchmarks/claims.sh CYCLES CLINIC_FLAGS SFT_FLAGS GENERATE_FLAGS GRPO_FLAGS REWARD_FLAGS SCORE_FLAGS
 
 rows=()
-# [SAME="PART..."] variant FOLDER NAME [VARIABLE=VALUE...]: the cycle with these settings, for each seed. What it
-# has in common with the whole cycle (all that precedes cycle 1, and these parts of it) is run once.
+# [SAME="PART..."] variant FOLDER NAME [VARIABLE=VALUE...]: the cycle with these settings, for each seed. What
+# it has in common with the whole cycle (all that precedes cycle 1, and these parts of it) is run once.
 variant() {
   local folder=$1 name=$2 s part; shift 2
   for s in $SEEDS; do
@@ -38,7 +38,8 @@ policy="reward candidates scored sft eval_sft grpo eval_grpo"
 # A rate of 0 leaves the generator as it is.
 SAME=$policy variant same_generator "generator never tuned" GENERATOR_FLAGS="--steps 1 --lr 0"
 # No files after the flag: no rollouts.
-SAME="$policy generator" variant same_reward "reward model never retrained" REWARD_FLAGS="$REWARD_FLAGS --rollouts"
+SAME="$policy generator" variant same_reward "reward model never retrained" \
+  REWARD_FLAGS="$REWARD_FLAGS --rollouts"
 SAME="reward candidates scored" variant random "random filter" FILTER=random
 # R of other heads is not on the same scale, so both of these accept half of each cell.
 SAME="reward candidates" variant share "half accepted" SCORE_FLAGS="$share"
@@ -49,4 +50,4 @@ SAME=reward variant direct "one paradigm" GENERATE_FLAGS="--per-image 6 --paradi
 # As many rollouts for the next reward model, by a policy that stays as it is.
 SAME="reward candidates scored sft eval_sft generator" variant sft "no GRPO" GRPO_FLAGS="$GRPO_FLAGS --lr 0"
 
-collect ablations "" "the whole cycle" --rows "${rows[@]}"
+collect ablations "" "the whole cycle" --candidates --rows "${rows[@]}"

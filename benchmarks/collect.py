@@ -27,6 +27,8 @@ from medgr2 import cli, measures, records, runs
 from medgr2.errors import RunError
 
 RESULTS = os.path.join(ROOT, "benchmarks", "results")
+# What marks.json says of a cycle's candidates, and the columns that show it.
+MARKS = {"right_scored": "right, of scored", "accepted": "accepted", "right_accepted": "right, of accepted"}
 # Columns that a table can have beside each other with a difference in each.
 MOST_COLUMNS = 5
 
@@ -83,6 +85,17 @@ def measure_by(values, questions, fields=("task",)):
             own = questions[field] == name
             part = {key: column[own] for key, column in questions.items()}
             by[str(name)] = measure(values[own], part)
+    return found
+
+
+def read_marks(folders, rows):
+    """{row: [{field of MARKS: of each run}]}, of the cycles of the variant that a row is of."""
+    found = {}
+    for row, part in rows.items():
+        paths = glob.glob(os.path.join(glob.escape(folders[0]), part.split("/")[0], "cycle*", "marks.json"))
+        names = sorted(os.path.relpath(path, folders[0]) for path in paths)
+        marks = [[read_json(folder, name) for folder in folders] for name in names]
+        found[row] = [{field: [run[field] for run in cycle] for field in MARKS} for cycle in marks]
     return found
 
 
@@ -177,10 +190,22 @@ def format_difference(pair):
     return f"{pair['mean']:+.3f} ({format_interval(pair, '+.3f')})" if pair else ""
 
 
+def candidates_table(marks):
+    """One line per row: what read_marks found, means over the runs, cycle by cycle."""
+    lines = []
+    for row, cycles in marks.items():
+        cells = [row]
+        for field in MARKS:
+            means = [sum(cycle[field]) / len(cycle[field]) for cycle in cycles]
+            cells.append(", ".join(f"{mean:.0f}" if field == "accepted" else f"{mean:.3f}" for mean in means))
+        lines.append(cells)
+    return readme.format_table(["candidates, cycle by cycle", *MARKS.values()], lines)
+
+
 # ---------------------------------------------------------------------------------------------------------
 
 
-def collect(folders, rows, against, command, kind_of=None, only=None):
+def collect(folders, rows, against, command, kind_of=None, only=None, candidates=False):
     """The result file of the runs in `folders`."""
     fields = ("task", "modality") if kind_of is None else ("kind", "task", "modality")
     questions, correct = read_answers(folders, rows, kind_of, only)
@@ -199,6 +224,7 @@ def collect(folders, rows, against, command, kind_of=None, only=None):
         "against": against,
         "accuracy": {row: measure_by(right, questions, fields) for row, right in correct.items()},
         "paired": paired,
+        **({"candidates": read_marks(folders, rows)} if candidates else {}),
         **read_environment(folders),
     }
 
@@ -206,6 +232,7 @@ def collect(folders, rows, against, command, kind_of=None, only=None):
 def format_tables(result, path):
     """The tables of a result and where it comes from, in Markdown."""
     tables = [rows_table(result, field) for field in result["fields"]]
+    tables += [candidates_table(result["candidates"])] if "candidates" in result else []
     return "\n\n".join([*tables, provenance(result, path)])
 
 
@@ -268,6 +295,9 @@ def parse_args():
     kinds.add_argument("--kind", metavar="FIELD", help="field of the test questions to report by, too")
     p.add_argument("--only", **condition, help="test questions that count")
     p.add_argument("--command", required=True, help="what made the runs, for the table")
+    cli.add_switch(
+        p, "--candidates", "also a table of the toy's candidates: right and accepted ones, by cycle"
+    )
     cli.add_switch(p, "--print", "print the table and write nothing")
     return p.parse_args()
 
@@ -278,7 +308,8 @@ def main(args):
     readme.find_page(args.name)
     path = os.path.join(RESULTS, f"{args.name}.json")
     only = has_any(args.only) if args.only else None
-    result = collect(args.runs, rows, args.against, args.command, find_kind_of(args), only)
+    how = find_kind_of(args), only, args.candidates
+    result = collect(args.runs, rows, args.against, args.command, *how)
     tables = format_tables(result, path)
     if args.print:
         return print(tables)

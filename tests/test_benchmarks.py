@@ -561,6 +561,25 @@ def collect_rows(folder, *flags):
 ROWS = "--rows", "start=eval_base", "tuned=cycle1/eval_sft"
 
 
+def test_the_candidates_of_variants_are_shown_cycle_by_cycle_as_means_over_runs(tmp_path):
+    folders = []
+    for seed in range(2):
+        for variant, cycles in (("full", 2), ("tuned", 1)):
+            folder = tmp_path / str(seed) / variant
+            write_run(folder, seed)
+            for c in range(cycles):
+                # Of the second run 0.2 more are right.
+                write_cycle(folder / f"cycle{c + 1}", (0.5 + 0.1 * c + 0.2 * seed, 0.8), (0.5, 0.8))
+            for c in range(cycles, 2):
+                (folder / f"cycle{c + 1}" / "marks.json").unlink()
+        folders.append(str(tmp_path / str(seed)))
+    rows = {"whole": "full/cycle2/eval_grpo", "short": "tuned/cycle1/eval_grpo"}
+    found = collect.collect(folders, rows, "whole", "c", candidates=True)
+    table = cells_of(collect.candidates_table(found["candidates"]))
+    assert table["whole"] == ["0.600, 0.700", "4, 4", "0.900, 0.900"]
+    assert table["short"] == ["0.600", "4", "0.900"]
+
+
 def test_named_rows_of_any_runs_are_compared_with_one_of_them_by_task_and_modality(tmp_path):
     status, shown, error = collect_rows(tmp_path, *ROWS, "--against", "start")
     assert status == 0, error
