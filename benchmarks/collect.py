@@ -89,14 +89,21 @@ def measure_by(values, questions, fields=("task",)):
 
 
 def read_marks(folders, rows):
-    """{row: [{field of MARKS: of each run}]}, of the cycles of the variant that a row is of."""
+    """{row: [{field of MARKS: of each run, "by_task": {task: the same}}]}, of its variant's cycles."""
     found = {}
     for row, part in rows.items():
         paths = glob.glob(os.path.join(glob.escape(folders[0]), part.split("/")[0], "cycle*", "marks.json"))
         names = sorted(os.path.relpath(path, folders[0]) for path in paths)
         marks = [[read_json(folder, name) for folder in folders] for name in names]
-        found[row] = [{field: [run[field] for run in cycle] for field in MARKS} for cycle in marks]
+        found[row] = [columns_of(cycle) for cycle in marks]
+        for cycle, columns in zip(marks, found[row]):
+            tasks = sorted(cycle[0]["by_task"])
+            columns["by_task"] = {task: columns_of([run["by_task"][task] for run in cycle]) for task in tasks}
     return found
+
+
+def columns_of(marks):
+    return {field: [run[field] for run in marks] for field in MARKS}
 
 
 def read_stages(folder):
