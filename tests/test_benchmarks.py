@@ -638,6 +638,30 @@ def test_a_result_file_names_commits_of_this_history():
             assert found.returncode == 0, (path.name, commit)
 
 
+def test_the_healthy_ranges_of_the_metrics_are_those_of_the_result_file():
+    page = Path(ROOT, "docs", "metrics.md").read_text(encoding="utf-8")
+    result = json.loads(Path(ROOT, "benchmarks", "results", "toy_cycle.json").read_text())
+    cycles = [cycle for run in result["cycles"] for cycle in run]
+
+    def assert_row(name, text, file, field, form=".3f"):
+        values = [cycle[file][field] for cycle in cycles]
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`") and text in line)
+        assert f"{min(values):{form}} to {max(values):{form}}" in row
+
+    assert_row("kept", "valid question", "candidates", "kept", "d")
+    assert_row("spearman", "rank correlation", "reward", "spearman")
+    assert_row("auroc", "right response", "reward", "auroc")
+    assert_row("image_swap_drop", "mean fall", "reward", "image_swap_drop", ".1f")
+    assert_row("right_scored", "all scored", "marks", "right_scored")
+    assert_row("right_accepted", "accepted", "marks", "right_accepted")
+    assert_row("auroc", "true candidate", "marks", "auroc")
+    watched = [[cycle["grpo"][when]["watch_accuracy"] for when in ("first", "last")] for cycle in cycles]
+    assert f"it did in {sum(b > a for a, b in watched)} of {len(watched)} runs" in page
+    first, last = (cycles[0]["grpo"][when] for when in ("first", "last"))
+    accuracy = f"accuracy {first['watch_accuracy']:.3f} to {last['watch_accuracy']:.3f}"
+    assert f"{accuracy}, reward {first['watch_reward']:.2f} to {last['watch_reward']:.2f}" in page
+
+
 def test_every_table_that_a_script_collects_has_its_place_in_the_docs():
     collected = []
     for path in Path(ROOT, "benchmarks").glob("*.sh"):
