@@ -221,6 +221,12 @@ def has_plain_cache(vlm):
     return all(type(layer) is DynamicLayer for layer in layers)
 
 
+def has_only_keys_and_values(vlm):
+    """Do all layers keep keys and values, be it of a sliding window, and no recurrent states?"""
+    layers = DynamicCache(config=vlm.model.config.get_text_config()).layers
+    return all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers)
+
+
 @contextlib.contextmanager
 def checkpointing(vlm, on=True):
     """Inside this context layers keep only their inputs, and the backward pass computes the rest once more.
@@ -338,7 +344,7 @@ def hidden_states_in_parts(vlm, inputs, ids, mask, size=None):
         return
     index = torch.arange(ids.shape[0], device=ids.device).view(prompts, group)
     parts = [part.flatten() for part in index.split(size or group, 1)]
-    if not (cache or (vlm.can_share_prefix and has_plain_cache(vlm))):
+    if not (cache or (vlm.can_share_prefix and has_only_keys_and_values(vlm))):
         for rows in parts:
             yield rows, hidden_states(vlm, inputs, ids[rows], mask[rows])
         return
