@@ -223,7 +223,7 @@ class Group:
 
 
 def sample_groups(policy, batch, group, max_new_tokens, seed):
-    """G responses to each of the batch's records, whatever --rollout-batch and the number of processes."""
+    """G responses to each of the batch's records. No --rollout-batch or number of processes changes them."""
     prompts = encoding.encode_images(policy, batch.inputs)
     numbered = [(r["id"], n * group + g) for r, n in zip(batch.rows, batch.copies) for g in range(group)]
     seeds = [runs.seed_of(seed, batch.cursor, name, number) for name, number in numbered]
@@ -344,9 +344,9 @@ def accumulate_gradient(policy, groups, counts, args):
     for rows, states in vlm.hidden_states_in_parts(policy, inputs, ids, mask, args.micro_group):
         # State t predicts token t. The first is the prompt's last; the one after the last predicts nothing.
         hidden, weight, head_options = vlm.lm_head(policy, states[:, :-1])  # (n, C, D), (V, D)
-        # The same as these three lines, but the logits (n, C, V) never exist (triton_ops.py). Of the model's
-        # logits, head_options has the bias (-inf for banned tokens), divisor and softcap. At the first update
-        # old_logps is None and stands for logps.detach(): the ratio is 1.
+        # The same as these three lines, but the logits (n, C, V) never exist (triton_ops.py). head_options is
+        # the rest of the head: bias (-inf for banned tokens), divisor and softcap of the logits. At the first
+        # update old_logps is None and stands for logps.detach(): the ratio is 1.
         #     logps = log_softmax(hidden @ weight.T, -1).gather(-1, ids[rows, :, None])[..., 0]
         #     loss, metrics = grpo_loss(logps, loss_inputs.select(rows), counts, **options)
         #     loss.backward()

@@ -302,9 +302,7 @@ def parse_args():
     kinds.add_argument("--kind", metavar="FIELD", help="field of the test questions to report by, too")
     p.add_argument("--only", **condition, help="test questions that count")
     p.add_argument("--command", required=True, help="what made the runs, for the table")
-    cli.add_switch(
-        p, "--candidates", "also a table of the toy's candidates: right and accepted ones, by cycle"
-    )
+    cli.add_switch(p, "--candidates", "also a table of the toy's candidates by cycle: right, accepted")
     cli.add_switch(p, "--print", "print the table and write nothing")
     return p.parse_args()
 

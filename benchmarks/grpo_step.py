@@ -29,7 +29,7 @@ a first step, since advantages sum to zero), the gradient's norm and the cosine 
     pip install -r benchmarks/requirements.txt
     python benchmarks/grpo_step.py              all rows of this machine, into benchmarks/results/
     python benchmarks/grpo_step.py --rows toy-16 --rounds 1 --steps 1 --out /tmp/quick.json
-    python benchmarks/grpo_step.py --readme     writes the tables from the committed result file
+    python benchmarks/grpo_step.py --readme     writes the table from the committed result file
 """
 
 import argparse
@@ -66,14 +66,6 @@ ROWS = {
 GPU_ROWS = {"qwen-256": Row("qwen", 448, 14, 8, 64, 5), "qwen-1024": Row("qwen", 896, 14, 8, 16, 3)}
 TRIAL = {"tiny-64": Row("tiny", 224, 14, 2, 16, 1)}
 SIDES = ("ours", "trl", "default")
-# The columns of the README's table.
-SUMMARY = {
-    "row": "row",
-    "ours s": "ours s",
-    "trl s": "TRL s",
-    "trl/ours": "TRL/ours",
-    "trl/ours growth": "memory growth, TRL/ours",
-}
 
 
 def parse_args():
@@ -91,7 +83,7 @@ def parse_args():
     p.add_argument(
         "--out", help="result file (benchmarks/results/grpo_step_DEVICE.json); other rows in it stay"
     )
-    cli.add_switch(p, "--readme", "only write the tables, from the result file")
+    cli.add_switch(p, "--readme", "only write the table, from the result file")
     # ROW TASK FOLDER: what to do in this process.
     p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return p.parse_args()
@@ -597,13 +589,11 @@ def row_cells(name, row):
     return cells | {"cosine": f"{row['same_work']['trl']['cosine']:.7f}"}
 
 
-def table(result, columns=None, markdown=False):
-    """A line per row of the result. `columns`: {column: header}; all columns by default."""
+def table(result, markdown=False):
+    """A line per row of the result."""
     lines = [row_cells(name, row) for name, row in result["rows"].items()]
-    if columns is None:
-        columns = {column: column for line in lines for column in line}
-    cells = [[line.get(column) for column in columns] for line in lines]
-    return cli.format_table(cells, columns.values(), markdown)
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    return cli.format_table([[line.get(column) for column in columns] for line in lines], columns, markdown)
 
 
 def provenance(result):
@@ -618,13 +608,11 @@ def provenance(result):
     )
 
 
-def write_tables(path):
-    """The README's table and the detailed one of docs/performance.md."""
+def write_table(path):
+    """The table of docs/performance.md."""
     with open(path, encoding="utf-8") as f:
         result = json.load(f)
-    source = provenance(result)
-    readme.write_block("grpo_step", f"{table(result, SUMMARY, markdown=True)}\n\n{source}")
-    readme.write_block("grpo_step-detail", f"{table(result, markdown=True)}\n\n{source}")
+    readme.write_block("grpo_step", f"{table(result, markdown=True)}\n\n{provenance(result)}")
 
 
 def environment():
@@ -645,7 +633,7 @@ def main(args):
         return child(args)
     results = os.path.join(ROOT, "benchmarks", "results")
     if args.readme:
-        return write_tables(args.out or os.path.join(results, "grpo_step_cpu.json"))
+        return write_table(args.out or os.path.join(results, "grpo_step_cpu.json"))
     here = environment()
     gpu = bool(here["hardware"]["gpus"])
     names = args.rows or (list(GPU_ROWS) if gpu else [*ROWS, *GPU_ROWS])

@@ -263,6 +263,7 @@ NAMES = (
     "authors_file",
     "figure",
     "collect",
+    "reward_rollouts",
     "real_report",
 )
 WRITERS = [f"benchmarks/{name}.py" for name in NAMES]

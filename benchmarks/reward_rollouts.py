@@ -1,0 +1,129 @@
+"""How well the reward model ranks the same candidates once it has learned from rollouts.
+
+On clinics that no other table uses, of half the size: one cycle, whose GRPO leaves rollouts. Then reward models
+that learn from them in several ways (VARIANTS) score that cycle's candidates. AUROC is of right against wrong
+candidates, by the facts that the toy clinic drew.
+
+    python benchmarks/reward_rollouts.py            into runs/reward_rollouts; the same command resumes
+    python benchmarks/reward_rollouts.py --readme   writes the table from the committed result file
+
+Writes benchmarks/results/reward_rollouts.json and its table in docs/results.md. A seed takes about 6 minutes on
+one core.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import readme
+
+from medgr2 import cli, records, runs
+
+RESULT = os.path.join(ROOT, "benchmarks", "results", "reward_rollouts.json")
+STEPS = 50
+# {name: (which rollouts it learns from, flags)}.
+VARIANTS = {
+    "no rollouts": (None, ""),
+    "all rollouts (the default)": ("all", ""),
+    "a quarter of the rollouts": ("quarter", ""),
+    "rollouts of the last half of the steps": ("late", ""),
+    "all, three times the resamples": ("all", "--resamples 9"),
+    "all, heads four times as wide": ("all", "--hidden 256"),
+    "all, three times the steps": ("all", "--steps 2400"),
+    "no rollouts, three times the steps": (None, "--steps 2400"),
+}
+
+
+def parse_args():
+    p = cli.Parser(description=__doc__)
+    p.add_argument("--out", default="runs/reward_rollouts", help="folder of the runs")
+    p.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102], help="of clinics and training")
+    cli.add_switch(p, "--readme", "only write the table, from the result file")
+    return p.parse_args()
+
+
+def stage(out, seed, command):
+    """Run the command of a stage unless its output is there."""
+    if not os.path.exists(out):
+        command = [sys.executable, *shlex.split(command), "--out", out]
+        subprocess.run(command + (["--seed", str(seed)] if seed is not None else []), check=True, cwd=ROOT)
+
+
+def run_cycle(d, seed):
+    """One cycle without its evaluations, into the folder d; and parts of its rollouts."""
+    stage(f"{d}/data", seed, "toy/clinic.py --sizes 100 200 300 200 10")
+    expert, root = f"{d}/data/expert.jsonl", f"--image-root {d}/data"
+    learn = f"reward.py train --model toy/backbone --data {expert} {d}/data/reports.jsonl {root}"
+    stage(f"{d}/reward", seed, learn)
+    images = f"{d}/data/unlabelled/images.jsonl"
+    ask = f"generate.py --model toy/generator --images {images} --per-image 2 {root}"
+    stage(f"{d}/candidates", seed, ask)
+    score = f"reward.py score --data {d}/candidates/candidates.jsonl --threshold 8 {root}"
+    stage(f"{d}/scored", seed, f"{score} --model {d}/reward")
+    questions = f"--data {d}/scored/accepted.jsonl {expert} {root}"
+    stage(f"{d}/sft", seed, f"sft.py --model toy/policy --steps 500 {questions}")
+    rollouts = f"grpo.py --model {d}/sft --reward {d}/reward --steps {STEPS} {questions}"
+    stage(f"{d}/grpo", seed, rollouts)
+    rows = list(records.read_records(f"{d}/grpo/rollouts.jsonl", root=records.ANYWHERE))
+    parts = {"all": rows, "quarter": rows[::4], "late": [row for row in rows if row["step"] >= STEPS // 2]}
+    for part, kept in parts.items():
+        kept = [records.with_relative_image(row, d) for row in kept]
+        records.write_records(f"{d}/{part}.jsonl", kept)
+    return learn, score
+
+
+def measure(d, seed):
+    """{variant: AUROC, overall and by task} on one clinic."""
+    learn, score = run_cycle(d, seed)
+    found = {}
+    for number, (name, (part, flags)) in enumerate(VARIANTS.items()):
+        model = f"{d}/variant{number}"
+        rollouts = f"--rollouts {d}/{part}.jsonl" if part else ""
+        stage(model, seed, f"{learn} {rollouts} {flags}")
+        stage(f"{model}_scored", seed, f"{score} --model {model}")
+        truth = f"--truth {d}/data/unlabelled/truth.jsonl"
+        stage(f"{model}.json", None, f"toy/mark.py --scored {model}_scored {truth}")
+        marks = runs.read_json(f"{model}.json", "remove it")
+        found[name] = {"auroc": marks["auroc"]}
+        found[name]["by_task"] = {task: mark["auroc"] for task, mark in marks["by_task"].items()}
+    return found
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def write_table(result):
+    seeds = list(result["seeds"].values())
+    tasks = sorted(next(iter(seeds[0].values()))["by_task"])
+    lines = []
+    for name in VARIANTS:
+        own = [seed[name] for seed in seeds]
+        by_seed = ", ".join(f"{found['auroc']:.3f}" for found in own)
+        by_task = [f"{mean([found['by_task'][task] for found in own]):.3f}" for task in tasks]
+        lines.append([name, f"**{mean([found['auroc'] for found in own]):.3f}**", by_seed, *by_task])
+    hardware, versions = result["hardware"], result["versions"]
+    source = (
+        f"Command `{result['command']}`; seeds {', '.join(result['seeds'])}; commit "
+        f"`{(result['git']['commit'] or '?')[:10]}`; {hardware['cpus']} CPU cores ({hardware['machine']}), "
+        f"torch {versions['torch']}. Result file: `{os.path.relpath(RESULT, ROOT)}`."
+    )
+    table = readme.format_table(["the reward model learns from", "AUROC", "by seed", *tasks], lines)
+    readme.write_block("reward_rollouts", f"{table}\n\n{source}")
+
+
+def main(args):
+    if not args.readme:
+        # Before the work: the table must have a place.
+        readme.find_page("reward_rollouts")
+        found = {seed: measure(os.path.abspath(f"{args.out}/seed{seed}"), seed) for seed in args.seeds}
+        command = "python benchmarks/reward_rollouts.py"
+        runs.write_json(RESULT, {"command": command, "seeds": found} | runs.environment())
+    write_table(runs.read_json(RESULT, "run benchmarks/reward_rollouts.py"))
+
+
+if __name__ == "__main__":
+    cli.run_main(main, parse_args())
