@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The self-improving cycle: the stages in sequence, CYCLES times. By default on the toy clinic, into runs/toy.
 #
-#   bash cycle.sh                                  20 to 40 minutes on 2 CPU cores
+#   bash cycle.sh                                  10 to 40 minutes on 2 CPU cores
 #   OUT=runs/seed1 SEED=1 bash cycle.sh            another seed
 #   GRPO=my_grpo.py OUT=runs/mine bash cycle.sh    an ablation: any stage's script can be replaced by another
 #   DRY_RUN=1 ... bash cycle.sh                    shows every command and checks it; runs none
@@ -91,7 +91,7 @@ esac
 
 started=$SECONDS
 if [ -z "$EXPERT" ]; then
-  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes 20 to 40 minutes on 2 CPU cores."
+  [ -e "$OUT/table.txt" ] || echo "The default cycle on the toy clinic takes 10 to 40 minutes on 2 CPU cores."
   "$PYTHON" toy/clinic.py --out "$OUT/data" --seed "$SEED" ${CONTROLS:+--plenty 1000} $CLINIC_FLAGS
   EXPERT=$OUT/data/expert.jsonl REPORTS=$OUT/data/reports.jsonl IMAGES=$OUT/data/unlabelled/images.jsonl
   VAL=$OUT/data/val.jsonl TEST=$OUT/data/test.jsonl TRUTH=$OUT/data/unlabelled/truth.jsonl
