@@ -19,7 +19,7 @@ from helpers import run_in_one_and_two
 
 import grpo
 from medgr2 import encoding, loading, records, rollouts, training, vlm, watch
-from medgr2.errors import RunError, UserError
+from medgr2.errors import RecordError, RunError, UserError
 from medgr2.prompts import is_match, parse_response, policy_prompt
 from medgr2.watch import is_hacking
 from reward import Heads, RewardModel
@@ -725,6 +725,20 @@ def folder(policy, tmp_path_factory):
     (out / "rm").mkdir()
     RewardModel(policy, Heads(30, 8), True).save(str(out / "rm"))
     return out
+
+
+def test_questions_longer_than_the_reward_models_context_are_refused_before_the_first_step(
+    monkeypatch, folder, tmp_path
+):
+    shutil.copytree(folder / "rm", tmp_path / "rm")
+    config = tmp_path / "rm" / "backbone" / "config.json"
+    found = json.loads(config.read_text())
+    # The policy's is 1,024 tokens.
+    found["text_config"]["max_position_embeddings"] = 64
+    config.write_text(json.dumps(found))
+    with pytest.raises(RecordError, match="context of 64"):
+        run_grpo(monkeypatch, folder, tmp_path / "run", "--reward", str(tmp_path / "rm"))
+    assert not (tmp_path / "run.part" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
