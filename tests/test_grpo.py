@@ -736,9 +736,8 @@ def test_questions_longer_than_the_reward_models_context_are_refused_before_the_
     # The policy's is 1,024 tokens.
     found["text_config"]["max_position_embeddings"] = 64
     config.write_text(json.dumps(found))
-    with pytest.raises(RecordError, match="context of 64"):
+    with pytest.raises(RecordError, match="records are too long, .* context of 64 "):
         run_grpo(monkeypatch, folder, tmp_path / "run", "--reward", str(tmp_path / "rm"))
-    assert not (tmp_path / "run.part" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
