@@ -67,7 +67,7 @@ def run_cycle(d, seed):
     stage(f"{d}/sft", seed, f"sft.py --model toy/policy --steps 500 {questions}")
     rollouts = f"grpo.py --model {d}/sft --reward {d}/reward --steps {STEPS} {questions}"
     stage(f"{d}/grpo", seed, rollouts)
-    rows = list(records.read_records(f"{d}/grpo/rollouts.jsonl", root=records.ANYWHERE))
+    rows = list(records.read_records(f"{d}/grpo/rollouts.jsonl", root=d))
     parts = {"all": rows, "quarter": rows[::4], "late": [row for row in rows if row["step"] >= STEPS // 2]}
     for part, kept in parts.items():
         kept = [records.with_relative_image(row, d) for row in kept]
