@@ -70,7 +70,6 @@ def run_cycle(d, seed):
     rows = list(records.read_records(f"{d}/grpo/rollouts.jsonl", root=d))
     parts = {"all": rows, "quarter": rows[::4], "late": [row for row in rows if row["step"] >= STEPS // 2]}
     for part, kept in parts.items():
-        kept = [records.with_relative_image(row, d) for row in kept]
         records.write_records(f"{d}/{part}.jsonl", kept)
     return learn, score
 
