@@ -79,7 +79,7 @@ def parse_args():
     )
     t.add_argument("--resamples", type=count, default=3, help="times that each record's levels are drawn")
     t.add_argument("--hidden", type=count, default=64, help="width of the heads' shared layer")
-    t.add_argument("--steps", type=count, default=800, help="steps of training")
+    t.add_argument("--steps", type=count, default=2400, help="steps of training")
     lr = "learning rate (about 1e-5 with --freeze nothing)"
     t.add_argument("--lr", type=cli.number(float, 0), default=2e-3, help=lr)
     save = "steps between checkpoints, with --freeze nothing"
