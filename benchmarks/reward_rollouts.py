@@ -32,8 +32,8 @@ VARIANTS = {
     "rollouts of the last half of the steps": ("late", ""),
     "all, three times the resamples": ("all", "--resamples 9"),
     "all, heads four times as wide": ("all", "--hidden 256"),
-    "all, three times the steps": ("all", "--steps 2400"),
-    "no rollouts, three times the steps": (None, "--steps 2400"),
+    "all, a third of the steps": ("all", "--steps 800"),
+    "no rollouts, a third of the steps": (None, "--steps 800"),
 }
 
 
