@@ -13,11 +13,11 @@ shell are ignored, except for the flags of stages (SFT_FLAGS, ...), which are in
 stage's work grows with the items, so that a flat row is not taken for a merit:
 
     all of it    clinic; generate, reward score and mark with the unlabelled images; eval and report with the
-                 test images; sft with the records it learns from (its epochs are fixed, not its steps)
+                 test images; sft with the records that it learns from, if SFT_FLAGS gives --epochs
     in part      reward train: it computes features of every expert record (--resamples) and tests on those
                  held out, but number and size of the --steps of its heads are fixed
-    none of it   grpo: --steps of --prompts questions, a watch of --watch-items (only its search for test
-                 images among its records grows); the seconds in which a process imports and loads
+    none of it   grpo, and sft by default: their --steps are fixed (only the checks of their records grow);
+                 the seconds in which a process imports and loads
 
 In pairs, stages are matched by output folder. The ratio is that of the sums of their CPU seconds, ours over
 theirs, one per round. A stage that only one side has is listed and not in the sums. Writes
