@@ -434,7 +434,7 @@ def main(args):
     for reader in (policy, reward_model.backbone):
         examples = rollouts.leave_out_too_long(reader, examples, args.max_new_tokens, args.on_error)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=0.0, fused=True)
     training.restore_state(run.state, policy.model, optimizer)
     watch = Watch(policy, reward_model, args, accelerator, run.state)
     cursor, skipped = run.state.get("cursor", 0), training.Skipped(run.state.get("skipped", 0))

@@ -375,7 +375,7 @@ def fit_heads(model, groups, args, run, accelerator):
     """
     features, levels = standardise(model, groups, args, run, accelerator)
     targets = targets_of(levels, features.device)
-    optimizer = torch.optim.AdamW(model.heads.parameters(), lr=args.lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.heads.parameters(), lr=args.lr, weight_decay=0.1, fused=True)
     rng, skipped = random.Random(runs.seed_of(args.seed, "fit")), training.Skipped()
     for step in run.progress(range(args.steps), "heads", together=True):
         # Loss and gradient of a batch.
@@ -399,7 +399,7 @@ def fit_jointly(model, groups, args, run, accelerator):
     # Apart, because the backbone's weights may be sharded. They do not decay: some get no gradient at all.
     learning = [[p for p in part.parameters() if p.requires_grad] for part in both.values()]
     decays = [{"params": part, "weight_decay": decay} for part, decay in zip(learning, (0.1, 0.0))]
-    optimizer = torch.optim.AdamW(decays, lr=args.lr)
+    optimizer = torch.optim.AdamW(decays, lr=args.lr, fused=True)
     if run.state:
         model.heads.load_state_dict(run.state["standardisation"], strict=False)
         training.restore_state(run.state, both, optimizer)

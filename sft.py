@@ -236,7 +236,7 @@ def main(args):
     if args.shard:
         sharding.shard(policy)
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     training.restore_state(run.state, policy.model, optimizer)
 
     steps = args.steps or math.ceil(args.epochs * len(examples) / args.batch)

@@ -343,7 +343,7 @@ def ours(row, folder, steps, cuda, check=False, micro_batch=8, micro_group=None,
     policy = unending(loading.load(os.path.join(folder, "model"), accelerator.device))
     loading.freeze_images(policy)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0, fused=True)
     rows, meter = questions(folder), Meter(cuda)
     loss = {"loss": "grpo", "epsilon": 0.2, "epsilon_high": None, "kl": 0.0, "kl_estimator": "k3"}
     groups = {"mask_truncated": False, "scale_rewards": "group"}

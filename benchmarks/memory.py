@@ -7,7 +7,7 @@ the fused losses, adapters.add_lora. What is known in advance is arithmetic:
 
     learning weights: fp32, with fp32 gradients and AdamW's two moments    4 + 4 + 8 bytes each
     frozen weights    4 bytes each; 2 with --shard or --lora
-    a step of AdamW   4 bytes more per learning weight (its foreach loop), when no activation is alive
+    a step of AdamW   nothing more: its fused kernels work in place
     --shard over n    a process holds 1/n of the learning weights' 16 bytes. To learn, a unit is gathered in
                       bf16: four copies of a layer (two layers, each also in the buffer it came in), its
                       gradient in bf16 and fp32, and embedding and head, which stay. To sample and score, all
@@ -20,7 +20,6 @@ The phases of a step have their peaks one after the other, so the largest counts
                step, the logits. --rollout-batch at a time
     score      the reward model on the same rows, twice: with the image and with a blank one
     learn      a micro-batch forward and backward, with gradients held from the micro-batch before
-    optimizer  the step of AdamW
 
 Not in the estimate: the CUDA context, NCCL's buffers and fragmentation (RESERVE is left free for them: an
 assumption); the frozen vision tower's pass, over before the rest begins; the pixels themselves.
@@ -430,7 +429,7 @@ def fixed_sizes(build, trained, half, plan):
     whole = learning * half.itemsize if plan.shard else 0
     if plan.stage == "grpo" and plan.reward:
         other += count(build(plan.reward, half).model.parameters()) * half.itemsize
-    found = {"learn": other + 16 * learning / n + units, "optimizer": other + 20 * learning / n}
+    found = {"learn": other + 16 * learning / n + units}
     if plan.stage == "sft":
         return found
     rollout = other + 12 * learning / n + whole
@@ -495,7 +494,7 @@ def real_sft(folder, plan, steps=2):
     accelerator = Accelerator(cpu=True)
     policy = adapters.load_to_train(os.path.join(folder, "model"), accelerator.device, "images")
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=grpo_step.LR)
+    optimizer = torch.optim.AdamW(parameters, lr=grpo_step.LR, fused=True)
     rows = (grpo_step.questions(folder) * 2 * plan.micro_batch)[: 2 * plan.micro_batch]
     examples = [sft.Example(r["image"], policy_prompt(r), reference_response(r)) for r in rows]
     images = [open_image(example.image) for example in examples]
@@ -525,8 +524,7 @@ def check(name, folder):
     found = estimate(plan, functools.partial(build_llava, folder), bf16=False)
     # Weights are there before; moments are from the first step on, gradients only to learn.
     weights = 4 * sizes_of(functools.partial(build_llava, folder))
-    # On a CPU AdamW goes through the weights one by one.
-    estimated = max(size for phase, size in found.items() if phase != "optimizer") - weights
+    estimated = max(found.values()) - weights
     measured = measured["growth_bytes"]
     sizes = {"prompt_tokens": plan.prompt_tokens, "response_tokens": plan.response_tokens}
     return sizes | {"measured": measured, "estimated": estimated, "ratio": estimated / measured}
@@ -668,7 +666,7 @@ def time_table(result):
 
 
 # In the order of a step.
-PHASES = ("sample", "score", "learn", "optimizer")
+PHASES = ("sample", "score", "learn")
 
 
 def markdown(headers, rows):

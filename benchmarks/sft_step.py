@@ -115,7 +115,7 @@ def ours(row, folder, steps, cuda, by_image, check=False):
     accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
     policy, size = load_policy(folder, cuda), row.images * Q
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=0.0, fused=True)
     examples = [sft.make_example(record, "policy", "") for record in questions(folder)]
     preparing, meter = for_preparing(policy), Meter(cuda)
 
