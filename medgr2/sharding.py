@@ -174,8 +174,9 @@ def is_intact(folder, hashes):
 def restore(folder, parameters, optimizer):
     """Read what `save` wrote, by any number of processes, into the weights and AdamW's moments."""
     for p in parameters.values():
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros(()), **moments}
+        # All on the weight's device: the fused kernels take no `step` of another.
+        state = {"step": torch.zeros((), device=p.device)}
+        optimizer.state[p] = state | {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     # An optimiser that had skipped all of its steps has no state.
     planner = DefaultLoadPlanner(allow_partial_load=True)
     dcp.load(tensors_to_commit(parameters, optimizer), checkpoint_id=folder, planner=planner)

@@ -306,3 +306,12 @@ def test_a_killed_run_resumes_over_other_numbers_of_processes(killed, capfd):
     assert difference(*updates)[0] <= 1e-4
     folders = [sorted(p.name for p in folder.iterdir()) for folder in (plain, state.parent.parent / "run")]
     assert folders[0] == [name for name in folders[1] if not name.endswith(".damaged")]
+
+
+def test_a_resumed_optimiser_has_its_state_on_the_device_of_the_weights(monkeypatch):
+    """On CUDA the fused kernels refuse a `step` on the CPU. The device here is meta, so nothing is read."""
+    monkeypatch.setattr(sharding.dcp, "load", lambda tensors, **options: None)
+    weight = torch.nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    sharding.restore("folder", {"weight": weight}, optimizer)
+    assert {x.device.type for x in optimizer.state[weight].values()} == {"meta"}
