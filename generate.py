@@ -61,7 +61,8 @@ def parse_args():
     p.add_argument("--batch", type=count, default=16, help="images per batch; each batch is committed")
     skip = "at a bad line, or an unreadable or too large image: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
-    p.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip may leave out")
+    most = "largest share of bad lines, and of unreadable images, that skip may leave out"
+    p.add_argument("--max-rejected", type=share, default=0.1, help=most)
     cycle = "number of the cycle, kept in each candidate; it also seeds the samples"
     p.add_argument("--cycle", type=cli.number(int, 0), default=1, help=cycle)
     cli.add_image_arguments(p)

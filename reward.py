@@ -13,7 +13,7 @@ the expert records (medgr2/levels.py), `--resamples` times:
 Reads   train: expert questions and reports; rollouts of the policy on expert questions    score: candidates
 Writes  train: OUT/backbone/, OUT/heads.safetensors, heads.json, metrics.jsonl, metrics.json (docs/metrics.md)
         score: OUT/scored.jsonl, accepted.jsonl, random.jsonl (as many, drawn at random), metrics.json, and
-        rejected.jsonl if --on-error skip finds unreadable images
+        rejected.jsonl if --on-error skip finds unreadable images or candidates that are too long
 
 Departs from the paper:
 1. The heads take log-probabilities. --no-likelihood is the paper's plain head, on the last hidden state.
@@ -28,6 +28,7 @@ Departs from the paper:
         --image-root runs/toy --out runs/mine_scored
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -100,11 +101,13 @@ def parse_args():
     skip = "at an unreadable image or a candidate longer than the context (skip: rejected.jsonl), or a bad "
     skip += "line (skip: left out)"
     s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
-    s.add_argument("--max-rejected", type=share, default=0.1, help="largest share that skip may leave out")
-    fields, per = ["task", "modality"], "divide --top-k or --keep over these cells, by their size"
+    most = "largest share of bad lines, and of unreadable images, that skip may leave out"
+    s.add_argument("--max-rejected", type=share, default=0.1, help=most)
+    fields, per = ["task", "modality"], "cells that --top-k and --keep are divided over, and --cap counts in"
     s.add_argument("--per", nargs="*", choices=fields, default=fields, help=per)
     for command in (t, s):
-        command.add_argument("--batch", type=count, default=32, help="questions at a time")
+        batch = "questions at a time (train --freeze nothing: per step)"
+        command.add_argument("--batch", type=count, default=32, help=batch)
         cli.add_image_arguments(command)
     cli.add_training_arguments(t)
     cli.add_run_arguments(s)
@@ -237,8 +240,9 @@ class Heads(torch.nn.Module):
 class RewardModel:
     """Backbone and heads. Called with EncodedPrompts (B) and N = B·G responses: {head: N floats}."""
 
-    def __init__(self, backbone, heads, likelihood):
-        self.backbone, self.heads, self.likelihood = backbone, heads, likelihood
+    def __init__(self, backbone, heads, likelihood, autocast=contextlib.nullcontext):
+        # autocast: of the backbone's passes, if its weights learn.
+        self.backbone, self.heads, self.likelihood, self.autocast = backbone, heads, likelihood, autocast
 
     def encoder(self, encode=encoding.encode_by_image):
         """encode(images, prompts) → EncodedPrompts, which a thread or another process may call."""
@@ -248,7 +252,8 @@ class RewardModel:
 
     def features(self, encoded, responses, owner=None):
         """The heads' features (N, F). Raises ModelError if they are not finite."""
-        features = compute_features(self.backbone, encoded, responses, owner)
+        with self.autocast():
+            features = compute_features(self.backbone, encoded, responses, owner)
         broken = (~features.isfinite()).any(1).nonzero()[:, 0].tolist()
         if broken:
             response = textwrap.shorten(responses[broken[0]], 80, placeholder=" ...")
@@ -410,7 +415,7 @@ def fit_jointly(model, groups, args, run, accelerator):
     batches = prefetch_groups(model, groups, remaining, args, accelerator)
     for step, batch in zip(run.progress(remaining, "heads and backbone"), batches):
         # Loss and gradient of the whole batch.
-        loss = joint_loss(model, *batch, accelerator)
+        loss = joint_loss(model, *batch)
         loss.backward()
         training.sum_gradients(parameters.values(), accelerator)
         loss = accelerator.reduce(loss.detach(), "sum").item()
@@ -443,10 +448,9 @@ def prefetch_groups(model, groups, steps, args, accelerator):
     return prefetch(steps, prepare, args.workers)
 
 
-def joint_loss(model, batch, encoded, weight, accelerator):
+def joint_loss(model, batch, encoded, weight):
     """This process's part, `encoded`, of the loss of a batch of groups, through the backbone."""
-    with accelerator.autocast():
-        x, rows = group_features(model, encoded, batch)
+    x, rows = group_features(model, encoded, batch)
     y = targets_of([level for _, level in rows], x.device)
     whole = targets_of([level for _, labelled in batch for level, _ in labelled], x.device)
     return reward_loss(model.heads(x), y, whole) * weight
@@ -512,7 +516,8 @@ def train(args):
         sharding.shard(backbone)
     groups, held_out = (leave_out_too_long(backbone, part, args.on_error) for part in (groups, held_out))
     heads = Heads(feature_width(backbone, args.likelihood), args.hidden).to(backbone.device)
-    model = RewardModel(backbone, heads, args.likelihood)
+    autocast = contextlib.nullcontext if args.freeze == "backbone" else accelerator.autocast
+    model = RewardModel(backbone, heads, args.likelihood, autocast)
     work = f"{args.steps} steps on the responses to {len(groups)} questions and reports"
     context.tell_image_tokens(backbone, [record["image"] for record, _ in groups + held_out])
     run.announce(f"{work}, then {len(held_out)} held out")

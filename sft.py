@@ -271,7 +271,7 @@ def main(args):
     result = {"steps": steps, "examples": len(examples), "train_loss": loss, "skipped": skipped.total}
     if held_out:
         with accelerator.autocast(), sharding.gathered(policy):
-            progress = functools.partial(run.progress, description="validation")
+            progress = functools.partial(run.progress, description="validation", together=True)
             result["val_loss"] = mean_loss(policy, held_out, args.micro_batch, args.workers, progress)
     if args.shard:
         sharding.collect(policy, run.main)

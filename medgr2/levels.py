@@ -13,6 +13,7 @@ The policy's own responses to expert questions (rollouts) are a second source. T
 expert's answer: right and well-formed 10, wrong 0, malformed -6.
 """
 
+import functools
 import itertools
 import random
 import re
@@ -21,6 +22,7 @@ import numpy as np
 
 from medgr2 import cli, records, runs, training
 from medgr2.errors import require
+from medgr2.images import hash_image
 from medgr2.measures import auroc
 from medgr2.prompts import (
     UNSPACED,
@@ -234,11 +236,13 @@ def load_groups(args):
     rows = [r for r in rows if "report" in r or ("question" in r and "answer" in r)]
     require(rows, f"{args.data[0]}: neither questions with answers nor reports; give expert records")
     parts = records.split_records(rows, (1 - args.holdout, 0, args.holdout), args.seed)
-    held_out_images = {r["image"] for r in parts["test"]}
+    # By content, as split_records splits: a rollout may name a copy of an image.
+    hash_of = functools.cache(hash_image)
+    held_out_images = {hash_of(r["image"]) for r in parts["test"]}
     learned = build_levels(parts["train"], args.resamples, args.seed)
     held_out = build_levels(parts["test"], 1, args.seed)
     for record, labelled in label_rollouts(args.rollouts, args.image_root):
-        part = held_out if record["image"] in held_out_images else learned
+        part = held_out if hash_of(record["image"]) in held_out_images else learned
         part.append((record, labelled))
     few = f"{args.data[0]}: too few records to train on and hold out; give more data, or another --holdout"
     require(learned and held_out, few)

@@ -159,7 +159,10 @@ def rollout_rows(groups, step, folder):
 
 
 class Patience:
-    """Reports steps in which no response earns anything or most are cut; too many in a row end the run."""
+    """Reports steps in which no response earns anything or most are cut; too many in a row end the run.
+
+    A resumed run counts anew.
+    """
 
     def __init__(self, steps, lowest, main):
         # lowest: the reward of a malformed response. steps: so many in a row end the run (0: never).

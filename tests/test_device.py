@@ -187,6 +187,23 @@ def test_the_loss_and_gradient_of_grpo_in_bf16_are_those_in_fp32_but_for_roundin
     assert cosine(exact, rounded) > 0.99
 
 
+def test_features_of_a_reward_model_that_learns_are_computed_in_bf16_in_every_pass(source, rows, in_both):
+    """Those that standardise and those of a step: the same, and those in fp32 but for rounding."""
+    images = [open_image(row["image"]) for row in rows]
+    texts, responses = [policy_prompt(row) for row in rows], [reference_response(row) for row in rows]
+
+    def compute(accelerator):
+        model = reward.RewardModel(loading.load(source), reward.Heads(30, 8), True, accelerator.autocast)
+        encoded = model.encoder()(images, texts)
+        with torch.no_grad():
+            before = model.features(encoded, responses)
+        assert torch.equal(before, model.features(encoded, responses).detach())
+        return before
+
+    exact, rounded = in_both(compute)
+    assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_rewards_in_bf16_are_those_in_fp32_but_for_rounding(source, rows, in_both, tmp_path):
     torch.manual_seed(0)
     model = reward.RewardModel(loading.load(source), reward.Heads(30, 8), True)

@@ -234,6 +234,24 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
     ]
 
 
+def test_a_rollout_about_a_copy_of_a_held_out_image_is_held_out(tmp_path):
+    rows, rollouts_ = [], []
+    for k in range(4):
+        for name in (f"{k}.png", f"copy{k}.png"):
+            Image.new("L", (8, 8), 50 * k).save(tmp_path / name)
+        rows.append({**PLAIN, "id": f"e{k}", "image": f"{k}.png"})
+        rollouts_.append({**rows[-1], "image": f"copy{k}.png", "response": "<answer>mass</answer>"})
+    for name, written in (("data", rows), ("rollouts", rollouts_)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    files = {"data": [str(tmp_path / "data.jsonl")], "rollouts": [str(tmp_path / "rollouts.jsonl")]}
+    options = {"image_root": None, "on_error": "stop", "holdout": 0.5, "resamples": 1, "seed": 0}
+    for part in levels.load_groups(argparse.Namespace(**files, **options)):
+        assert len(part) == 4 and len({record["id"] for record, _ in part}) == 2
+    (tmp_path / "copy3.png").unlink()
+    with pytest.raises(RecordError, match="copy3.png"):
+        levels.load_groups(argparse.Namespace(**files, **options))
+
+
 def test_targets_are_those_of_the_levels():
     t = reward.targets_of(["original", "perturbed", "incoherent", "irrelevant", "malformed"], "cpu")
     assert t[:, 0].tolist() == [1.0, 0.75, 0.375, 0.0, 0.0]
