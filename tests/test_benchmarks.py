@@ -253,6 +253,7 @@ NAMES = (
     "seeds",
     "grpo_step",
     "sft_step",
+    "inference",
     "memory",
     "micro_group",
     "workers",
