@@ -103,7 +103,8 @@ def parse_args():
     s.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     most = "largest share of bad lines, and of unreadable images, that skip may leave out"
     s.add_argument("--max-rejected", type=share, default=0.1, help=most)
-    fields, per = ["task", "modality"], "cells that --top-k and --keep are divided over, and --cap counts in"
+    fields = ["task", "modality"]
+    per = "cells over which --top-k and --keep are divided, and in which --cap counts"
     s.add_argument("--per", nargs="*", choices=fields, default=fields, help=per)
     for command in (t, s):
         batch = "questions at a time (train --freeze nothing: per step)"

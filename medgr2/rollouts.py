@@ -161,7 +161,7 @@ def rollout_rows(groups, step, folder):
 class Patience:
     """Reports steps in which no response earns anything or most are cut; too many in a row end the run.
 
-    A resumed run counts anew.
+    The count starts again when a run resumes.
     """
 
     def __init__(self, steps, lowest, main):

@@ -174,7 +174,7 @@ def is_intact(folder, hashes):
 def restore(folder, parameters, optimizer):
     """Read what `save` wrote, by any number of processes, into the weights and AdamW's moments."""
     for p in parameters.values():
-        # All on the weight's device: the fused kernels take no `step` of another.
+        # All on the weight's device, because the fused kernels refuse a `step` elsewhere.
         state = {"step": torch.zeros((), device=p.device)}
         optimizer.state[p] = state | {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     # An optimiser that had skipped all of its steps has no state.

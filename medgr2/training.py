@@ -109,7 +109,7 @@ def step(optimizer, lr, norm):
 
 
 class Skipped:
-    """Counts the steps that `step` skipped. `total` is part of a commit; a resumed run counts a row anew."""
+    """Counts the steps that `step` skipped. `total` is part of a commit; the count in a row is not."""
 
     def __init__(self, total=0):
         self.total, self.in_a_row = total, 0

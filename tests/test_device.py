@@ -187,21 +187,25 @@ def test_the_loss_and_gradient_of_grpo_in_bf16_are_those_in_fp32_but_for_roundin
     assert cosine(exact, rounded) > 0.99
 
 
-def test_features_of_a_reward_model_that_learns_are_computed_in_bf16_in_every_pass(source, rows, in_both):
-    """Those that standardise and those of a step: the same, and those in fp32 but for rounding."""
-    images = [open_image(row["image"]) for row in rows]
-    texts, responses = [policy_prompt(row) for row in rows], [reference_response(row) for row in rows]
+@pytest.mark.parametrize("freeze, autocast", [("nothing", True), ("backbone", False)])
+def test_the_reward_model_computes_every_pass_in_autocast_if_the_backbone_learns(
+    monkeypatch, bf16, call, rows, tmp_path, freeze, autocast
+):
+    """A frozen backbone has bf16 weights and is called as it is to score."""
+    build_qwen(tmp_path / "qwen", "Qwen2_5_")
+    found, compute = [], reward.compute_features
 
-    def compute(accelerator):
-        model = reward.RewardModel(loading.load(source), reward.Heads(30, 8), True, accelerator.autocast)
-        encoded = model.encoder()(images, texts)
-        with torch.no_grad():
-            before = model.features(encoded, responses)
-        assert torch.equal(before, model.features(encoded, responses).detach())
-        return before
+    def observe(*args):
+        found.append(torch.is_autocast_enabled("cpu"))
+        return compute(*args)
 
-    exact, rounded = in_both(compute)
-    assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+    monkeypatch.setattr(reward, "compute_features", observe)
+    AcceleratorState._reset_state(True)
+    data = Path(rows[0]["image"]).parent.parent / "expert.jsonl"
+    flags = f"--data {data} --steps 1 --resamples 1 --freeze {freeze} --out {tmp_path}/rm"
+    assert call(reward, f"train --model {tmp_path}/qwen {flags}")[0] == 0
+    # To standardise, for the step if the backbone learns, and to evaluate.
+    assert len(found) == 2 + autocast and set(found) == {autocast}
 
 
 def test_rewards_in_bf16_are_those_in_fp32_but_for_rounding(source, rows, in_both, tmp_path):
