@@ -165,12 +165,12 @@ def match_option(answer, options):
     a letter with the text of another option names none, nor does a text with two options or with other
     words.
     """
-    same = [option for option in options if normalise(option) == normalise(answer)]
+    same = {option for option in options if normalise(option) == normalise(answer)}
     if len(same) > 1:
         return None, "several options match"
     is_short = len(answer) <= max(map(len, options), default=0) + MOST_AROUND
     readings = [read_option(text, options) for text in announced_texts(answer)] if is_short else []
-    found = next((option for option in same + readings if option is not None), None)
+    found = next((option for option in [*same, *readings] if option is not None), None)
     return found, None if found is not None else "answer not among the options"
 
 
@@ -285,17 +285,20 @@ def parse_candidate(text):
     question = " ".join(form["question"].split())
     if not normalise(question):
         return None, "empty question"
-    options = None if form["options"] is None else [" ".join(o.split()) for o in form["options"].split("|")]
-    reason = None if options is None else reject_options(options)
-    if reason:
-        return None, reason
+    options, distinct = None, {}
+    if form["options"] is not None:
+        # A repeated option is listed once, but counts in what a letter names.
+        options = [" ".join(option.split()) for option in form["options"].split("|")]
+        options = [distinct.setdefault(normalise(option), option) for option in options]
+        if not 2 <= len(distinct) <= MAX_OPTIONS or "" in distinct:
+            return None, "too few or empty options"
     parsed = parse_response(form["response"], options)
     if not parsed.well_formed:
         return None, "malformed" if parsed.reason in (None, "no answer", "several answers") else parsed.reason
     if is_prompt_echo(question, parsed.rationale):
         return None, "prompt echo"
     candidate = {"question": question, "rationale": parsed.rationale, "answer": parsed.prediction}
-    return candidate if options is None else candidate | {"options": options}, None
+    return candidate if options is None else candidate | {"options": list(distinct.values())}, None
 
 
 def match_candidate(text):
@@ -305,14 +308,6 @@ def match_candidate(text):
     form = CANDIDATE.fullmatch(text) if tags in CANDIDATE_TAGS else None
     if form and not TAG.search(form["question"]) and not TAG.search(form["options"] or ""):
         return form
-
-
-def reject_options(options):
-    """Why a candidate with these options is rejected; None if it is not."""
-    if not 2 <= len(options) <= MAX_OPTIONS or not all(normalise(option) for option in options):
-        return "too few or empty options"
-    if len({normalise(option) for option in options}) < len(options):
-        return "repeated options"
 
 
 def is_prompt_echo(question, rationale):

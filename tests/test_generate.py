@@ -272,7 +272,7 @@ REPLIES = [
     (None, "stop", "malformed"),
     (candidate("?"), "stop", "empty question"),
     (candidate(options="cyst"), "stop", "too few or empty options"),
-    (candidate(options="mass | Mass | cyst"), "stop", "repeated options"),
+    (candidate("Which of these?", options="mass | Mass | cyst"), "stop", None),
     (candidate(answer="fracture"), "stop", "answer not among the options"),
     (candidate(answer=" "), "stop", "empty answer"),
     (candidate("Write one exam question about this image"), "stop", "prompt echo"),
@@ -300,12 +300,12 @@ def test_every_reply_is_kept_or_rejected_for_its_reason(serve, ask, tmp_path):
     assert all({"id", "image", "parent", "paradigm", "task", "reason", "text"} <= set(r) for r in rejected)
     assert "options" not in kept[-1] and kept[-1]["answer"] == "left lung"
     reasons = Counter(reason for _, _, reason in REPLIES if reason)
-    counts = {"asked": len(REPLIES), "kept": 4, "rejected": dict(reasons)}
+    counts = {"asked": len(REPLIES), "kept": 5, "rejected": dict(reasons)}
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics == {"images": 1, **counts, "by_paradigm": {"direct": counts}}
-    for name, n in [("asked", len(REPLIES)), ("kept", 4), *reasons.items()]:
+    for name, n in [("asked", len(REPLIES)), ("kept", 5), *reasons.items()]:
         assert re.search(rf"^{name} +{n} +{n}$", out, re.MULTILINE)
-    assert len(list(records.read_records(tmp_path / "out/candidates.jsonl", records.QUESTION, tmp_path))) == 4
+    assert len(list(records.read_records(tmp_path / "out/candidates.jsonl", records.QUESTION, tmp_path))) == 5
 
 
 def test_if_nothing_is_kept_the_reasons_are_counted_and_the_replies_can_be_read(serve, ask, tmp_path):

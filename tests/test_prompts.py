@@ -352,7 +352,7 @@ def reply(
         (reply(options=""), "too few or empty options"),
         (reply(options="a scar"), "too few or empty options"),
         (reply(options="a scar | "), "too few or empty options"),
-        (reply(options="a scar | A scar."), "repeated options"),
+        (reply(options="a scar | A scar."), "too few or empty options"),
         (reply(rest="<think>a</think><answer>a wart</answer>"), "answer not among the options"),
         (reply(rest="<think>a</think><answer>B) a mole</answer>"), "answer not among the options"),
         (reply(rest="<think>a</think><answer> </answer>"), "empty answer"),
@@ -365,6 +365,16 @@ def test_a_bad_candidate_is_rejected_with_its_reason(text, reason):
     assert parse_candidate(text) == (None, reason)
     # Without the change the same reply is accepted.
     assert parse_candidate(reply())[0]["answer"] == "a scar"
+
+
+@pytest.mark.parametrize("answer, right", [("a scar", "a scar"), ("A mole", "a mole"), ("C", "a wart")])
+def test_a_repeated_option_of_a_candidate_is_listed_once_but_counts_in_what_a_letter_names(answer, right):
+    text = reply(
+        options="a mole | A mole. | a wart | a scar", rest=f"<think>Pale.</think><answer>{answer}</answer>"
+    )
+    candidate, reason = parse_candidate(text)
+    assert reason is None
+    assert candidate["options"] == ["a mole", "a wart", "a scar"] and candidate["answer"] == right
 
 
 def test_a_report_is_its_own_response():
