@@ -64,7 +64,7 @@ def parse_args():
     p.add_argument("--reward", required=True, help="folder of a reward model")
     p.add_argument("--data", required=True, nargs="+", help="question record files to train on")
     p.add_argument("--val", help="expert question records for the watch")
-    p.add_argument("--steps", type=count, default=100, help="batches of rollouts")
+    p.add_argument("--steps", type=count, default=200, help="batches of rollouts")
     p.add_argument("--prompts", type=count, default=8, help="P, questions per step")
     p.add_argument("--group", type=cli.number(int, 2), default=8, help="G, responses to each")
     p.add_argument("--iterations", type=count, default=1, help="updates on each batch of rollouts")

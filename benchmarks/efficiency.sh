@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 RUNS=${RUNS:-runs/seed}
 # k beside the run's own expert questions.
 SIZES=${SIZES:-600 1200 3000}
-SFT_FLAGS=${SFT_FLAGS:---steps 1000}
+SFT_FLAGS=${SFT_FLAGS:---steps 700}
 . benchmarks/claims.sh RUNS SIZES SFT_FLAGS
 
 curve="SFT on expert questions" runs=() count=0 n=0

@@ -350,7 +350,7 @@ def parse_args():
     p = cli.Parser(description=__doc__)
     p.add_argument("--out", required=True, help="folder to write; if it exists, nothing is done")
     p.add_argument("--seed", type=int, default=0, help="another seed gives another clinic")
-    sizes = (100, 200, 600, 200, 800)
+    sizes = (100, 200, 360, 200, 800)
     what = "images in expert, reports, unlabelled, val, test"
     p.add_argument("--sizes", type=int, nargs=5, default=sizes, metavar="N", help=what)
     p.add_argument("--plenty", type=int, default=0, help="images in plenty.jsonl, three questions about each")
