@@ -54,7 +54,7 @@ def parse_args():
     p.add_argument("--against", metavar="FOLDER", help="another checkout, to run in turn with this one")
     p.add_argument("--rounds", type=count, default=3, help="pairs of --against")
     p.add_argument("--cycles", type=count, default=1, help="cycles per run")
-    sizes = {"nargs": 5, "default": [100, 200, 600, 200, 800], "metavar": "N"}
+    sizes = {"nargs": 5, "default": [100, 200, 360, 200, 800], "metavar": "N"}
     p.add_argument("--sizes", type=count, **sizes, help="images at 1 time the items: those of toy/clinic.py")
     p.add_argument("--seed", type=int, default=0, help="of every run")
     p.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads of a stage")
