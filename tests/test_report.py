@@ -241,9 +241,10 @@ def test_a_drawn_question_has_the_responses_of_all_files_and_the_others_are_coun
     items = list(draw.items.values())
     assert len(items) == 5 and len(draw.numbers) == 40
     assert all([r["run"] for r in item["responses"]] == ["a", "b"] for item in items)
-    # Every question is drawn by some seed.
+    # Every question is drawn by some seed. A draw depends on the file's path too; one of 40 questions is
+    # missed by 60 seeds in 1% of all paths, by 200 in none.
     drawn = set()
-    for seed in range(60):
+    for seed in range(200):
         draw = report.Draw(5, seed)
         report.read_evaluated(draw, [("a", str(tmp_path / "a.jsonl"))])
         drawn |= {item["id"] for item in draw.items.values()}
