@@ -277,7 +277,8 @@ CANDIDATE_TAGS = (
 def parse_candidate(text):
     """Parse a reply to `generator_prompt`, which must have a <think> part.
 
-    Returns ({question, rationale, answer, options if there are any}, None), or (None, the reason).
+    Returns ({question, rationale, answer, options if there are any}, None), or (None, the reason). An option
+    that is repeated, but for case and punctuation, is listed once.
     """
     form = match_candidate(text)
     if not form:
@@ -285,12 +286,14 @@ def parse_candidate(text):
     question = " ".join(form["question"].split())
     if not normalise(question):
         return None, "empty question"
-    options, distinct = None, {}
+    options = distinct = None
     if form["options"] is not None:
-        # A repeated option is listed once, but counts in what a letter names.
-        options = [" ".join(option.split()) for option in form["options"].split("|")]
-        options = [distinct.setdefault(normalise(option), option) for option in options]
-        if not 2 <= len(distinct) <= MAX_OPTIONS or "" in distinct:
+        written = [" ".join(option.split()) for option in form["options"].split("|")]
+        first = {normalise(option): option for option in reversed(written)}
+        # With repetitions, because a letter counts the options as they were written.
+        options = [first[normalise(option)] for option in written]
+        distinct = list(dict.fromkeys(options))
+        if not 2 <= len(distinct) <= MAX_OPTIONS or "" in first:
             return None, "too few or empty options"
     parsed = parse_response(form["response"], options)
     if not parsed.well_formed:
@@ -298,7 +301,7 @@ def parse_candidate(text):
     if is_prompt_echo(question, parsed.rationale):
         return None, "prompt echo"
     candidate = {"question": question, "rationale": parsed.rationale, "answer": parsed.prediction}
-    return candidate if options is None else candidate | {"options": list(distinct.values())}, None
+    return candidate if distinct is None else candidate | {"options": distinct}, None
 
 
 def match_candidate(text):

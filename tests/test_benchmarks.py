@@ -672,7 +672,6 @@ def test_every_table_that_a_script_collects_has_its_place_in_the_docs():
         collected += [f"transfer_{name}" for name in re.findall(r"^table (\w+)", text, re.MULTILINE)]
     assert sorted(collected) == [
         "ablations",
-        "grpo_variants",
         "large",
         "real_headline",
         "real_held_out",
