@@ -13,6 +13,7 @@ The policy's own responses to expert questions (rollouts) are a second source. T
 expert's answer: right and well-formed 10, wrong 0, malformed -6.
 """
 
+import collections
 import functools
 import itertools
 import random
@@ -241,7 +242,7 @@ def load_groups(args):
     held_out_images = {hash_of(r["image"]) for r in parts["test"]}
     learned = build_levels(parts["train"], args.resamples, args.seed)
     held_out = build_levels(parts["test"], 1, args.seed)
-    for record, labelled in label_rollouts(args.rollouts, args.image_root):
+    for record, labelled in label_rollouts(args.rollouts, args.resamples, args.seed, args.image_root):
         part = held_out if hash_of(record["image"]) in held_out_images else learned
         part.append((record, labelled))
     few = f"{args.data[0]}: too few records to train on and hold out; give more data, or another --holdout"
@@ -266,16 +267,28 @@ def leave_out_too_long(backbone, groups, on_error):
     return context.leave_out_too_long(backbone, groups, image, prompt, count_longest, on_error == "skip")
 
 
-def label_rollouts(files, root=None):
-    """[(expert record, [(outcome, response)])]: the policy's responses to expert questions, none twice."""
+def label_rollouts(files, most, seed, root=None):
+    """[(expert record, [(outcome, response)])]: the policy's responses to expert questions, none twice.
+
+    At most `most` per question and outcome, drawn at random. All of them would outnumber the levels.
+    """
     questions = {}
     for file in files:
         for rollout in records.read_records(file, (*records.QUESTION, "response"), root):
             if rollout.get("source", "expert") == "expert":
                 key = rollout["image"], policy_prompt(rollout)
-                _, labelled = questions.setdefault(key, (rollout, set()))
-                labelled.add((outcome(rollout), rollout["response"]))
-    return [(record, sorted(labelled)) for record, labelled in questions.values()]
+                _, found = questions.setdefault(key, (rollout, collections.defaultdict(set)))
+                found[outcome(rollout)].add(rollout["response"])
+    rng = random.Random(runs.seed_of(seed, "rollouts"))
+
+    def draw(found):
+        return [
+            (name, response)
+            for name, responses in sorted(found.items())
+            for response in rng.sample(sorted(responses), min(most, len(responses)))
+        ]
+
+    return [(record, draw(found)) for record, found in questions.values()]
 
 
 def outcome(rollout):

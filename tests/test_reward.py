@@ -4,6 +4,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -225,13 +226,34 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
         for k, (response, source) in enumerate(responses):
             rollout = REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}
             file.write(json.dumps(rollout) + "\n")
-    ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")])
-    assert labelled == [
+    ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")], 2, 0)
+    assert sorted(labelled) == [
         ("malformed", "mass"),
         ("right", "<answer>mass</answer>"),
         ("right", "<think>a</think><answer>mass</answer>"),
         ("wrong", "<think>a</think><answer>cyst</answer>"),
     ]
+
+
+def test_each_outcome_of_a_question_is_drawn_as_often_as_a_level(tmp_path):
+    written = [
+        (f"{image}.png", response)
+        for image in ("x", "y")
+        for k in range(5)
+        for response in (f"<think>{k}</think><answer>mass</answer>", f"malformed {k}")
+    ] + [("x.png", "<answer>cyst</answer>")]
+    rollouts_ = [
+        REASONED | {"id": f"r{k}", "image": image, "source": "expert", "response": response}
+        for k, (image, response) in enumerate(written)
+    ]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts_))
+    draws = [levels.label_rollouts([str(tmp_path / "rollouts.jsonl")], 3, seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for (record, labelled), wrong in zip(draws[0], (1, 0)):
+        outcomes = [outcome for outcome, _ in labelled]
+        assert [outcomes.count(name) for name in ("right", "malformed", "wrong")] == [3, 3, wrong]
+        assert len({r for _, r in labelled}) == len(labelled)
+        assert {(os.path.basename(record["image"]), response) for _, response in labelled} <= set(written)
 
 
 def test_a_rollout_about_a_copy_of_a_held_out_image_is_held_out(tmp_path):
