@@ -16,7 +16,6 @@ OUT=${OUT:-runs/toy}
 CYCLES=${CYCLES:-3}           # fixed once a run has started, because each cycle has its part of IMAGES
 CONTROLS=${CONTROLS:-}        # if not empty, also train the controls that each gain is compared with
 FILTER=${FILTER:-accepted}    # which candidates train policy and generator; random: as many, drawn at random
-CURRICULUM=${CURRICULUM-1}    # if not empty, ask most for the kinds of question in VAL that the policy gets wrong
 SEED=${SEED:-0}
 POLICY=${POLICY:-toy/policy}
 GENERATOR=${GENERATOR:-toy/generator}
@@ -24,7 +23,7 @@ REWARD_BACKBONE=${REWARD_BACKBONE:-toy/backbone}
 EXPERT=${EXPERT:-}            # expert questions; if empty, the toy clinic draws all data
 REPORTS=${REPORTS:-}          # image-report pairs, or empty
 IMAGES=${IMAGES:-}            # images to generate questions about; each cycle has its own part
-VAL=${VAL:-}                  # expert questions for the watch and the curriculum
+VAL=${VAL:-}                  # expert questions for the watch
 TEST=${TEST:-}                # expert questions for the table
 IMAGE_ROOT=${IMAGE_ROOT:-}    # folder of all images: no record may name a file elsewhere
 PLENTY=${PLENTY:-}            # plenty of expert questions, for the ceiling (CONTROLS), or empty
@@ -109,8 +108,8 @@ done
 # Stages whose folders exist are skipped, so a folder must hold only one cycle.
 settings=$(
   for v in SEED POLICY GENERATOR REWARD_BACKBONE EXPERT REPORTS IMAGES VAL TEST PLENTY CYCLES CONTROLS \
-    FILTER CURRICULUM GENERATE REWARD SFT GRPO EVAL GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS \
-    GENERATOR_FLAGS GRPO_FLAGS MORE_FLAGS CEILING_FLAGS EVAL_FLAGS CLINIC_FLAGS; do
+    FILTER GENERATE REWARD SFT GRPO EVAL GENERATE_FLAGS REWARD_FLAGS SCORE_FLAGS SFT_FLAGS GENERATOR_FLAGS \
+    GRPO_FLAGS MORE_FLAGS CEILING_FLAGS EVAL_FLAGS CLINIC_FLAGS; do
     echo "$v=${!v}"
   done
 )
@@ -141,9 +140,8 @@ for c in $(seq "$CYCLES"); do
   d=$OUT/cycle$c
   stage "$d/reward" "$REWARD" train --model "$REWARD_BACKBONE" --data "$EXPERT" ${REPORTS:+"$REPORTS"} \
     --rollouts ${rollouts[@]+"${rollouts[@]}"} $REWARD_FLAGS
-  [ -z "$CURRICULUM" ] || stage "$d/eval_val" "$EVAL" --model "$policy" --data "$VAL" $EVAL_FLAGS
   stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
-    ${CURRICULUM:+--errors "$d/eval_val/metrics.json"} $GENERATE_FLAGS
+    $GENERATE_FLAGS
   stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
   # SFT, then GRPO, on all that was accepted so far and the expert questions. The next cycle starts from this
   # policy.

@@ -13,7 +13,7 @@ Departs from the paper:
 1. G is any VLM, on this machine (--model) or behind an OpenAI-compatible server (--endpoint). The paper asks
    Gemini-2.0-Flash.
 2. The paper's prompts are not published. Ours also name the kind of question, so that the images of each
-   modality cover all tasks. --errors asks most for the kinds that the policy gets wrong.
+   modality cover all tasks.
 
     python generate.py --images runs/toy/data/unlabelled/images.jsonl --model toy/generator --out runs/mine
 """
@@ -30,10 +30,6 @@ from medgr2.errors import RunError, require
 from medgr2.images import find_unreadable, hash_image, open_images
 from medgr2.prefetch import for_preparing
 from medgr2.prompts import PARADIGMS, TASKS, generator_prompt, normalise, parse_candidate
-
-# --errors divides about this many turns over the tasks.
-SLOTS = 20
-GIVE_METRICS = "give metrics.json of eval.py"
 
 
 def parse_part(text):
@@ -59,8 +55,6 @@ def parse_args():
     kinds = "kinds of question to ask for, in turn"
     tasks.add_argument("--tasks", nargs="+", default=list(TASKS), help=kinds)
     tasks.add_argument("--tasks-of", metavar="FILE", help="or the kinds that occur in this record file")
-    weigh = "metrics.json of eval.py: ask for each kind as often as its share of the policy's errors"
-    p.add_argument("--errors", metavar="FILE", help=weigh)
     p.add_argument("--per-image", type=count, default=1, help="candidates per image and paradigm")
     p.add_argument("--temperature", type=cli.number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--max-new-tokens", type=count, default=160, help="longer replies are rejected")
@@ -96,21 +90,6 @@ def find_tasks(path, root=None):
     """The tasks that the records have: those of TASKS in its order, then others by name."""
     found = {record["task"] for record in records.read_records(path, ("task",), root)}
     return [task for task in TASKS if task in found] + sorted(found - set(TASKS))
-
-
-def weigh_tasks(tasks, path):
-    """The tasks, each at least once and as often, of about SLOTS times, as its share of the policy's errors.
-
-    `path`: metrics.json of eval.py. A task that it lacks has the accuracy of all questions.
-    """
-    measured = runs.read_json(path, GIVE_METRICS)
-    require(isinstance(measured, dict) and "accuracy" in measured, f"{path}: no accuracy; {GIVE_METRICS}")
-    by_task = measured.get("task", {})
-    errors = [1 - by_task.get(task, measured)["accuracy"] for task in tasks]
-    counts = [max(1, round(SLOTS * error / (sum(errors) or 1))) for error in errors]
-    # Each evenly spread, so that an image is asked about as many tasks as possible.
-    places = [((k + 0.5) / n, task) for task, n in zip(tasks, counts) for k in range(n)]
-    return [task for _, task in sorted(places)]
 
 
 def read_images(path, skip=0, root=None, part=(1, 1)):
@@ -309,8 +288,7 @@ def main(args):
     images = read_images(args.images, skip and args.max_rejected, args.image_root, args.part)
     unreadable = find_unreadable(images, args.max_rejected) if skip else {}
     tasks = find_tasks(args.tasks_of, args.image_root) if args.tasks_of else args.tasks
-    tasks = weigh_tasks(tasks, args.errors) if args.errors else tasks
-    inputs, accelerator = [args.images, args.model, args.tasks_of, args.errors], Accelerator()
+    inputs, accelerator = [args.images, args.model, args.tasks_of], Accelerator()
     run = runs.start(args, inputs, accelerator.is_main_process, free=endpoint.FREE)
     encode, ask, images = open_generator(args, tasks, images)
     generator = args.model or args.endpoint_model

@@ -536,37 +536,6 @@ def test_the_tasks_can_be_those_of_a_record_file(toy_stage, tmp_path):
     assert status == 2 and f"{of}" in error and "task" in error
 
 
-def test_each_kind_is_asked_as_often_as_its_share_of_the_policys_errors(toy_stage, tmp_path):
-    rights = {"Disease Diagnosis": 0.2, "Lesion Grading": 0.8, "Anatomy Identification": 1.0}
-    metrics = tmp_path / "metrics.json"
-    metrics.write_text(
-        json.dumps({"accuracy": 0.6, "task": {task: {"accuracy": right} for task, right in rights.items()}})
-    )
-    # Errors 0.8, 0.2, 0 and, of a kind that was not measured, 0.4: of 20 turns 11, 3, 1 (the least) and 6.
-    asked = generate.weigh_tasks([*rights, "Modality Recognition"], metrics)
-    assert [asked.count(task) for task in (*rights, "Modality Recognition")] == [11, 3, 1, 6]
-    # What fills half of the turns is never asked three times in a row.
-    assert max(len(list(run)) for _, run in itertools.groupby(asked)) == 2
-    # Without an error all are asked equally often.
-    metrics.write_text(json.dumps({"accuracy": 1.0}))
-    assert sorted(generate.weigh_tasks(TASKS, metrics)) == sorted(TASKS)
-    # In a run: once round its 19 turns.
-    metrics.write_text(json.dumps({"accuracy": 0.5, "task": {"Disease Diagnosis": {"accuracy": 0.0}}}))
-    flags = "--images", write_images(tmp_path, 19, ("CT",)), "--max-new-tokens", 100, "--paradigms", "direct"
-    assert toy_stage(*flags, "--errors", metrics, "--out", tmp_path / "x")[0] == 0
-    rows = [r for name in ("candidates", "rejected") for r in lines(tmp_path / "x" / f"{name}.jsonl")]
-    assert Counter(row["task"] for row in rows) == Counter(generate.weigh_tasks(TASKS, metrics))
-
-
-@pytest.mark.parametrize("text, told", [("{}", "no accuracy"), ("[]", "no accuracy"), ("{", "Expecting")])
-def test_errors_that_are_no_metrics_are_refused(toy_stage, tmp_path, text, told):
-    (tmp_path / "metrics.json").write_text(text)
-    flags = "--images", write_images(tmp_path, 1), "--errors", tmp_path / "metrics.json"
-    status, _, error = toy_stage(*flags, "--out", tmp_path / "x")
-    assert status == 2 and told in error and "give metrics.json of eval.py" in error
-    assert not (tmp_path / "x").exists()
-
-
 def test_an_interrupted_local_run_resumes_with_the_same_bytes(toy_stage, tmp_path, monkeypatch):
     flags = "--images", write_images(tmp_path, 5), "--batch", 2, "--max-new-tokens", 100
     assert toy_stage(*flags, "--out", tmp_path / "whole")[0] == 0

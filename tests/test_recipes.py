@@ -77,7 +77,7 @@ def commands(done):
 def test_a_dry_run_prepares_the_records_and_accepts_every_flag_and_the_memory_plan(source, recipe):
     done = dry_run(source, recipe)
     assert done.returncode == 0, done.stderr
-    stages = "eval sft eval reward eval generate reward sft eval grpo eval".split()
+    stages = "eval sft eval reward generate reward sft eval grpo eval".split()
     assert [words[0] for words in commands(done)] == [f"{stage}.py" for stage in stages]
     assert all("401408" in words for words in commands(done))
     planned = [line for line in done.stdout.splitlines() if line.startswith("plan ")]
