@@ -79,6 +79,8 @@ def parse_args():
         t, "--likelihood", "the heads take token log-probabilities, not the last hidden state", default=True
     )
     t.add_argument("--resamples", type=count, default=3, help="times that each record's levels are drawn")
+    most = "rollouts to learn from, of each question and outcome (right, wrong, malformed)"
+    t.add_argument("--per-outcome", type=count, default=3, help=most)
     t.add_argument("--hidden", type=count, default=64, help="width of the heads' shared layer")
     t.add_argument("--steps", type=count, default=2400, help="steps of training")
     lr = "learning rate (about 1e-5 with --freeze nothing)"

@@ -23,17 +23,17 @@ import readme
 from medgr2 import cli, records, runs
 
 RESULT = os.path.join(ROOT, "benchmarks", "results", "reward_rollouts.json")
-STEPS = 50
+ALL = "--per-outcome 1000000"
 # {name: (which rollouts it learns from, flags)}.
 VARIANTS = {
     "no rollouts": (None, ""),
-    "all rollouts (the default)": ("all", ""),
-    "a quarter of the rollouts": ("quarter", ""),
-    "rollouts of the last half of the steps": ("late", ""),
-    "all, three times the resamples": ("all", "--resamples 9"),
-    "all, heads four times as wide": ("all", "--hidden 256"),
-    "all, a third of the steps": ("all", "--steps 800"),
+    "all rollouts": ("all", ALL),
+    "three of each question and outcome (the default)": ("all", ""),
+    "one of each question and outcome": ("all", "--per-outcome 1"),
+    "rollouts of the last half of the steps": ("late", ALL),
+    "all, three times the resamples": ("all", f"--resamples 9 {ALL}"),
     "no rollouts, a third of the steps": (None, "--steps 800"),
+    "all, a third of the steps": ("all", f"--steps 800 {ALL}"),
 }
 
 
@@ -54,7 +54,7 @@ def stage(out, seed, command):
 
 def run_cycle(d, seed):
     """One cycle without its evaluations, into the folder d; and parts of its rollouts."""
-    stage(f"{d}/data", seed, "toy/clinic.py --sizes 100 200 300 200 10")
+    stage(f"{d}/data", seed, "toy/clinic.py --sizes 100 200 300 200 100")
     expert, root = f"{d}/data/expert.jsonl", f"--image-root {d}/data"
     learn = f"reward.py train --model toy/backbone --data {expert} {d}/data/reports.jsonl {root}"
     stage(f"{d}/reward", seed, learn)
@@ -64,11 +64,12 @@ def run_cycle(d, seed):
     score = f"reward.py score --data {d}/candidates/candidates.jsonl --threshold 8 {root}"
     stage(f"{d}/scored", seed, f"{score} --model {d}/reward")
     questions = f"--data {d}/scored/accepted.jsonl {expert} {root}"
-    stage(f"{d}/sft", seed, f"sft.py --model toy/policy --steps 500 {questions}")
-    rollouts = f"grpo.py --model {d}/sft --reward {d}/reward --steps {STEPS} {questions}"
+    stage(f"{d}/sft", seed, f"sft.py --model toy/policy --steps 700 {questions}")
+    rollouts = f"grpo.py --model {d}/sft --reward {d}/reward {questions}"
     stage(f"{d}/grpo", seed, rollouts)
     rows = list(records.read_records(f"{d}/grpo/rollouts.jsonl", root=d))
-    parts = {"all": rows, "quarter": rows[::4], "late": [row for row in rows if row["step"] >= STEPS // 2]}
+    middle = (rows[-1]["step"] + 1) // 2
+    parts = {"all": rows, "late": [row for row in rows if row["step"] >= middle]}
     for part, kept in parts.items():
         records.write_records(f"{d}/{part}.jsonl", kept)
     return learn, score

@@ -242,7 +242,7 @@ def load_groups(args):
     held_out_images = {hash_of(r["image"]) for r in parts["test"]}
     learned = build_levels(parts["train"], args.resamples, args.seed)
     held_out = build_levels(parts["test"], 1, args.seed)
-    for record, labelled in label_rollouts(args.rollouts, args.resamples, args.seed, args.image_root):
+    for record, labelled in label_rollouts(args.rollouts, args.per_outcome, args.seed, args.image_root):
         part = held_out if hash_of(record["image"]) in held_out_images else learned
         part.append((record, labelled))
     few = f"{args.data[0]}: too few records to train on and hold out; give more data, or another --holdout"

@@ -235,7 +235,7 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
     ]
 
 
-def test_each_outcome_of_a_question_is_drawn_as_often_as_a_level(tmp_path):
+def test_no_outcome_of_a_question_is_drawn_more_often_than_asked(tmp_path):
     written = [
         (f"{image}.png", response)
         for image in ("x", "y")
@@ -266,7 +266,14 @@ def test_a_rollout_about_a_copy_of_a_held_out_image_is_held_out(tmp_path):
     for name, written in (("data", rows), ("rollouts", rollouts_)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     files = {"data": [str(tmp_path / "data.jsonl")], "rollouts": [str(tmp_path / "rollouts.jsonl")]}
-    options = {"image_root": None, "on_error": "stop", "holdout": 0.5, "resamples": 1, "seed": 0}
+    options = {
+        "image_root": None,
+        "on_error": "stop",
+        "holdout": 0.5,
+        "resamples": 1,
+        "per_outcome": 1,
+        "seed": 0,
+    }
     for part in levels.load_groups(argparse.Namespace(**files, **options)):
         assert len(part) == 4 and len({record["id"] for record, _ in part}) == 2
     (tmp_path / "copy3.png").unlink()
