@@ -19,7 +19,7 @@ Departs from the paper:
 1. The heads take log-probabilities. --no-likelihood is the paper's plain head, on the last hidden state.
 2. Three more heads give reasons for R.
 3. The backbone is frozen (--freeze nothing: it learns too). Each cycle trains the heads again, on the
-   policy's rollouts too.
+   policy's rollouts too: of each expert question and outcome at most --per-outcome.
 4. --threshold is the paper's τ. --cap, --top-k and --keep divide what they accept over tasks and modalities
    (--per).
 
