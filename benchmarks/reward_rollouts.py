@@ -20,20 +20,18 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import readme
 
-from medgr2 import cli, records, runs
+from medgr2 import cli, runs
 
 RESULT = os.path.join(ROOT, "benchmarks", "results", "reward_rollouts.json")
 ALL = "--per-outcome 1000000"
-# {name: (which rollouts it learns from, flags)}.
+# {name: flags}. No files after --rollouts: no rollouts.
 VARIANTS = {
-    "no rollouts": (None, ""),
-    "all rollouts": ("all", ALL),
-    "three of each question and outcome (the default)": ("all", ""),
-    "one of each question and outcome": ("all", "--per-outcome 1"),
-    "rollouts of the last half of the steps": ("late", ALL),
-    "all, three times the resamples": ("all", f"--resamples 9 {ALL}"),
-    "no rollouts, a third of the steps": (None, "--steps 800"),
-    "all, a third of the steps": ("all", f"--steps 800 {ALL}"),
+    "no rollouts": "--rollouts",
+    "all rollouts": ALL,
+    "three of each question and outcome (the default)": "",
+    "one of each question and outcome": "--per-outcome 1",
+    "all, three times the resamples": f"--resamples 9 {ALL}",
+    "no rollouts, a third of the steps": "--steps 800 --rollouts",
 }
 
 
@@ -53,7 +51,7 @@ def stage(out, seed, command):
 
 
 def run_cycle(d, seed):
-    """One cycle without its evaluations, into the folder d; and parts of its rollouts."""
+    """One cycle without its evaluations, into the folder d → the commands that train and score again."""
     stage(f"{d}/data", seed, "toy/clinic.py --sizes 100 200 300 200 100")
     expert, root = f"{d}/data/expert.jsonl", f"--image-root {d}/data"
     learn = f"reward.py train --model toy/backbone --data {expert} {d}/data/reports.jsonl {root}"
@@ -65,24 +63,17 @@ def run_cycle(d, seed):
     stage(f"{d}/scored", seed, f"{score} --model {d}/reward")
     questions = f"--data {d}/scored/accepted.jsonl {expert} {root}"
     stage(f"{d}/sft", seed, f"sft.py --model toy/policy --steps 700 {questions}")
-    rollouts = f"grpo.py --model {d}/sft --reward {d}/reward {questions}"
-    stage(f"{d}/grpo", seed, rollouts)
-    rows = list(records.read_records(f"{d}/grpo/rollouts.jsonl", root=d))
-    middle = (rows[-1]["step"] + 1) // 2
-    parts = {"all": rows, "late": [row for row in rows if row["step"] >= middle]}
-    for part, kept in parts.items():
-        records.write_records(f"{d}/{part}.jsonl", kept)
-    return learn, score
+    stage(f"{d}/grpo", seed, f"grpo.py --model {d}/sft --reward {d}/reward {questions}")
+    return f"{learn} --rollouts {d}/grpo/rollouts.jsonl", score
 
 
 def measure(d, seed):
     """{variant: AUROC, overall and by task} on one clinic."""
     learn, score = run_cycle(d, seed)
     found = {}
-    for number, (name, (part, flags)) in enumerate(VARIANTS.items()):
+    for number, (name, flags) in enumerate(VARIANTS.items()):
         model = f"{d}/variant{number}"
-        rollouts = f"--rollouts {d}/{part}.jsonl" if part else ""
-        stage(model, seed, f"{learn} {rollouts} {flags}")
+        stage(model, seed, f"{learn} {flags}")
         stage(f"{model}_scored", seed, f"{score} --model {model}")
         truth = f"--truth {d}/data/unlabelled/truth.jsonl"
         stage(f"{model}.json", None, f"toy/mark.py --scored {model}_scored {truth}")
