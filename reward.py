@@ -18,8 +18,8 @@ Writes  train: OUT/backbone/, OUT/heads.safetensors, heads.json, metrics.jsonl, 
 Departs from the paper:
 1. The heads take log-probabilities. --no-likelihood is the paper's plain head, on the last hidden state.
 2. Three more heads give reasons for R.
-3. The backbone is frozen (--freeze nothing: it learns too). Each cycle trains the heads again, on the
-   policy's rollouts too: of each expert question and outcome at most --per-outcome.
+3. The backbone is frozen (--freeze nothing: it learns too). Each cycle trains the heads again, also on
+   the policy's rollouts, at most --per-outcome for each expert question and outcome.
 4. --threshold is the paper's τ. --cap, --top-k and --keep divide what they accept over tasks and modalities
    (--per).
 
@@ -79,7 +79,7 @@ def parse_args():
         t, "--likelihood", "the heads take token log-probabilities, not the last hidden state", default=True
     )
     t.add_argument("--resamples", type=count, default=3, help="times that each record's levels are drawn")
-    most = "rollouts to learn from, of each question and outcome (right, wrong, malformed)"
+    most = "at most this many rollouts of each question and outcome (right, wrong, malformed)"
     t.add_argument("--per-outcome", type=count, default=3, help=most)
     t.add_argument("--hidden", type=count, default=64, help="width of the heads' shared layer")
     t.add_argument("--steps", type=count, default=2400, help="steps of training")

@@ -267,10 +267,11 @@ def leave_out_too_long(backbone, groups, on_error):
     return context.leave_out_too_long(backbone, groups, image, prompt, count_longest, on_error == "skip")
 
 
-def label_rollouts(files, most, seed, root=None):
+def label_rollouts(files, per_outcome, seed, root=None):
     """[(expert record, [(outcome, response)])]: the policy's responses to expert questions, none twice.
 
-    At most `most` per question and outcome, drawn at random. All of them would outnumber the levels.
+    At most `per_outcome` of each question and outcome, drawn at random. With all of them R ranked the same
+    candidates worse in later cycles (docs/results.md).
     """
     questions = {}
     for file in files:
@@ -285,7 +286,7 @@ def label_rollouts(files, most, seed, root=None):
         return [
             (name, response)
             for name, responses in sorted(found.items())
-            for response in rng.sample(sorted(responses), min(most, len(responses)))
+            for response in rng.sample(sorted(responses), min(per_outcome, len(responses)))
         ]
 
     return [(record, draw(found)) for record, found in questions.values()]

@@ -221,12 +221,14 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
         ("<answer>mass</answer>", "expert"),
         ("mass", "expert"),
         ("<think>a</think><answer>mass</answer>", "generated"),
+        # Written twice, it counts once.
+        ("mass", "expert"),
     ]
     with open(tmp_path / "rollouts.jsonl", "w") as file:
         for k, (response, source) in enumerate(responses):
             rollout = REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}
             file.write(json.dumps(rollout) + "\n")
-    ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")], 2, 0)
+    ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")], 3, 0)
     assert sorted(labelled) == [
         ("malformed", "mass"),
         ("right", "<answer>mass</answer>"),
@@ -262,20 +264,18 @@ def test_a_rollout_about_a_copy_of_a_held_out_image_is_held_out(tmp_path):
         for name in (f"{k}.png", f"copy{k}.png"):
             Image.new("L", (8, 8), 50 * k).save(tmp_path / name)
         rows.append({**PLAIN, "id": f"e{k}", "image": f"{k}.png"})
-        rollouts_.append({**rows[-1], "image": f"copy{k}.png", "response": "<answer>mass</answer>"})
+        for name, thought in ((f"e{k}", ""), (f"e{k}-2", "<think>a</think>")):
+            told = {"id": name, "image": f"copy{k}.png", "response": f"{thought}<answer>mass</answer>"}
+            rollouts_.append(rows[-1] | told)
     for name, written in (("data", rows), ("rollouts", rollouts_)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     files = {"data": [str(tmp_path / "data.jsonl")], "rollouts": [str(tmp_path / "rollouts.jsonl")]}
-    options = {
-        "image_root": None,
-        "on_error": "stop",
-        "holdout": 0.5,
-        "resamples": 1,
-        "per_outcome": 1,
-        "seed": 0,
-    }
+    options = {"image_root": None, "on_error": "stop", "holdout": 0.5, "seed": 0}
+    options |= {"resamples": 2, "per_outcome": 1}
     for part in levels.load_groups(argparse.Namespace(**files, **options)):
         assert len(part) == 4 and len({record["id"] for record, _ in part}) == 2
+        # Of each question's two right rollouts, --per-outcome takes one.
+        assert [len(labelled) for record, labelled in part if "response" in record] == [1, 1]
     (tmp_path / "copy3.png").unlink()
     with pytest.raises(RecordError, match="copy3.png"):
         levels.load_groups(argparse.Namespace(**files, **options))
