@@ -136,8 +136,6 @@ def trl_logprob(hidden, weight, targets):
 
 def grpo(way, hidden, weight, targets):
     """One forward pass → the loss and the mean entropy, a metric; on policy, every token counted."""
-    from dataclasses import replace
-
     import torch
 
     import triton_ops
@@ -158,7 +156,7 @@ def grpo(way, hidden, weight, targets):
     logprob = {"replay": triton_ops.linear_logprob, "plain": plain_logprob, "trl": trl_logprob}[way]
     logps, entropy = logprob(hidden, weight, targets)
     logps = logps.view(S, LENGTH)
-    inputs = replace(inputs, old_logps=logps.detach())
+    inputs = inputs._replace(old_logps=logps.detach())
     return grpo_loss(logps, inputs, counts, kl=KL)[0], entropy.mean()
 
 

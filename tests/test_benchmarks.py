@@ -223,6 +223,23 @@ def test_a_mistake_is_one_line_before_anything_is_run(tmp_path, flags, why):
     assert why in done.stderr and not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "task, ways", [("cross_entropy", ("plain", "ours", "torch")), ("grpo", ("plain", "ours", "replay"))]
+)
+def test_the_compared_ways_to_compute_a_loss_give_the_same_loss_and_gradient(task, ways):
+    import logprob
+
+    found = []
+    for way in ways:
+        hidden, weight, targets = logprob.make("cpu", 4 * logprob.LENGTH, 37, 8, "float32", "random")
+        loss, entropy = getattr(logprob, task)(way, hidden, weight, targets)
+        loss.backward()
+        found.append((loss, entropy if entropy is not None else loss, hidden.grad, weight.grad))
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            assert a.abs().max() > 0 and (a - b).abs().max() <= 1e-4 * a.abs().max()
+
+
 def test_the_table_of_losses_has_multiples_of_the_plain_way_and_empty_cells_for_errors():
     import logprob
 
