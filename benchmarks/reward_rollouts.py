@@ -24,7 +24,7 @@ from medgr2 import cli, runs
 
 RESULT = os.path.join(ROOT, "benchmarks", "results", "reward_rollouts.json")
 ALL = "--per-outcome 1000000"
-# {name: flags}. No files after --rollouts: no rollouts.
+# {name: flags}. The last --rollouts counts; without files after it the model learns from none.
 VARIANTS = {
     "no rollouts": "--rollouts",
     "all rollouts": ALL,
