@@ -133,7 +133,7 @@ if [ -n "$CONTROLS" ] && [ -n "$PLENTY" ]; then
   rows+=("ceiling: SFT on plenty of expert data=$OUT/eval_ceiling/metrics.json")
 fi
 
-policy=$POLICY generator=$GENERATOR accepted=() random=() rollouts=()
+policy=$POLICY generator=$GENERATOR scored=() accepted=() random=() rollouts=()
 # Where the controls of a cycle start.
 random_policy=$POLICY first_policy=$OUT/cycle1/sft
 for c in $(seq "$CYCLES"); do
@@ -143,13 +143,13 @@ for c in $(seq "$CYCLES"); do
   stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
     $GENERATE_FLAGS
   stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
-  # SFT, then GRPO, on all that was accepted so far and the expert questions. The next cycle starts from this
-  # policy.
-  accepted+=("$d/scored/$FILTER.jsonl") random+=("$d/scored/random.jsonl")
+  # SFT on all that was accepted so far and the expert questions, then GRPO, which also takes the candidates that
+  # were not accepted: as questions without answer. The next cycle starts from this policy.
+  scored+=("$d/scored/scored.jsonl") accepted+=("$d/scored/$FILTER.jsonl") random+=("$d/scored/random.jsonl")
   FROM=$policy sft "$d/sft" "${accepted[@]}" "$EXPERT"
   rows+=("cycle $c: SFT on $FILTER=$d/eval_sft/metrics.json")
   stage "$d/grpo" "$GRPO" --model "$d/sft" --reward "$d/reward" --data "${accepted[@]}" "$EXPERT" \
-    --val "$VAL" --test "$TEST" $GRPO_FLAGS
+    --unlabelled "${scored[@]}" --val "$VAL" --test "$TEST" $GRPO_FLAGS
   evaluate "$d/grpo"
   policy=$d/grpo
   rows+=("cycle $c: + GRPO=$d/eval_grpo/metrics.json" "cycle $c: + GRPO=$d/reward/metrics.json")

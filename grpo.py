@@ -5,7 +5,8 @@ For each of P questions the policy samples G responses at temperature 1. Each ge
     r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],        R̄ = (R + 6) / 16
 
 but a malformed response gets r_i = 0, even if its answer is right. (Malformed: anything but one <answer>
-part, alone or after one <think> part, or an answer that names no option.) The advantage is relative to the
+part, alone or after one <think> part, or an answer that names no option.) To a question of --unlabelled, such
+as a candidate that was not accepted, no answer is known: r_i = (α + β) · R̄. The advantage is relative to the
 group, Â_i = r_i - mean_group r. If all responses of a group are right, R still differs with their reasoning.
 So a group counts only if its rewards' std is above --min-spread; otherwise another is sampled in its place.
 The policy then maximises, over the N = P·G responses,
@@ -42,7 +43,9 @@ Departs from the paper:
   1. R is normalised to [0, 1]. With `--reward-scale raw`, as the paper writes it, the match term is 1.5% of
      the reward's range, and a malformed response gets α · (-6).
   2. The advantage is not divided by the group's std, which would magnify the reward model's noise.
-  3. A watch compares the reward with the truth on expert questions and warns of reward hacking.
+  3. Candidates that were not accepted are questions too (--unlabelled): those that SFT learned are mostly
+     answered right, so that few of their groups are informative.
+  4. A watch compares the reward with the truth on expert questions and warns of reward hacking.
 
     python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --out runs/mine \\
         --data runs/toy/cycle1/scored/accepted.jsonl --val runs/toy/data/val.jsonl --image-root runs/toy
@@ -63,6 +66,8 @@ def parse_args():
     p.add_argument("--model", required=True, help="policy to start from, also the frozen reference")
     p.add_argument("--reward", required=True, help="folder of a reward model")
     p.add_argument("--data", required=True, nargs="+", help="question record files to train on")
+    unlabelled = "more of them, whose answers are not used; those that --data has too are left out"
+    p.add_argument("--unlabelled", nargs="*", default=[], help=unlabelled)
     p.add_argument("--val", help="expert question records for the watch")
     p.add_argument("--steps", type=count, default=200, help="batches of rollouts")
     p.add_argument("--prompts", type=count, default=8, help="P, questions per step")
@@ -206,7 +211,7 @@ class Group:
     mask: torch.Tensor  # (G, C)
     truncated: torch.Tensor  # (G,)
     texts: list
-    # Parsed (prompts.ParsedResponse), and whether the answer is the record's.
+    # Parsed (prompts.ParsedResponse), and whether the answer is the record's; None if that has none.
     parsed: list
     match: list
     # Scored: {head: G floats} of the reward model, the hybrid rewards, and whether their std is above
@@ -233,7 +238,8 @@ def sample_groups(policy, batch, group, max_new_tokens, seed):
     for b, (record, prompt) in enumerate(zip(batch.rows, prompts)):
         rows = slice(b * group, (b + 1) * group)
         parsed = [parse_response(text, record.get("options")) for text in texts[rows]]
-        match = [is_match(p.prediction, record["answer"]) for p in parsed]
+        answer = record.get("answer")
+        match = [None if answer is None else is_match(p.prediction, answer) for p in parsed]
         sampled = {"ids": ids[rows], "mask": mask[rows], "truncated": truncated[rows], "texts": texts[rows]}
         groups.append(Group(record, prompt, **sampled, parsed=parsed, match=match))
     return groups
@@ -250,8 +256,9 @@ def score_groups(reward_model, encoded, groups, args):
         own = {head: values[b * G : (b + 1) * G] for head, values in scores.items()}
         R = torch.tensor(own["overall"])  # (G,)
         well_formed = torch.tensor([p.well_formed for p in g.parsed])
-        match = torch.tensor(g.match, dtype=torch.float32)
         R_bar, lowest = (R, records.R_MIN) if args.reward_scale == "raw" else (normalise_reward(R), 0)
+        # Without an answer the reward model stands in for the match.
+        match = torch.tensor(g.match, dtype=torch.float32) if "answer" in g.record else R_bar
         rewards = torch.where(well_formed, args.alpha * R_bar + args.beta * match, args.alpha * lowest)
         informative = rewards.std().item() > args.min_spread
         scored.append(replace(g, scores=own, rewards=rewards, informative=informative))
@@ -424,12 +431,14 @@ def main(args):
     if args.prompts < accelerator.num_processes:
         processes = f"{accelerator.num_processes} processes"
         raise RunError(f"--prompts {args.prompts}: {processes} need at least one each")
-    data = training.read_data(args, records.QUESTION, accelerator.is_main_process)
-    paths = [args.model, args.reward, *args.data, args.val, args.test]
+    files = [(file, records.QUESTION) for file in args.data]
+    files += [(file, records.UNLABELLED) for file in args.unlabelled]
+    data = training.read_data(args, files, accelerator.is_main_process)
+    paths = [args.model, args.reward, *args.data, *args.unlabelled, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
     free = ("micro_batch", "micro_group", "gradient_checkpointing", "rollout_batch")
     run = runs.start(args, paths, accelerator.is_main_process, free=free)
-    examples = [record for _, rows in data for record in rows]
+    examples = rollouts.join(data[: len(args.data)], data[len(args.data) :])
     policy, reference, reward_model = load_models(args, accelerator)
     for reader in (policy, reward_model.backbone):
         examples = rollouts.leave_out_too_long(reader, examples, args.max_new_tokens, args.on_error)

@@ -218,7 +218,8 @@ def mean_loss(policy, examples, micro_batch, workers=0, progress=iter):
 
 def main(args):
     accelerator = loading.start_accelerator()
-    data = training.read_data(args, ("image",), accelerator.is_main_process)
+    files = [(file, ("image",)) for file in args.data]
+    data = training.read_data(args, files, accelerator.is_main_process)
     val = [(args.val, training.read_usable(args.val, ("image",), args.image_root))] if args.val else None
     paths = [args.model, *args.data, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.

@@ -139,14 +139,16 @@ def trace(sample, top):
     lines += [describe_hit(folder, path, hit, found[folder], top) for folder, path, hit in hits]
     if "scored" in dict(lines) and "accepted" not in dict(lines):
         lines.append(("accepted", "no"))
-    # Scoring reads the sample too, but does not learn from it.
-    readers = find_readers(found, [path for _, path, _ in hits])
-    learners = [(f, p) for f, p in readers if not os.path.exists(os.path.join(f, "scored.jsonl"))]
-    for folder, place in learners:
+    learners = {}
+    for folder, place in find_readers(found, [path for _, path, _ in hits]):
+        # Scoring reads the sample too, but does not learn from it. GRPO may have it from two files.
+        if not os.path.exists(os.path.join(folder, "scored.jsonl")):
+            learners.setdefault(folder, place)
+    for folder, place in learners.items():
         text = f"{run_name(folder)}, from {os.path.relpath(place, os.path.realpath(top))}"
         rollouts = count_rollouts(folder, sample)
         lines.append(("read by", text if rollouts is None else f"{text}, {rollouts} rollouts on it"))
-    for folder in find_descendants(found, [folder for folder, _ in learners]):
+    for folder in find_descendants(found, list(learners)):
         lines.append(("then by", run_name(folder)))
     return lines
 

@@ -32,7 +32,7 @@ SOURCES = {
     "select": ("reward.py", "select_candidates", "if threshold is not None", 2),
     "levels": ("medgr2/levels.py", "build_levels", "for make in", 3),
     "reference": ("medgr2/prompts.py", "reference_response", 'if "report"', 3),
-    "reward": ("grpo.py", "score_groups", "R_bar, lowest =", 2),
+    "reward": ("grpo.py", "score_groups", "R_bar, lowest =", 4),
     "advantage": ("grpo.py", "compute_advantages", "centred = ", 1),
     "match": ("medgr2/prompts.py", "is_match", "return ", 1),
 }
@@ -243,14 +243,15 @@ def show_rollouts(folder, candidate, rollouts):
     args, rows = read_json(folder, "args.json")["args"], []
     if (args["reward_scale"], args["scale_rewards"]) != ("unit", "none"):
         raise RunError(f"{folder}: the page explains only --reward-scale unit and --scale-rewards none")
-    # The first group of the candidate. If GRPO did not train on it, the first group.
-    first = next((row for row in rollouts if row["record"] == candidate["id"]), rollouts[0])
+    # The first group of the candidate, else the first to a question with an answer, else the first.
+    first = min(rollouts, key=lambda row: (row["record"] != candidate["id"], "answer" not in row))
     group = [row for row in rollouts if (row["record"], row["step"]) == (first["record"], first["step"])]
     rewards = [row["rollout_reward"] for row in group]
     mean = statistics.mean(rewards)
     for row, reward in zip(group, rewards):
         parsed = prompts.parse_response(row["response"], row.get("options"))
-        outcome = row["rollout_scores"]["overall"], "yes" if parsed.well_formed else "no", int(row["correct"])
+        match = int(row["correct"]) if "answer" in row else "none"
+        outcome = row["rollout_scores"]["overall"], "yes" if parsed.well_formed else "no", match
         recomputed = f"{reward - mean:.3f}"
         rows.append([code(row["response"]), *outcome, reward, row["advantage"], recomputed])
     headers = ["response", "R", "well-formed", "match", "reward", "advantage", "recomputed"]

@@ -32,9 +32,9 @@ READ = """
 import argparse, sys
 from medgr2 import training
 train, test, root = sys.argv[1:]
-args = argparse.Namespace(data=[train], test=test, image_root=root, out="x")
+args = argparse.Namespace(test=test, image_root=root, out="x")
 args.on_error, args.allow_leakage = "stop", False
-print(len(training.read_data(args, ("image",), True)[0][1]))
+print(len(training.read_data(args, [(train, ("image",))], True)[0][1]))
 """
 
 

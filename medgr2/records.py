@@ -46,6 +46,7 @@ FILLED = ("id", "image", "question", "answer", "report")
 REPEATED = ("options", "answer", "modality", "task", "source", "paradigm", "generator")
 # What a question record must have: read_records(path, QUESTION).
 QUESTION = ("id", "image", "question", "answer")
+UNLABELLED = ("id", "image", "question")
 # The range of R, the overall reward.
 R_MIN, R_MAX = -6, 10
 MAX_LINE_BYTES = 16 << 20

@@ -15,6 +15,14 @@ from medgr2.prefetch import for_preparing, prefetch
 from medgr2.prompts import policy_prompt
 
 
+def join(labelled, unlabelled):
+    """The records of two lists of (file, records): of the second other ids only, without the answers."""
+    own = [row for _, rows in labelled for row in rows]
+    known = {row["id"] for row in own}
+    others = (row for _, rows in unlabelled for row in rows if row["id"] not in known)
+    return own + [{field: row[field] for field in row if field != "answer"} for row in others]
+
+
 def leave_out_too_long(policy, examples, max_new_tokens, on_error):
     """The question records that fit into the policy's context with the longest response."""
     parts = itemgetter("image"), policy_prompt, lambda record: max_new_tokens
@@ -122,7 +130,7 @@ def log_step(run, step, groups, drawn, times, metrics, watched):
 
 
 def reward_metrics(groups):
-    """Means over the responses of all processes."""
+    """Means over the responses of all processes; of `match` over those whose record has an answer."""
     rows = []
     for g in groups:
         lengths, truncated, rewards = g.mask.sum(1).tolist(), g.truncated.tolist(), g.rewards.tolist()
@@ -133,7 +141,8 @@ def reward_metrics(groups):
             row |= {"length": lengths[k], "truncated": truncated[k], "unparsed": parsed.prediction is None}
             rows.append(row)
     rows = gather_object(rows)
-    return {name: mean(row[name] for row in rows) for name in rows[0]}
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+    return {name: mean(values) for name, values in known.items() if values}
 
 
 def rollout_rows(groups, step, folder):

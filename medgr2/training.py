@@ -30,10 +30,13 @@ def read_usable(path, fields, root=None, skip=False):
     return [row for row in rows if row["image"] not in unreadable]
 
 
-def read_data(args, fields, main):
-    """[(file, its records)] of --data. Raises RunError if --test leaks into it; `main` writes where."""
+def read_data(args, files, main):
+    """[(file, its records)] of [(file, fields that they must have)].
+
+    Raises RunError if --test leaks into one; `main` writes where.
+    """
     skip = args.on_error == "skip"
-    data = [(file, read_usable(file, fields, args.image_root, skip)) for file in args.data]
+    data = [(file, read_usable(file, fields, args.image_root, skip)) for file, fields in files]
     if args.test:
         train = [(file, row) for file, rows in data for row in rows]
         path = args.out.rstrip("/") + ".leaks.jsonl"

@@ -181,6 +181,7 @@ def test_a_later_cycle_goes_on_from_the_one_before_and_each_control_from_its_own
         d, data = f"cycle{c}", [*accepted[:c], expert]
         assert read(f"{d}/sft", "--model", "--data") == [before[c], *data]
         assert read(f"{d}/grpo", "--model", "--reward", "--data") == [f"{d}/sft", f"{d}/reward", *data]
+        assert read(f"{d}/grpo", "--unlabelled") == [f"cycle{k}/scored/scored.jsonl" for k in range(1, c + 1)]
         assert read(f"{d}/sft_more", "--model", "--data") == [f"{d}/sft", *data]
         assert read(f"{d}/candidates", "--model", "--part") == [generators[c], f"{c}/3"]
         rollouts = [f"cycle{k}/grpo/rollouts.jsonl" for k in range(1, c)]

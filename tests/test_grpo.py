@@ -600,6 +600,10 @@ def test_the_hybrid_reward_by_hand_and_malformed_gets_the_least_there_is(groups)
     args = argparse.Namespace(alpha=0.8, beta=0.2, reward_scale="unit", min_spread=0.1)
     (unit,) = grpo.score_groups(model, None, [g], args)
     assert unit.rewards.tolist() == pytest.approx([1.0, 0.4, 0.0, 0.0])
+    unlabelled = replace(g, record={name: g.record[name] for name in g.record if name != "answer"})
+    unlabelled.match = [None] * 4
+    (unit,) = grpo.score_groups(model, None, [unlabelled], args)
+    assert unit.rewards.tolist() == pytest.approx([1.0, 0.5, 0.0, 0.0])
     args.reward_scale = "raw"
     (raw,) = grpo.score_groups(model, None, [g], args)
     assert raw.rewards.tolist() == pytest.approx([8.2, 1.6, -4.8, -4.8])
@@ -895,6 +899,46 @@ def test_rollouts_hold_what_was_said_and_rewarded(monkeypatch, folder, tmp_path)
         assert r["correct"] == is_match(parsed.prediction, r["answer"])
         unit = 0.8 * (r["rollout_scores"]["overall"] + 6) / 16 + 0.2 * r["correct"]
         assert r["rollout_reward"] == pytest.approx(unit if parsed.well_formed else 0.0, abs=2e-4)
+
+
+def test_unlabelled_questions_teach_without_their_answers_and_those_of_data_are_not_taken_twice(
+    monkeypatch, folder, tmp_path
+):
+    expert = (folder / "expert.jsonl").read_text().splitlines()
+    labelled, bare = (json.loads(line) for line in expert[:2])
+    # One has no answer, the other a wrong one; the third is in --data and keeps its answer there.
+    other = json.loads(expert[2])
+    other["answer"] = next(option for option in other["options"] if option != other["answer"])
+    del bare["answer"]
+    for name, rows in (("labelled", [labelled]), ("rest", [bare, other, labelled])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--data", str(folder / "labelled.jsonl"), "--unlabelled", str(folder / "rest.jsonl")]
+    run_grpo(monkeypatch, folder, tmp_path / "run", *files, "--min-spread", "-1")
+    rows = list(records.read_records(tmp_path / "run" / "rollouts.jsonl", ("image", "response"), folder))
+    # 3 steps of 3 questions: each question once per step.
+    assert [sum(r["record"] == own["id"] for r in rows) for own in (labelled, bare, other)] == [12] * 3
+    logged = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    for r in rows:
+        assert r.get("answer") == (labelled["answer"] if r["record"] == labelled["id"] else None)
+        assert (r["correct"] is None) == ("answer" not in r)
+        match = r["correct"] if "answer" in r else (r["rollout_scores"]["overall"] + 6) / 16
+        unit = 0.8 * (r["rollout_scores"]["overall"] + 6) / 16 + 0.2 * match
+        formed = parse_response(r["response"], r["options"]).well_formed
+        assert r["rollout_reward"] == pytest.approx(unit if formed else 0.0, abs=2e-4)
+    for line in logged:
+        own = [r["correct"] for r in rows if r["step"] == line["step"] and "answer" in r]
+        assert line["match"] == pytest.approx(sum(own) / 4)
+    with pytest.raises(RunError, match="leak from the training files"):
+        leaky = ["--test", str(folder / "rest.jsonl"), "--data", str(folder / "val.jsonl"), *files[2:]]
+        run_grpo(monkeypatch, folder, tmp_path / "leaky", *leaky)
+
+
+def test_without_any_answer_a_step_has_no_match(groups):
+    scored = [
+        replace(g, match=[None] * len(g.texts), scores={"overall": [1.0] * len(g.texts)}) for g in groups
+    ]
+    scored = [replace(g, rewards=torch.zeros(len(g.texts))) for g in scored]
+    assert "match" not in rollouts.reward_metrics(scored)
 
 
 @pytest.mark.parametrize("process, processes", [(0, 1), (0, 2), (1, 2)])

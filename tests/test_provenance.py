@@ -59,7 +59,9 @@ def test_the_trace_says_that_a_sample_was_not_accepted_or_why_it_was_rejected(fi
     )
     left = next(name for name in scored if name not in accepted + drawn)
     lines = provenance.trace(left, str(out))
-    assert texts(lines, "accepted") == ["no"] and not texts(lines, "read by")
+    rollouts = sum(r["record"] == left for r in read_lines(d / "grpo" / "rollouts.jsonl"))
+    reader = f"cycle1/grpo (grpo.py), from cycle1/scored/scored.jsonl, {rollouts} rollouts on it"
+    assert texts(lines, "accepted") == ["no"] and texts(lines, "read by") == [reader]
     bad = read_lines(d / "candidates" / "rejected.jsonl")[0]
     lines = provenance.trace(bad["id"], str(out))
     assert texts(lines, "rejected") == [f"cycle1/candidates/rejected.jsonl ({bad['reason']})"]

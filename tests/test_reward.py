@@ -228,6 +228,10 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
         for k, (response, source) in enumerate(responses):
             rollout = REASONED | {"id": f"r{k}", "image": "x.png", "source": source, "response": response}
             file.write(json.dumps(rollout) + "\n")
+        # Of a question without answer (grpo.py --unlabelled).
+        del rollout["answer"]
+        rollout |= {"id": "bare", "source": "expert", "response": "<answer>cyst</answer>"}
+        file.write(json.dumps(rollout) + "\n")
     ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")], 3, 0)
     assert sorted(labelled) == [
         ("malformed", "mass"),
