@@ -15,7 +15,7 @@ cd "$(dirname "$0")"
 OUT=${OUT:-runs/toy}
 CYCLES=${CYCLES:-3}           # fixed once a run has started, because each cycle has its part of IMAGES
 CONTROLS=${CONTROLS:-}        # if not empty, also train the controls that each gain is compared with
-FILTER=${FILTER:-accepted}    # which candidates train policy and generator; random: as many, drawn at random
+FILTER=${FILTER:-accepted}    # which candidates teach SFT and the generator; random: as many, drawn at random
 SEED=${SEED:-0}
 POLICY=${POLICY:-toy/policy}
 GENERATOR=${GENERATOR:-toy/generator}
@@ -31,8 +31,8 @@ TRUTH=                        # the drawn facts of the toy's images
 # The stages' scripts.
 GENERATE=${GENERATE:-generate.py} REWARD=${REWARD:-reward.py} SFT=${SFT:-sft.py} GRPO=${GRPO:-grpo.py}
 EVAL=${EVAL:-eval.py}
-# Their flags, split at spaces. MORE_FLAGS: of the SFT in place of GRPO, CEILING_FLAGS: of the ceiling's SFT
-# (both with CONTROLS).
+# Their flags, split at spaces. GRPO_FLAGS=--unlabelled (no file after it): GRPO on the questions of SFT alone.
+# MORE_FLAGS: of the SFT in place of GRPO, CEILING_FLAGS: of the ceiling's SFT (both with CONTROLS).
 GENERATE_FLAGS=${GENERATE_FLAGS:---per-image 2} REWARD_FLAGS=${REWARD_FLAGS:-}
 SCORE_FLAGS=${SCORE_FLAGS:---threshold 8} SFT_FLAGS=${SFT_FLAGS:---steps 700}
 GENERATOR_FLAGS=${GENERATOR_FLAGS:-} GRPO_FLAGS=${GRPO_FLAGS:-} MORE_FLAGS=${MORE_FLAGS:---lr 3e-4}
@@ -143,8 +143,8 @@ for c in $(seq "$CYCLES"); do
   stage "$d/candidates" "$GENERATE" --model "$generator" --images "$IMAGES" --part "$c/$CYCLES" --cycle "$c" \
     $GENERATE_FLAGS
   stage "$d/scored" "$REWARD" score --model "$d/reward" --data "$d/candidates/candidates.jsonl" $SCORE_FLAGS
-  # SFT on all that was accepted so far and the expert questions, then GRPO, which also takes the candidates that
-  # were not accepted: as questions without answer. The next cycle starts from this policy.
+  # SFT on the expert questions and all that was accepted so far. GRPO also has the other candidates, without
+  # their answers. The next cycle starts from its policy.
   scored+=("$d/scored/scored.jsonl") accepted+=("$d/scored/$FILTER.jsonl") random+=("$d/scored/random.jsonl")
   FROM=$policy sft "$d/sft" "${accepted[@]}" "$EXPERT"
   rows+=("cycle $c: SFT on $FILTER=$d/eval_sft/metrics.json")
@@ -160,7 +160,7 @@ for c in $(seq "$CYCLES"); do
     rows+=("cycle $c: + GRPO=$d/marks.json")
   fi
   if [ -n "$CONTROLS" ]; then
-    # SFT on as many candidates at random; on cycle 1's accepted alone; in GRPO's place, on the same data.
+    # SFT on as many candidates at random; on cycle 1's accepted alone; in GRPO's place, on the questions of SFT.
     FROM=$random_policy sft "$d/sft_random" "${random[@]}" "$EXPERT"
     random_policy=$d/sft_random
     [ "$c" -eq 1 ] || {

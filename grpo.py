@@ -5,11 +5,13 @@ For each of P questions the policy samples G responses at temperature 1. Each ge
     r_i = α · R̄(image, question, y_i) + β · 1[extract(y_i) = answer],        R̄ = (R + 6) / 16
 
 but a malformed response gets r_i = 0, even if its answer is right. (Malformed: anything but one <answer>
-part, alone or after one <think> part, or an answer that names no option.) To a question of --unlabelled, such
-as a candidate that was not accepted, no answer is known: r_i = (α + β) · R̄. The advantage is relative to the
-group, Â_i = r_i - mean_group r. If all responses of a group are right, R still differs with their reasoning.
-So a group counts only if its rewards' std is above --min-spread; otherwise another is sampled in its place.
-The policy then maximises, over the N = P·G responses,
+part, alone or after one <think> part, or an answer that names no option.) The answer to a question of
+--unlabelled, such as a candidate that was not accepted, is unknown or not trusted. R̄ stands in for the match:
+r_i = (α + β) · R̄.
+
+The advantage is relative to the group, Â_i = r_i - mean_group r. If all responses of a group are right, R
+still differs with their reasoning. So a group counts only if its rewards' std is above --min-spread;
+otherwise another is sampled in its place. The policy then maximises, over the N = P·G responses,
 
     J = 1 / Σ_i |y_i| · Σ_i Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - β_KL · KL_it ]
     ρ_it = π(y_it|·) / π_old(y_it|·)        KL_it = ρ_it · k3_it        k3_it = π_ref/π - log(π_ref/π) - 1
@@ -36,15 +38,16 @@ process replaces groups in its own share only). With --mask-truncated they leave
 The vision tower and its projector stay as SFT left them (--freeze images), so an image is encoded once for
 its samples, the reference and every update; otherwise every pass encodes it again.
 
-Reads   question records; a reward model; expert records for the watch
+Reads   question records, with answers (--data) or without (--unlabelled); a reward model; expert records
+        for the watch
 Writes  OUT/ in the Hugging Face format, rollouts.jsonl, metrics.jsonl (docs/metrics.md explains each metric)
 
 Departs from the paper:
   1. R is normalised to [0, 1]. With `--reward-scale raw`, as the paper writes it, the match term is 1.5% of
      the reward's range, and a malformed response gets α · (-6).
   2. The advantage is not divided by the group's std, which would magnify the reward model's noise.
-  3. Candidates that were not accepted are questions too (--unlabelled): those that SFT learned are mostly
-     answered right, so that few of their groups are informative.
+  3. It also trains on candidates that were not accepted (--unlabelled). The policy mostly answers SFT's
+     questions right, so few of their groups are informative.
   4. A watch compares the reward with the truth on expert questions and warns of reward hacking.
 
     python grpo.py --model runs/toy/cycle1/sft --reward runs/toy/cycle1/reward --out runs/mine \\
@@ -66,7 +69,7 @@ def parse_args():
     p.add_argument("--model", required=True, help="policy to start from, also the frozen reference")
     p.add_argument("--reward", required=True, help="folder of a reward model")
     p.add_argument("--data", required=True, nargs="+", help="question record files to train on")
-    unlabelled = "more of them, whose answers are not used; those that --data has too are left out"
+    unlabelled = "more of them, whose answers are not used: R stands in for the match; none that --data has"
     p.add_argument("--unlabelled", nargs="*", default=[], help=unlabelled)
     p.add_argument("--val", help="expert question records for the watch")
     p.add_argument("--steps", type=count, default=200, help="batches of rollouts")
@@ -107,7 +110,7 @@ def parse_args():
     p.add_argument("--patience", type=cli.number(int, 0), default=20, help=f"{patience}; 0 never")
     p.add_argument("--watch-every", type=count, default=25, help="steps between accuracy checks on --val")
     p.add_argument("--watch-items", type=count, default=200, help="records of --val to check")
-    skip = "at a bad line or unreadable image of --data, or a record too long: skip leaves it out"
+    skip = "at a bad line or unreadable image of these files, or a record too long: skip leaves it out"
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=skip)
     p.add_argument("--test", help="test file: refuse to train on anything it holds (medgr2/leakage.py)")
     cli.add_switch(p, "--allow-leakage", "with --test: train anyway")
@@ -238,8 +241,7 @@ def sample_groups(policy, batch, group, max_new_tokens, seed):
     for b, (record, prompt) in enumerate(zip(batch.rows, prompts)):
         rows = slice(b * group, (b + 1) * group)
         parsed = [parse_response(text, record.get("options")) for text in texts[rows]]
-        answer = record.get("answer")
-        match = [None if answer is None else is_match(p.prediction, answer) for p in parsed]
+        match = [is_match(p.prediction, record["answer"]) if "answer" in record else None for p in parsed]
         sampled = {"ids": ids[rows], "mask": mask[rows], "truncated": truncated[rows], "texts": texts[rows]}
         groups.append(Group(record, prompt, **sampled, parsed=parsed, match=match))
     return groups
@@ -257,8 +259,8 @@ def score_groups(reward_model, encoded, groups, args):
         R = torch.tensor(own["overall"])  # (G,)
         well_formed = torch.tensor([p.well_formed for p in g.parsed])
         R_bar, lowest = (R, records.R_MIN) if args.reward_scale == "raw" else (normalise_reward(R), 0)
-        # Without an answer the reward model stands in for the match.
-        match = torch.tensor(g.match, dtype=torch.float32) if "answer" in g.record else R_bar
+        # Without an answer R scaled to [0, 1], as the match is, takes its place.
+        match = torch.tensor(g.match, dtype=torch.float32) if "answer" in g.record else normalise_reward(R)
         rewards = torch.where(well_formed, args.alpha * R_bar + args.beta * match, args.alpha * lowest)
         informative = rewards.std().item() > args.min_spread
         scored.append(replace(g, scores=own, rewards=rewards, informative=informative))

@@ -141,7 +141,7 @@ def trace(sample, top):
         lines.append(("accepted", "no"))
     learners = {}
     for folder, place in find_readers(found, [path for _, path, _ in hits]):
-        # Scoring reads the sample too, but does not learn from it. GRPO may have it from two files.
+        # Scoring reads the sample but does not learn from it. GRPO may read it from two files.
         if not os.path.exists(os.path.join(folder, "scored.jsonl")):
             learners.setdefault(folder, place)
     for folder, place in learners.items():

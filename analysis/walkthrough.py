@@ -250,8 +250,9 @@ def show_rollouts(folder, candidate, rollouts):
     mean = statistics.mean(rewards)
     for row, reward in zip(group, rewards):
         parsed = prompts.parse_response(row["response"], row.get("options"))
-        match = int(row["correct"]) if "answer" in row else "none"
-        outcome = row["rollout_scores"]["overall"], "yes" if parsed.well_formed else "no", match
+        R = row["rollout_scores"]["overall"]
+        match = int(row["correct"]) if "answer" in row else round((R + 6) / 16, 4)
+        outcome = R, "yes" if parsed.well_formed else "no", match
         recomputed = f"{reward - mean:.3f}"
         rows.append([code(row["response"]), *outcome, reward, row["advantage"], recomputed])
     headers = ["response", "R", "well-formed", "match", "reward", "advantage", "recomputed"]

@@ -2,7 +2,7 @@
 
 On clinics of which no accuracy is reported: one cycle about 300 images, whose GRPO leaves rollouts. Then
 reward models that learn from them in several ways (VARIANTS) score that cycle's candidates. AUROC is of right
-against wrong candidates, by the facts that the toy clinic drew.
+against wrong candidates, by the facts that the toy clinic drew. GRPO has no unlabelled questions here.
 
     python benchmarks/reward_rollouts.py            into runs/reward_rollouts; the same command resumes
     python benchmarks/reward_rollouts.py --readme   writes the table from the committed result file

@@ -22,7 +22,8 @@ fi
 . benchmarks/claims.sh SIZES RULE_FLAGS GRPO_FLAGS SFT_FLAGS
 case $OUT in *" "*) echo "transfer.sh: OUT=$OUT: choose a path without spaces" >&2; exit 2 ;; esac
 
-# rule FROM NAME FLAGS DATA...: GRPO with the answer match alone, and its evaluation.
+# rule FROM NAME FLAGS DATA...: GRPO with the answer match alone, and its evaluation. It needs answers, so it
+# does not have the candidates that were not accepted, and the cycle's own GRPO has.
 rule() {
   local from=$1 name=$2 flags=$3; shift 3
   stage "$d/$name" "$s" "$OUT/seed$s" grpo.py --model "$from" --reward "$d/cycle1/reward" --alpha 0 --beta 1 \

@@ -276,6 +276,7 @@ def label_rollouts(files, per_outcome, seed, root=None):
     questions = {}
     for file in files:
         for rollout in records.read_records(file, (*records.UNLABELLED, "response"), root):
+            # GRPO also leaves rollouts on questions without an answer: their truth is not known.
             if "answer" in rollout and rollout.get("source", "expert") == "expert":
                 key = rollout["image"], policy_prompt(rollout)
                 _, found = questions.setdefault(key, (rollout, collections.defaultdict(set)))

@@ -2,7 +2,8 @@
 
 One JSON object per line, UTF-8, `\\n`. A stage adds fields; it never renames or overwrites one. The table of
 fields is in docs/formats.md. There are three kinds of record: an *image* (`id` and `image`), a *report*
-(`report` too) and a *question* (`question` and `answer` too, perhaps `options` and `rationale`).
+(`report` too) and a *question* (`question` and `answer` too, perhaps `options` and `rationale`). Only
+`grpo.py --unlabelled` takes a question without an answer.
 
     python -m medgr2.records check FILE
     python -m medgr2.records show FILE [--number 3]
@@ -46,6 +47,7 @@ FILLED = ("id", "image", "question", "answer", "report")
 REPEATED = ("options", "answer", "modality", "task", "source", "paradigm", "generator")
 # What a question record must have: read_records(path, QUESTION).
 QUESTION = ("id", "image", "question", "answer")
+# The same without its answer: grpo.py --unlabelled.
 UNLABELLED = ("id", "image", "question")
 # The range of R, the overall reward.
 R_MIN, R_MAX = -6, 10

@@ -16,10 +16,13 @@ from medgr2.prompts import policy_prompt
 
 
 def join(labelled, unlabelled):
-    """The records of two lists of (file, records): of the second other ids only, without the answers."""
+    """One list of the records of both, each [(file, its records)]; of the second without answers.
+
+    Of the second, records that the first has too are left out.
+    """
     own = [row for _, rows in labelled for row in rows]
-    known = {row["id"] for row in own}
-    others = (row for _, rows in unlabelled for row in rows if row["id"] not in known)
+    known = {(row["id"], row["image"]) for row in own}
+    others = (row for _, rows in unlabelled for row in rows if (row["id"], row["image"]) not in known)
     return own + [{field: row[field] for field in row if field != "answer"} for row in others]
 
 

@@ -31,7 +31,7 @@ def read_usable(path, fields, root=None, skip=False):
 
 
 def read_data(args, files, main):
-    """[(file, its records)] of [(file, fields that they must have)].
+    """[(file, its records)]. files: [(file, the fields that its records must have)].
 
     Raises RunError if --test leaks into one; `main` writes where.
     """

@@ -607,6 +607,8 @@ def test_the_hybrid_reward_by_hand_and_malformed_gets_the_least_there_is(groups)
     args.reward_scale = "raw"
     (raw,) = grpo.score_groups(model, None, [g], args)
     assert raw.rewards.tolist() == pytest.approx([8.2, 1.6, -4.8, -4.8])
+    (raw,) = grpo.score_groups(model, None, [unlabelled], args)
+    assert raw.rewards.tolist() == pytest.approx([8.2, 1.7, -4.8, -4.8])
 
 
 def test_a_group_is_informative_if_its_rewards_differ_by_more_than_noise(groups):
