@@ -15,7 +15,7 @@ cd "$(dirname "$0")"
 OUT=${OUT:-runs/toy}
 CYCLES=${CYCLES:-3}           # fixed once a run has started, because each cycle has its part of IMAGES
 CONTROLS=${CONTROLS:-}        # if not empty, also train the controls that each gain is compared with
-FILTER=${FILTER:-accepted}    # which candidates teach SFT and the generator; random: as many, drawn at random
+FILTER=${FILTER:-accepted}    # what SFT and the generator train on; random: as many candidates, drawn at random
 SEED=${SEED:-0}
 POLICY=${POLICY:-toy/policy}
 GENERATOR=${GENERATOR:-toy/generator}
@@ -160,7 +160,7 @@ for c in $(seq "$CYCLES"); do
     rows+=("cycle $c: + GRPO=$d/marks.json")
   fi
   if [ -n "$CONTROLS" ]; then
-    # SFT on as many candidates at random; on cycle 1's accepted alone; in GRPO's place, on the questions of SFT.
+    # SFT on as many candidates at random; on cycle 1's accepted alone; in GRPO's place, on SFT's questions.
     FROM=$random_policy sft "$d/sft_random" "${random[@]}" "$EXPERT"
     random_policy=$d/sft_random
     [ "$c" -eq 1 ] || {

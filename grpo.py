@@ -69,7 +69,7 @@ def parse_args():
     p.add_argument("--model", required=True, help="policy to start from, also the frozen reference")
     p.add_argument("--reward", required=True, help="folder of a reward model")
     p.add_argument("--data", required=True, nargs="+", help="question record files to train on")
-    unlabelled = "more of them, whose answers are not used: R stands in for the match; none that --data has"
+    unlabelled = "more of them, less those of --data; R stands in for the match with the answer"
     p.add_argument("--unlabelled", nargs="*", default=[], help=unlabelled)
     p.add_argument("--val", help="expert question records for the watch")
     p.add_argument("--steps", type=count, default=200, help="batches of rollouts")
@@ -433,14 +433,11 @@ def main(args):
     if args.prompts < accelerator.num_processes:
         processes = f"{accelerator.num_processes} processes"
         raise RunError(f"--prompts {args.prompts}: {processes} need at least one each")
-    files = [(file, records.QUESTION) for file in args.data]
-    files += [(file, records.UNLABELLED) for file in args.unlabelled]
-    data = training.read_data(args, files, accelerator.is_main_process)
+    examples = rollouts.read_questions(args, accelerator.is_main_process)
     paths = [args.model, args.reward, *args.data, *args.unlabelled, args.val, args.test]
     # May change when the run resumes, for example because memory ran out.
     free = ("micro_batch", "micro_group", "gradient_checkpointing", "rollout_batch")
     run = runs.start(args, paths, accelerator.is_main_process, free=free)
-    examples = rollouts.join(data[: len(args.data)], data[len(args.data) :])
     policy, reference, reward_model = load_models(args, accelerator)
     for reader in (policy, reward_model.backbone):
         examples = rollouts.leave_out_too_long(reader, examples, args.max_new_tokens, args.on_error)

@@ -358,10 +358,7 @@ def make_item(row, name):
 def read_evaluated(draw, files, root=None):
     """An item per question, with the response of each file that has it: the same id, image and texts."""
     for label, path in files:
-        for row in records.read_records(path, ("id", "question", "prediction"), root):
-            # A rollout on a question without an answer is neither right nor wrong.
-            if "answer" not in row:
-                continue
+        for row in records.read_answered(path, ("id", "question", "prediction"), root):
             key = (row["id"], row["question"], row["answer"], row.get("image_hash", row.get("image")))
             item = draw.get(key, make_item(row, "evaluated") | {"responses": []})
             if item is None:

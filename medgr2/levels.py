@@ -275,9 +275,8 @@ def label_rollouts(files, per_outcome, seed, root=None):
     """
     questions = {}
     for file in files:
-        for rollout in records.read_records(file, (*records.UNLABELLED, "response"), root):
-            # GRPO also leaves rollouts on questions without an answer: their truth is not known.
-            if "answer" in rollout and rollout.get("source", "expert") == "expert":
+        for rollout in records.read_answered(file, (*records.UNLABELLED, "response"), root):
+            if rollout.get("source", "expert") == "expert":
                 key = rollout["image"], policy_prompt(rollout)
                 _, found = questions.setdefault(key, (rollout, collections.defaultdict(set)))
                 found[outcome(rollout)].add(rollout["response"])

@@ -225,6 +225,18 @@ def read_kept(path, fields=("id",), root=None, limit=0):
     return rows
 
 
+def read_answered(path, fields, root=None):
+    """read_records, without GRPO's rollouts to questions that have no answer (grpo.py --unlabelled).
+
+    Raises RecordError for any other record without an answer.
+    """
+    for row in read_records(path, fields, root):
+        is_known = "answer" in row or "record" in row
+        require(is_known, f"{path}: record {row['id']}: no field `answer`: add it")
+        if "answer" in row:
+            yield row
+
+
 def require_images(path, rows):
     """Raise RecordError if the image of one of these records of a file is missing.
 

@@ -15,15 +15,17 @@ from medgr2.prefetch import for_preparing, prefetch
 from medgr2.prompts import policy_prompt
 
 
-def join(labelled, unlabelled):
-    """One list of the records of both, each [(file, its records)]; of the second without answers.
-
-    Of the second, records that the first has too are left out.
-    """
-    own = [row for _, rows in labelled for row in rows]
-    known = {(row["id"], row["image"]) for row in own}
-    others = (row for _, rows in unlabelled for row in rows if (row["id"], row["image"]) not in known)
-    return own + [{field: row[field] for field in row if field != "answer"} for row in others]
+def read_questions(args, main):
+    """The records of --data; then those of --unlabelled that are not among them, without their answers."""
+    files = [(file, records.QUESTION) for file in args.data]
+    files += [(file, records.UNLABELLED) for file in args.unlabelled]
+    read = [rows for _, rows in training.read_data(args, files, main)]
+    labelled, rest = (
+        list(itertools.chain(*part)) for part in (read[: len(args.data)], read[len(args.data) :])
+    )
+    known = {(row["id"], row["image"]) for row in labelled}
+    rest = (row for row in rest if (row["id"], row["image"]) not in known)
+    return labelled + [{field: row[field] for field in row if field != "answer"} for row in rest]
 
 
 def leave_out_too_long(policy, examples, max_new_tokens, on_error):

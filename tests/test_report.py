@@ -195,6 +195,19 @@ def test_the_same_id_on_another_question_is_another_item(cycle, tmp_path):
     assert data["runs"] == [f"{tmp_path.name}/a", "other"]
 
 
+def test_a_rollout_to_a_question_without_an_answer_is_left_out_and_another_record_without_one_is_refused(
+    tmp_path,
+):
+    known = {"id": "a", "question": "?a", "answer": "a", "prediction": "a"}
+    bare = {"id": "b", "question": "?b", "prediction": "b"}
+    records.write_records(tmp_path / "rollouts.jsonl", [known, bare | {"record": "b", "correct": None}])
+    data, _ = made(tmp_path / "r.html", "--predictions", tmp_path / "rollouts.jsonl")
+    assert [item["id"] for item in data["items"]] == ["a"]
+    records.write_records(tmp_path / "p.jsonl", [known, bare])
+    done = make(tmp_path / "r.html", "--predictions", tmp_path / "p.jsonl")
+    assert done.returncode and "p.jsonl: record b: no field `answer`: add it" in done.stderr
+
+
 def test_an_image_under_two_names_is_embedded_once_and_fits_the_thumbnail(tmp_path):
     draw(tmp_path / "a.png", 1, (400, 300))
     draw(tmp_path / "c.png", 2)

@@ -230,7 +230,7 @@ def test_rollouts_on_expert_questions_are_labelled_by_the_truth_and_others_are_l
             file.write(json.dumps(rollout) + "\n")
         # Of a question without answer (grpo.py --unlabelled).
         del rollout["answer"]
-        rollout |= {"id": "bare", "source": "expert", "response": "<answer>cyst</answer>"}
+        rollout |= {"id": "bare", "record": "q", "source": "expert", "response": "<answer>cyst</answer>"}
         file.write(json.dumps(rollout) + "\n")
     ((_, labelled),) = levels.label_rollouts([str(tmp_path / "rollouts.jsonl")], 3, 0)
     assert sorted(labelled) == [
